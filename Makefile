@@ -1,0 +1,42 @@
+# Needs make and python3 (3.11 or newer). All else goes to .venv and to a private PostgreSQL cluster.
+
+PYTHON ?= python3
+VENV := .venv
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint types bench format clean
+
+help: ## Show this list
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST)
+
+demo: $(VENV)/.installed ## Play a sales day against a private PostgreSQL, and check every activity (DEMO_ARGS)
+	@$(VENV)/bin/cdc-worker demo $(DEMO_ARGS)
+
+test: $(VENV)/.installed-dev ## Run the suite against a private PostgreSQL (PYTEST_ARGS)
+	@$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
+
+lint: $(VENV)/.installed-dev ## Check style and format
+	@$(VENV)/bin/ruff check .
+	@$(VENV)/bin/ruff format --check .
+
+types: $(VENV)/.installed-dev ## Check types
+	@$(VENV)/bin/mypy
+
+bench: $(VENV)/.installed-dev ## Measure throughput beside pg_recvlogical, and latency (BENCH_ARGS)
+	@$(VENV)/bin/python -m bench $(BENCH_ARGS)
+
+format: $(VENV)/.installed-dev ## Mend what can be mended of style and format
+	@$(VENV)/bin/ruff check --fix .
+	@$(VENV)/bin/ruff format .
+
+clean: ## Remove .venv and the tools' caches
+	@rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(VENV)/.installed: pyproject.toml
+	@PYTHON='$(PYTHON)' scripts/venv $(VENV) .
+	@touch $@
+
+$(VENV)/.installed-dev: pyproject.toml
+	@PYTHON='$(PYTHON)' scripts/venv $(VENV) '.[dev]'
+	@touch $@
