@@ -4,15 +4,17 @@ Private copies are fetched with `apt-get` and unpacked with `dpkg` into a cache 
 machine stays as it is: apt works with lists and archives of its own, and nothing is installed.
 """
 
+import atexit
 import os
 import re
 import shutil
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import click
@@ -26,7 +28,7 @@ Dir::State::lists "{directory}/lists";
 Dir::Cache "{directory}/cache";
 Dir::Cache::archives "{directory}/archives";
 Debug::NoLocking "true";
-APT::Sandbox::User "{user}";
+APT::Sandbox::User "root";
 Acquire::Languages "none";
 Acquire::Retries "3";
 // The machine's hooks would clean the machine's own archives.
@@ -76,61 +78,73 @@ def to_stderr(line: str) -> None:
 
 
 def find_binaries(*, report: Report = to_stderr, newest: bool = False) -> Binaries:
-    """The newest installed server with wal2json. What is missing is fetched and kept in the cache.
+    """The newest installed server with a wal2json. What is missing is fetched once and kept in the cache.
 
     `newest` asks for the distribution's newest minor instead, beside whatever is installed.
     """
     if newest:
         return _newest(report)
+    found = _look()
+    if found is None:
+        _fetch(report)
+        found = _look()
+    if found is None:
+        raise ClusterError("no PostgreSQL server with wal2json found", hint=_hint())
+    return found
+
+
+def _look() -> Binaries | None:
     installed = _installed()
     for bindir in installed:
         if (_libdir(bindir) / "wal2json.so").is_file():
-            return _binaries(bindir, origin=f"wal2json in {_libdir(bindir)}")
+            return _binaries(bindir, origin="wal2json installed with it")
     for bindir in installed:
-        prefix = _cached(f"postgresql-{_major(bindir)}-wal2json")
-        if prefix is not None:
-            return _with_plugin(bindir, prefix)
-    if not installed:
-        for prefix in _cached_servers():
-            return _private(prefix)
-    with _apt(report) as apt:
-        majors = apt.majors()
-        for bindir in installed:
-            if _major(bindir) in majors:
-                return _with_plugin(bindir, apt.unpack([f"postgresql-{_major(bindir)}-wal2json"], dependencies=False))
-        for major in majors:
-            return _private(apt.unpack(_server_packages(major), dependencies=True))
-    raise ClusterError("the distribution has no package of wal2json", hint=_hint())
+        for prefix in _unpacked(f"postgresql-{_major(bindir)}-wal2json"):
+            return _binaries(
+                bindir,
+                plugin_dir=prefix / "usr/lib/postgresql" / _major(bindir) / "lib",
+                origin=f"{prefix.name.replace('_', ' ')} unpacked in {prefix.parent}",
+            )
+    # One that was fetched as the newest is no substitute for a server that only lacks wal2json.
+    return _private(other_than=[_major(bindir) for bindir in installed])
+
+
+def _fetch(report: Report) -> None:
+    apt = _apt()
+    majors = apt.majors()
+    packages = _server_packages(majors[0])
+    for major in map(_major, _installed()):
+        if major in majors:
+            packages = [f"postgresql-{major}-wal2json"]
+            break
+    if os.statvfs(cache_directory()).f_flag & os.ST_NOEXEC:
+        _install(packages, reason=f"programs can't be run from {cache_directory()}", report=report)
+    else:
+        apt.get(*packages, report=report)
 
 
 def _newest(report: Report) -> Binaries:
     record = cache_directory() / "newest"
-    if not record.exists() or time.time() - record.stat().st_mtime > CANDIDATE_MAX_AGE or _recorded(record) is None:
+    if not record.exists() or time.time() - record.stat().st_mtime > CANDIDATE_MAX_AGE:
         try:
-            with _apt(report) as apt:
-                majors = apt.majors()
-                major = next((m for m in [*map(_major, _installed()), *majors] if m in majors), None)
-                if major is None:
-                    raise ClusterError("the distribution has no package of wal2json", hint=_hint())
-                version = apt.candidate(f"postgresql-{major}") or ""
-                if _installed_version(major) != version and _cached(f"postgresql-{major}", version) is None:
-                    apt.unpack(_server_packages(major), dependencies=True)
-            _write(record, f"{major} {version}\n")
+            apt = _apt()
+            majors = apt.majors()
+            major = next(major for major in [*map(_major, _installed()), *majors] if major in majors)
+            _write(record, f"{major} {apt.candidate(f'postgresql-{major}')}\n")
         except ClusterError:
             # Without the network, what was newest at the last look will do.
             if not record.exists():
                 raise
-    binaries = _recorded(record)
-    return binaries if binaries is not None else find_binaries(report=report)
-
-
-def _recorded(record: Path) -> Binaries | None:
-    """The server that was the distribution's newest when `record` was written, if it is still here."""
     major, version = record.read_text().split()
     if _installed_version(major) == version:
-        return find_binaries()
-    prefix = _cached(f"postgresql-{major}", version)
-    return _private(prefix) if prefix is not None else None
+        return find_binaries(report=report)
+    found = _private(major, version)
+    if found is None:
+        _apt().get(*_server_packages(major), report=report)
+        found = _private(major, version)
+    if found is None:
+        raise ClusterError(f"PostgreSQL {version} can't be run from {cache_directory()}")
+    return found
 
 
 # What is installed
@@ -147,12 +161,12 @@ def _installed() -> list[Path]:
         found.append(Path(_output(pg_config, "--bindir").strip()))
     if postgres := shutil.which("postgres"):
         found.append(Path(postgres).resolve().parent)
-    servers = {
-        bindir.resolve()
-        for bindir in found
-        if all(os.access(bindir / program, os.X_OK) for program in ("postgres", "initdb", "pg_ctl", "psql"))
-    }
-    return sorted(servers, key=lambda bindir: int(_major(bindir)), reverse=True)
+    servers = {}
+    for bindir in found:
+        if all(os.access(bindir / program, os.X_OK) for program in ("initdb", "pg_ctl", "postgres", "psql")):
+            with suppress(ClusterError):
+                servers[bindir.resolve()] = int(_major(bindir))
+    return sorted(servers, key=servers.__getitem__, reverse=True)
 
 
 def _libdir(bindir: Path) -> Path:
@@ -175,13 +189,8 @@ def _major(bindir: Path) -> str:
 
 def _installed_version(major: str) -> str | None:
     """The version of the installed package of a server."""
-    done = subprocess.run(
-        ["dpkg-query", "-W", "-f", "${db:Status-Status} ${Version}", f"postgresql-{major}"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    return done.stdout.removeprefix("installed ") if done.stdout.startswith("installed ") else None
+    shown = _output("dpkg-query", "-W", "-f", "${db:Status-Status} ${Version}", f"postgresql-{major}", check=False)
+    return shown.removeprefix("installed ") if shown.startswith("installed ") else None
 
 
 def _binaries(
@@ -209,41 +218,29 @@ def cache_directory() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cdc-worker"
 
 
-def _cached(package: str, version: str = "*") -> Path | None:
-    """Where `package` was unpacked last."""
+def _unpacked(package: str, version: str = "*") -> list[Path]:
+    """Trees unpacked for `package`, the last one first."""
     found = cache_directory().glob(f"{package}_{version}")
-    return max(found, key=lambda prefix: prefix.stat().st_mtime, default=None)
+    return sorted(found, key=lambda prefix: prefix.stat().st_mtime, reverse=True)
 
 
-def _cached_servers() -> Iterator[Path]:
-    """Unpacked servers that run on this machine as it is now, newest major first."""
-    found = [
-        (int(bindir.parent.name), bindir) for bindir in cache_directory().glob("postgresql-*/usr/lib/postgresql/*/bin")
-    ]
-    for major, bindir in sorted(found, reverse=True):
-        prefix = bindir.parents[4]
-        if prefix.name.startswith(f"postgresql-{major}_"):
-            yield prefix
-
-
-def _with_plugin(bindir: Path, prefix: Path) -> Binaries:
-    """An installed server with the wal2json unpacked under `prefix`."""
-    return _binaries(
-        bindir,
-        plugin_dir=prefix / "usr/lib/postgresql" / _major(bindir) / "lib",
-        origin=f"{prefix.name.replace('_', ' ')} unpacked in {prefix.parent}",
-    )
-
-
-def _private(prefix: Path) -> Binaries:
-    """A server and its wal2json, unpacked together under `prefix`: it finds its own files relative to its programs."""
-    (bindir,) = prefix.glob("usr/lib/postgresql/*/bin")
-    libraries = [*prefix.glob("usr/lib/*-linux-*"), *prefix.glob("lib/*-linux-*")]
-    return _binaries(
-        bindir,
-        library_path=":".join(map(str, libraries)),
-        origin=f"{prefix.name.replace('_', ' ')} and its wal2json unpacked in {prefix.parent}",
-    )
+def _private(major: str = "[0-9][0-9]", version: str = "*", *, other_than: Sequence[str] = ()) -> Binaries | None:
+    """A server unpacked together with its wal2json: it finds its own files relative to its programs."""
+    for prefix in _unpacked(f"postgresql-{major}", version):
+        (bindir,) = prefix.glob("usr/lib/postgresql/*/bin")
+        if bindir.parent.name in other_than:
+            continue
+        libraries = [*prefix.glob("usr/lib/*-linux-*"), *prefix.glob("lib/*-linux-*")]
+        try:
+            return _binaries(
+                bindir,
+                library_path=":".join(map(str, libraries)),
+                origin=f"{prefix.name.replace('_', ' ')} unpacked with its wal2json in {prefix.parent}",
+            )
+        except ClusterError:
+            # The machine's own libraries, which it used as well, have changed since.
+            shutil.rmtree(prefix, ignore_errors=True)
+    return None
 
 
 def _server_packages(major: str) -> list[str]:
@@ -251,52 +248,54 @@ def _server_packages(major: str) -> list[str]:
 
 
 class _Apt:
-    def __init__(self, directory: Path, report: Report) -> None:
+    """The distribution's package tool, with lists and archives of its own in `directory`."""
+
+    def __init__(self, directory: Path) -> None:
         self.directory = directory
-        self.report = report
+        for partial in ("lists/partial", "archives/partial", "cache"):
+            (directory / partial).mkdir(parents=True)
+        (directory / "apt.conf").write_text(APT_CONFIG.format(directory=directory))
+        # One unreachable source among many is no obstacle: what can't be found then is missed by name.
+        self._run("apt-get", "update", "-qq", check=False)
 
     def majors(self) -> list[str]:
-        """Major versions for which the distribution has wal2json, newest first."""
+        """Major versions of which the distribution has both a server and wal2json, newest first."""
         names = self._run("apt-cache", "pkgnames", "postgresql-").split()
         majors = {match[1] for name in names if (match := re.fullmatch(r"postgresql-(\d+)-wal2json", name))}
-        return sorted((m for m in majors if self.candidate(f"postgresql-{m}")), key=int, reverse=True)
+        found = sorted((major for major in majors if self.candidate(f"postgresql-{major}")), key=int, reverse=True)
+        if not found:
+            raise ClusterError("the sources of apt have no PostgreSQL with wal2json, or can't be reached", hint=_hint())
+        return found
 
     def candidate(self, package: str) -> str | None:
         match = re.search(r"Candidate: (\d\S*)", self._run("apt-cache", "policy", package))
         return match[1] if match else None
 
-    def unpack(self, packages: Sequence[str], *, dependencies: bool) -> Path:
+    def get(self, *packages: str, report: Report) -> None:
         """Fetch packages, with what the machine lacks of their dependencies, and unpack them as one tree."""
-        archives = self.directory / "archives"
-        if dependencies:
-            self._run("apt-get", "install", "-qq", "--yes", "--download-only", "--no-install-recommends", *packages)
-        else:
+        cache = cache_directory()
+        report(f"fetching {' '.join(packages)} with apt-get, to be unpacked in {cache}: nothing is installed")
+        if len(packages) == 1:
             self._run("apt-get", "download", "-qq", *packages)
-        debs = sorted(archives.glob("*.deb"))
+        else:
+            self._run("apt-get", "install", "-qq", "--yes", "--download-only", "--no-install-recommends", *packages)
+        archives = self.directory / "archives"
         (main,) = archives.glob(f"{packages[0]}_*.deb")
-        target = cache_directory() / main.name.rpartition("_")[0].replace("%3a", ":")
-        size = sum(deb.stat().st_size for deb in debs) / 1e6
-        self.report(f"fetched {' '.join(packages)} ({len(debs)} packages, {size:.1f} MB), unpacked in {target}")
-        return _unpack(debs, target)
+        # A newer libc would not go together with the machine's own loader.
+        debs = sorted(deb for deb in archives.glob("*.deb") if not deb.name.startswith("libc6_"))
+        _unpack(debs, cache / main.name.rpartition("_")[0].replace("%3a", ":"))
+        for deb in archives.glob("*.deb"):
+            deb.unlink()
 
-    def update(self) -> None:
-        # One unreachable source among many is no obstacle: what can't be found then is missed by name.
-        self._run("apt-get", "update", "-qq", check=False)
-
-    def _run(self, *words: str, check: bool = True) -> str:
-        program, *arguments = words
-        return _output(
-            program, "-c", str(self.directory / "apt.conf"), *arguments, cwd=self.directory / "archives", check=check
-        )
+    def _run(self, program: str, *arguments: str, check: bool = True) -> str:
+        command = [program, "-c", str(self.directory / "apt.conf"), *arguments]
+        return _output(*command, cwd=self.directory / "archives", check=check)
 
 
-@contextmanager
-def _apt(report: Report) -> Iterator[_Apt]:
-    """The distribution's package tool, with fresh lists and archives of its own."""
+@cache
+def _apt() -> _Apt:
     if shutil.which("apt-get") is None or shutil.which("dpkg") is None:
-        raise ClusterError(
-            "no PostgreSQL server with wal2json found, and no apt-get and dpkg to fetch one", hint=_hint()
-        )
+        raise ClusterError("no PostgreSQL with wal2json found, and no apt-get and dpkg to fetch one with", hint=_hint())
     cache = cache_directory()
     try:
         cache.mkdir(parents=True, exist_ok=True)
@@ -304,18 +303,22 @@ def _apt(report: Report) -> Iterator[_Apt]:
             cache.chmod(0o755)
     except OSError as error:
         raise ClusterError(f"cannot create {cache}: {error.strerror}", hint="set XDG_CACHE_HOME") from error
-    with tempfile.TemporaryDirectory(prefix="cdc-apt-") as name:
-        directory = Path(name)
-        for partial in ("lists/partial", "archives/partial", "cache"):
-            (directory / partial).mkdir(parents=True)
-        user = "root" if os.geteuid() == 0 else ""
-        (directory / "apt.conf").write_text(APT_CONFIG.format(directory=directory, user=user))
-        apt = _Apt(directory, report)
-        apt.update()
-        yield apt
+    directory = tempfile.mkdtemp(prefix="cdc-apt-")
+    atexit.register(shutil.rmtree, directory, ignore_errors=True)
+    return _Apt(Path(directory))
 
 
-def _unpack(debs: Sequence[Path], target: Path) -> Path:
+def _install(packages: Sequence[str], *, reason: str, report: Report) -> None:
+    """The last resort. `--no-upgrade` leaves an installed server as it is."""
+    sudo = [] if os.geteuid() == 0 else ["sudo", "-n"]
+    if sudo and (shutil.which("sudo") is None or subprocess.run([*sudo, "true"], check=False).returncode != 0):
+        raise ClusterError(reason, hint=_hint())
+    report(f"installing {' '.join(packages)} with apt-get: {reason}")
+    _output(*sudo, "apt-get", "update", "-qq", check=False)
+    _output(*sudo, "apt-get", "install", "-qq", "--yes", "--no-upgrade", "--no-install-recommends", *packages)
+
+
+def _unpack(debs: Sequence[Path], target: Path) -> None:
     work = Path(tempfile.mkdtemp(prefix=".unpacking-", dir=target.parent))
     try:
         for deb in debs:
@@ -330,7 +333,6 @@ def _unpack(debs: Sequence[Path], target: Path) -> Path:
                 raise
     finally:
         shutil.rmtree(work, ignore_errors=True)
-    return target
 
 
 def _write(path: Path, text: str) -> None:
@@ -351,20 +353,13 @@ def _output(
     environment = os.environ | {"LC_ALL": "C"}
     if library_path:
         environment["LD_LIBRARY_PATH"] = library_path
-    done = subprocess.run(
-        [program, *arguments],
-        env=environment,
-        cwd=cwd,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    command = [program, *arguments]
+    try:
+        done = subprocess.run(
+            command, env=environment, cwd=cwd, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
+        )
+    except OSError as error:
+        raise ClusterError(f"can't run {program}: {error.strerror}") from error
     if check and done.returncode != 0:
-        command = " ".join([Path(program).name, *arguments])
-        raise ClusterError(f"{command} failed: {done.stderr.strip() or done.stdout.strip()}", hint=_hint_for(program))
+        raise ClusterError(f"{' '.join(command)} failed: {done.stderr.strip() or done.stdout.strip()}")
     return done.stdout
-
-
-def _hint_for(program: str) -> str:
-    return "check the network and the sources of apt, or " + _hint() if program.startswith("apt") else ""

@@ -1,0 +1,105 @@
+"""What changes meant: activities, dead letters, and the batches they are written in."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any, ClassVar, Literal, NamedTuple
+
+import msgspec
+
+from cdc_worker.changes import Change
+from cdc_worker.lsn import INVALID, LSN
+
+
+class Position(NamedTuple):
+    """How far the stream has been written: all commits that end at or before `lsn`, and of the one after them, which
+    commits at `commit_lsn`, the first `changes` changes. Without such a commit both are 0. Positions are ordered.
+    """
+
+    lsn: LSN
+    commit_lsn: LSN = INVALID
+    changes: int = 0
+
+    def __str__(self) -> str:
+        inside = f" and {self.changes} changes of the commit at {self.commit_lsn}" if self.commit_lsn else ""
+        return f"{self.lsn}{inside}"
+
+
+class Activity(msgspec.Struct, frozen=True):
+    """What one change meant by one rule: `fields` by name, as the profile's target maps them to columns.
+
+    `index` counts the changes of the same commit before it.
+    """
+
+    change_key: str
+    fields: dict[str, Any]
+    change: Change
+    index: int
+
+
+DeadLetterKind = Literal["old_values_unknown", "rule_failed", "refused"]
+
+
+class DeadLetter(msgspec.Struct, frozen=True):
+    """A change that could not become an activity, with the reason; `sqlstate` and `constraint` if the target refused it."""
+
+    change_key: str
+    kind: DeadLetterKind
+    reason: str
+    change: Change
+    index: int
+    committed_at: datetime
+    sqlstate: str | None = None
+    constraint: str | None = None
+    fields: dict[str, Any] | None = None
+
+
+def key_prefix(worker: str, system_identifier: str, commit_lsn: LSN) -> str:
+    """What the change keys of one commit have in common.
+
+    The LSN has all its digits, so that keys sort as commits do and a B-tree takes them at its right edge.
+    """
+    return f"{worker}/{system_identifier}/{commit_lsn:016X}/"
+
+
+def change_key(prefix: str, schema: str, table: str, ordinal: int, rule: str) -> str:
+    """The identity of what one change meant by one rule: the same from any source and any decoder.
+
+    `ordinal` counts the changes of this table in this transaction, from 0.
+    """
+    return f"{prefix}{schema}.{table}/{ordinal}/{rule}"
+
+
+@dataclass(slots=True)
+class Batch:
+    """What is written in one database transaction: all outcomes up to the position `end`, in order.
+
+    `ends` holds, for places in `outcomes`, the position that has been reached when all before that place are written:
+    where a batch may be divided. `size` is in bytes of the stream.
+    """
+
+    MAX_OUTCOMES: ClassVar[int] = 5_000
+    MAX_SIZE: ClassVar[int] = 2 << 20
+
+    end: Position
+    outcomes: list[Activity | DeadLetter] = field(default_factory=list)
+    ends: list[tuple[int, Position]] = field(default_factory=list)
+    committed_at: datetime | None = None
+    transactions: int = 0
+    size: int = 0
+
+    @property
+    def full(self) -> bool:
+        """Whether it should be written before more is taken."""
+        return len(self.outcomes) >= self.MAX_OUTCOMES or self.size >= self.MAX_SIZE
+
+    def add(self, outcomes: Iterable[Activity | DeadLetter], end: Position, committed_at: datetime, size: int) -> None:
+        """Take what has come of the stream up to `end`."""
+        self.outcomes.extend(outcomes)
+        self.ends.append((len(self.outcomes), end))
+        self.end = end
+        self.committed_at = committed_at
+        self.transactions += end.commit_lsn == INVALID
+        self.size += size

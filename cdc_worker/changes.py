@@ -1,0 +1,155 @@
+"""What happened in the database: messages of a decoder, and the transactions they add up to."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from decimal import Decimal
+from typing import Final, Literal
+
+import msgspec
+
+from cdc_worker.errors import MessageUnreadableError
+from cdc_worker.lsn import INVALID, LSN
+
+Value = None | bool | int | float | Decimal | str
+"""A column's value: integers are int, numeric is exact, everything else is text as Postgres prints it."""
+
+Row = dict[str, Value]
+"""Column name to value, in the table's order. A column that is absent is *unknown*, which is not NULL."""
+
+Operation = Literal["insert", "update", "delete", "truncate"]
+
+
+# Structs instead of dataclasses here: one of each is made for every message, and they cost a tenth.
+class Begin(msgspec.Struct, frozen=True, gc=False):
+    """A transaction starts. All of it is already decided: its commit lies at `commit_lsn` and ends at `end_lsn`."""
+
+    xid: int
+    commit_lsn: LSN
+    end_lsn: LSN
+    committed_at: datetime
+
+
+class Commit(msgspec.Struct, frozen=True, gc=False):
+    """The transaction that began last is complete."""
+
+    end_lsn: LSN
+
+
+class Message(msgspec.Struct, frozen=True, gc=False):
+    """What the application said with `pg_logical_emit_message(transactional, prefix, content)`."""
+
+    prefix: str
+    content: str
+    transactional: bool
+
+
+class Change(msgspec.Struct, frozen=True, gc=False):
+    """One row before and after. `old` is None for an insert, `new` for a delete, both for a truncate.
+
+    `changed` names an update's columns whose value is distinct, in the table's order. Unchanged TOASTed columns are
+    taken from the old row; where the replica identity doesn't carry the old row they are absent, which means unknown.
+    """
+
+    operation: Operation
+    schema: str
+    table: str
+    old: Row | None
+    new: Row | None
+    changed: tuple[str, ...] = ()
+
+    @property
+    def old_row_unknown(self) -> bool:
+        """Whether an update came without its whole old row, so that what changed can't be told."""
+        return self.old is None or self.new is None or len(self.old) < len(self.new)
+
+
+def update(schema: str, table: str, old: Row, sent: Row) -> Change:
+    """The change of an update: `old` is what is known of the old row, `sent` what was sent of the new one."""
+    changed = tuple([name for name, value in sent.items() if name not in old or old[name] != value])
+    new = sent if old.keys() <= sent.keys() else {**old, **sent}  # an unchanged TOASTed column isn't sent
+    return Change("update", schema, table, old, new, changed)
+
+
+class Transaction(msgspec.Struct, frozen=True):
+    """The changes of one commit, or a slice of them when there are many.
+
+    `index` counts the changes of the same commit that came in earlier slices; `last` is true for the final slice.
+    `messages` are the logical messages, each with the number of this slice's changes that came before it.
+    """
+
+    xid: int
+    commit_lsn: LSN
+    end_lsn: LSN
+    committed_at: datetime
+    changes: list[Change]
+    messages: list[tuple[int, Message]]
+    index: int
+    last: bool
+
+
+class Assembler:
+    """Puts decoded messages together into transactions, in slices of bounded size.
+
+    A transaction that ends at or before `start` has been dealt with and is dropped unread.
+    """
+
+    MAX_CHANGES: Final = 1_000
+    MAX_BYTES: Final = 1 << 20
+
+    def __init__(self, start: LSN = INVALID) -> None:
+        self.received = start  # the end of the last commit that is complete
+        self._start = start
+        self._begin: Begin | None = None
+        self._changes: list[Change] = []
+        self._messages: list[tuple[int, Message]] = []
+        self._index = 0
+        self._size = 0
+
+    @property
+    def open(self) -> bool:
+        """Whether a transaction has begun and not yet ended."""
+        return self._begin is not None
+
+    @property
+    def skipping(self) -> bool:
+        """Whether the open transaction has been dealt with before, so that its rows need not be decoded."""
+        return self._begin is not None and self._begin.end_lsn <= self._start
+
+    def feed(self, message: Begin | Change | Message | Commit, size: int) -> Transaction | None:
+        """Take one message that was `size` bytes long; returns a transaction or a slice of one when it is complete."""
+        if type(message) is Change:
+            if self._begin is None:
+                raise MessageUnreadableError("a change came outside a transaction")
+            if not self.skipping:
+                self._changes.append(message)
+                self._size += size
+                if len(self._changes) >= self.MAX_CHANGES or self._size >= self.MAX_BYTES:
+                    return self._cut(self._begin, last=False)
+        elif type(message) is Begin:
+            if self._begin is not None:
+                raise MessageUnreadableError(f"transaction {message.xid} began inside transaction {self._begin.xid}")
+            self._begin = message
+        elif type(message) is Commit:
+            if self._begin is None:
+                raise MessageUnreadableError("a commit came without its begin")
+            transaction = None if self.skipping else self._cut(self._begin, last=True)
+            self.received = max(self.received, self._begin.end_lsn)
+            self._begin = None
+            self._index = 0
+            return transaction
+        elif type(message) is Message and message.transactional and self._begin is not None and not self.skipping:
+            # What is not transactional arrives at once, also from transactions that roll back.
+            self._messages.append((len(self._changes), message))
+        return None
+
+    def _cut(self, begin: Begin, *, last: bool) -> Transaction | None:
+        changes, messages, index = self._changes, self._messages, self._index
+        if not changes and not index:
+            self._messages = []
+            return None  # nothing of ours happened in it
+        self._changes, self._messages, self._size = [], [], 0
+        self._index += len(changes)
+        return Transaction(
+            begin.xid, begin.commit_lsn, begin.end_lsn, begin.committed_at, changes, messages, index, last
+        )

@@ -1,0 +1,176 @@
+"""Every way to fail, what it asks of the operator, and the exit code of `run`.
+
+CdcWorkerError
+├── SettingsError            2   a setting is wrong: mend it
+├── ProfileError             3   the profile can't be read: mend the file
+├── ConnectionStringError    4   the DSN can't be parsed: mend it
+├── AuthenticationError      5   the server refuses role, password or host: mend credentials or pg_hba.conf
+├── DatabaseMissingError     6   no such database: mend the DSN
+├── WalLevelError            7   wal_level is not logical: change it and restart the server
+├── PluginMissingError       8   the server has no wal2json: install it
+├── PluginRefusedError       9   the server doesn't allow wal2json: allow it
+├── NotSetUpError           10   tables of the worker are missing: run setup
+├── SlotMissingError        11   the slot isn't there: run setup, or find out who dropped it
+├── SlotMismatchError       12   the slot belongs to another plugin or database: name another slot
+├── SlotTakenError          13   something that isn't a cdc-worker reads the slot: stop it, or name another slot
+├── SlotLostError           14   the server discarded WAL that the slot needed: a gap
+├── SlotAheadError          15   the slot was moved or made anew behind our back: a gap
+├── ClusterMismatchError    16   the checkpoint belongs to another cluster, or to a later state of this one
+├── CatalogMismatchError    17   profile and database disagree: mend the profile or the tables
+├── FencedError             18   another worker has taken over: nothing to do
+├── SynchronousStandbyError 19   commits of the application would wait for this worker: exclude it
+├── MessageUnreadableError  20   the stream holds something we don't understand: report it
+├── TargetUnusableError     21   the target refuses every write (grants, read-only, missing column): mend it
+├── TooManyRefusalsError    22   the target refuses row after row for the same reason: mend it
+└── ServerError              1   any other answer of the server to a one-shot command
+
+A service manager must not restart into 12 and 14 to 16: each is a gap or a mix-up that a person has to look at.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class CdcWorkerError(Exception):
+    """What is wrong, with its value, and in `hint` the way out."""
+
+    exit_code: ClassVar[int] = 1
+
+    def __init__(self, message: str, *, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.hint = hint
+
+
+class SettingsError(CdcWorkerError):
+    """A setting is wrong."""
+
+    exit_code = 2
+
+
+class ProfileError(CdcWorkerError):
+    """The profile can't be read."""
+
+    exit_code = 3
+
+
+class ConnectionStringError(CdcWorkerError):
+    """The DSN can't be parsed."""
+
+    exit_code = 4
+
+
+class AuthenticationError(CdcWorkerError):
+    """The server refuses the role, its password or this host."""
+
+    exit_code = 5
+
+
+class DatabaseMissingError(CdcWorkerError):
+    """There is no such database."""
+
+    exit_code = 6
+
+
+class WalLevelError(CdcWorkerError):
+    """The server doesn't write what logical decoding needs."""
+
+    exit_code = 7
+
+
+class PluginMissingError(CdcWorkerError):
+    """The server has no such output plugin."""
+
+    exit_code = 8
+
+
+class PluginRefusedError(CdcWorkerError):
+    """The server has the output plugin and doesn't allow it (CVE-2026-6471)."""
+
+    exit_code = 9
+
+
+class NotSetUpError(CdcWorkerError):
+    """The worker's own tables, or its checkpoint, are missing."""
+
+    exit_code = 10
+
+
+class SlotMissingError(CdcWorkerError):
+    """The slot isn't there."""
+
+    exit_code = 11
+
+
+class SlotMismatchError(CdcWorkerError):
+    """The slot is another plugin's or another database's."""
+
+    exit_code = 12
+
+
+class SlotTakenError(CdcWorkerError):
+    """Something that isn't a cdc-worker reads the slot."""
+
+    exit_code = 13
+
+
+class SlotLostError(CdcWorkerError):
+    """The server has discarded WAL that the slot needed."""
+
+    exit_code = 14
+
+
+class SlotAheadError(CdcWorkerError):
+    """The slot's confirmed position is beyond the checkpoint: what lies between was never written."""
+
+    exit_code = 15
+
+
+class ClusterMismatchError(CdcWorkerError):
+    """The checkpoint was made on another cluster, or on a later state of this one."""
+
+    exit_code = 16
+
+
+class CatalogMismatchError(CdcWorkerError):
+    """The profile names a table or column that the database doesn't have."""
+
+    exit_code = 17
+
+
+class FencedError(CdcWorkerError):
+    """Another worker owns the checkpoint now."""
+
+    exit_code = 18
+
+
+class SynchronousStandbyError(CdcWorkerError):
+    """`synchronous_standby_names` would match this worker."""
+
+    exit_code = 19
+
+
+class MessageUnreadableError(CdcWorkerError):
+    """The stream holds a message that can't be read; the next attempt would meet the same."""
+
+    exit_code = 20
+
+
+class TargetUnusableError(CdcWorkerError):
+    """The target refuses the write whatever the row (SQLSTATE classes 42, 25006, 0A000)."""
+
+    exit_code = 21
+
+
+class TooManyRefusalsError(CdcWorkerError):
+    """The target refused very many rows in a row with one SQLSTATE."""
+
+    exit_code = 22
+
+
+class ServerError(CdcWorkerError):
+    """Another answer of the server that ends a one-shot command."""
+
+
+class UnknownValueError(CdcWorkerError):
+    """A rule needs a value that the change doesn't carry. The change becomes a dead letter; nothing stops."""

@@ -1,0 +1,332 @@
+"""A profile's rules, compiled once into functions of a change."""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from datetime import datetime
+from decimal import Decimal
+from typing import Any
+
+from cdc_worker.changes import Change, Operation, Row, Value
+from cdc_worker.errors import ProfileError, UnknownValueError
+from cdc_worker.profile import Profile
+from cdc_worker.profile import Rule as RuleSpec
+from cdc_worker.profile import Table as TableSpec
+
+
+class Absent:
+    """A column of a fact that the transaction doesn't have: nothing in text, NULL in a field, no key in metadata."""
+
+
+ABSENT = Absent()
+
+
+@dataclass(slots=True)
+class Event:
+    """A change as rules see it. `columns` are the changed columns that the rule at hand is about."""
+
+    change: Change
+    committed_at: datetime
+    context: Mapping[str, Any]
+    facts: dict[str, Row | None]
+    columns: list[str] = field(default_factory=list)
+
+    @property
+    def row(self) -> Row | None:
+        """The new row, or the old one of a delete."""
+        return self.change.new if self.change.new is not None else self.change.old
+
+
+Getter = Callable[[Event], Any]
+
+
+def text(value: Any) -> str:
+    """A value as it stands in a description: as Postgres prints it, NULL as nothing."""
+    if value is None or value is ABSENT:
+        return ""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, Decimal):
+        return f"{value:f}"
+    return str(value)
+
+
+@dataclass(frozen=True, slots=True)
+class _Scope:
+    """The names that a table's templates may use; remembers which they used."""
+
+    table: TableSpec
+    text_length: int
+    used: set[tuple[str, str]] = field(default_factory=set)
+
+    def getter(self, name: str) -> Getter:
+        """A function that reads `old.status`, `columns` and the like. ValueError for a name that isn't there."""
+        if name == "columns":
+            return lambda event: ", ".join(event.columns)
+        if name == "changes":
+            return self._changes
+        of, dot, column = name.partition(".")
+        if not dot or not column:
+            raise ValueError(f"{{{name}}} names nothing that a template can use")
+        if of in ("old", "new", "row"):
+            return self.column(of, column)
+        if of == "context":
+            return lambda event: event.context.get(column)
+        if of in self.table.facts:
+            self.used.add((of, column))
+            return lambda event: ABSENT if (row := event.facts[of]) is None else _of_row(row, column)
+        raise ValueError(f'{{{name}}}: there is no "{of}" here')
+
+    def column(self, of: str, column: str) -> Getter:
+        """A function that reads a column, or a mapped one, of the `old`, `new` or whichever `row` there is."""
+        mapped = self.table.mapped.get(column)
+        if mapped is not None:
+            source, values, default = self._real_column(of, mapped.column), mapped.map, mapped.default
+            return lambda event: values.get(text(source(event)), default)
+        return self._real_column(of, column)
+
+    def _real_column(self, of: str, column: str) -> Getter:
+        self.used.add(("row", column))
+        if of == "row":
+            return lambda event: None if event.row is None else _of_row(event.row, column)
+        if of == "old":
+            return lambda event: _of_row(event.change.old, column)
+        return lambda event: _of_row(event.change.new, column)
+
+    def _changes(self, event: Event) -> dict[str, dict[str, Value]]:
+        old, new = event.change.old or {}, event.change.new or {}
+        return {name: {"old": self._short(old.get(name)), "new": self._short(new.get(name))} for name in event.columns}
+
+    def _short(self, value: Value) -> Value:
+        if isinstance(value, str) and len(value) > self.text_length:
+            return value[: self.text_length] + "…"
+        return value
+
+
+def _of_row(row: Row | None, column: str) -> Value:
+    if row is None:
+        raise UnknownValueError("the change has no such row")
+    try:
+        return row[column]
+    except KeyError:
+        raise UnknownValueError(f'the change does not carry the column "{column}"') from None
+
+
+def _template(source: str | bool | int, scope: _Scope) -> Getter:
+    """Compile a template. It is parsed once and never again, so braces in a value stay text."""
+    if not isinstance(source, str):
+        return _constant(source)
+    parts: list[Getter] = []
+    match list(string.Formatter().parse(source)):
+        case [("", str(name), "", None)]:
+            return scope.getter(name)  # a bare name keeps the value's type
+        case [(str(literal), None, None, None)]:
+            return _constant(literal)
+        case parsed:
+            for literal, field_name, spec, conversion in parsed:
+                if literal:
+                    parts.append(_constant(literal))
+                if field_name is None:
+                    continue
+                if conversion or "{" in (spec or ""):
+                    raise ValueError(f"{source!r}: conversions and nested braces have no meaning here")
+                parts.append(_formatted(scope.getter(field_name), spec or ""))
+    return lambda event: "".join([part(event) for part in parts])
+
+
+def _constant(value: Any) -> Getter:
+    return lambda event: value
+
+
+def _formatted(getter: Getter, spec: str) -> Getter:
+    def part(event: Event) -> str:
+        value = getter(event)
+        if not spec:
+            return value if type(value) is str else text(value)
+        return "" if value is None or value is ABSENT else format(value, spec)
+
+    return part
+
+
+@dataclass(frozen=True, slots=True)
+class Fact:
+    """Where a fact is found: a row of `table` whose columns `theirs` equal our `ours`; of it `columns` are kept."""
+
+    name: str
+    table: tuple[str, str]
+    theirs: tuple[str, ...]
+    ours: tuple[str, ...]
+    columns: tuple[str, ...]
+
+    def key(self, row: Row, columns: tuple[str, ...]) -> tuple[Value, ...]:
+        """The values that tie the two rows together."""
+        return tuple(row.get(column) for column in columns)
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """A compiled rule."""
+
+    name: str
+    facts: tuple[str, ...]
+    _changed: tuple[str, ...]
+    _compared: tuple[tuple[str, Getter, Getter], ...]
+    _to: tuple[tuple[str, Value], ...]
+    _type: str
+    _description: Getter
+    _metadata: tuple[tuple[str, Getter], ...]
+    _fields: tuple[tuple[str, Getter], ...]
+    _actor: Getter
+
+    def columns(self, event: Event, claimed: set[str]) -> list[str] | None:
+        """The changed columns that this rule is about, or None when it doesn't apply to the change."""
+        change = event.change
+        if change.operation != "update":
+            return []
+        if self._changed == ("*",):
+            columns = list(change.changed)
+        elif self._changed == ("unclaimed",):
+            columns = [column for column in change.changed if column not in claimed]
+        else:
+            columns = [column for column in self._changed if column in change.changed]
+            columns += [column for column, old, new in self._compared if old(event) != new(event)]
+        if not columns:
+            return None
+        if self._to and any(change.new is None or change.new.get(column) != value for column, value in self._to):
+            return None
+        return columns
+
+    def fields(self, event: Event) -> dict[str, Any]:
+        """The fields of the activity. Raises UnknownValueError, ValueError or TypeError for data it can't read."""
+        actor = event.context.get("changed_by") or self._actor(event)
+        metadata = {key: value for key, get in self._metadata if (value := get(event)) is not ABSENT}
+        if actor:
+            metadata["changed_by"] = actor
+        fields = {
+            "type": self._type,
+            "description": self._description(event),
+            "metadata": metadata,
+            "occurred_at": event.committed_at,
+            "created_by": text(actor) or "system",
+        }
+        for name, get in self._fields:
+            value = get(event)
+            fields[name] = None if value is ABSENT else value
+        return fields
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """A captured table, compiled: rules by operation, facts by name; `tells`: the tables to which its rows are facts."""
+
+    name: tuple[str, str]
+    rules: Mapping[Operation, tuple[Rule, ...]]
+    facts: Mapping[str, Fact]
+    tells: tuple[tuple[tuple[str, str], Fact], ...]
+    columns: frozenset[str]
+
+    @property
+    def needs_old_rows(self) -> bool:
+        """Whether its rules can only work with REPLICA IDENTITY FULL."""
+        return bool(self.rules["update"] or self.rules["delete"])
+
+
+Rules = Mapping[tuple[str, str], Table]
+"""Compiled tables by (schema, name)."""
+
+
+def qualified(name: str) -> tuple[str, str]:
+    """A table's (schema, name) from `lead` or `crm.lead`."""
+    schema, dot, table = name.rpartition(".")
+    return (schema if dot else "public", table)
+
+
+def compile_rules(profile: Profile) -> Rules:
+    """Compile a profile. Raises ProfileError with every fault at once."""
+    faults: list[str] = []
+    scopes = {qualified(name): _Scope(spec, profile.text_length) for name, spec in profile.tables.items()}
+    compiled: dict[tuple[str, str], dict[Operation, tuple[Rule, ...]]] = {}
+    for table, scope in scopes.items():
+        rules: dict[Operation, list[Rule]] = {"insert": [], "update": [], "delete": [], "truncate": []}
+        for number, spec in enumerate(scope.table.rules, 1):
+            for operation in spec.on:
+                try:
+                    rules[operation].append(_rule(spec, operation, scope))
+                except ValueError as error:
+                    faults.append(f"tables.{table[1]}, rule {number} ({spec.name or spec.type}): {error}")
+        compiled[table] = {operation: tuple(of) for operation, of in rules.items()}
+    facts = {table: _facts(scope) for table, scope in scopes.items()}
+    for table in scopes:
+        faults += [
+            f"tables.{table[1]}.facts.{fact.name}: {'.'.join(fact.table)} is not a table of this profile"
+            for fact in facts[table].values()
+            if fact.table not in scopes
+        ]
+    if faults:
+        lines = "\n".join(f"  {fault}" for fault in faults)
+        raise ProfileError(f'profile "{profile.name}" is wrong:\n{lines}', hint="mend each place named")
+    return {
+        table: Table(
+            name=table,
+            rules=compiled[table],
+            facts=facts[table],
+            tells=tuple((other, f) for other in scopes for f in facts[other].values() if f.table == table),
+            columns=frozenset(_columns(table, scopes, facts)),
+        )
+        for table in scopes
+    }
+
+
+def _facts(scope: _Scope) -> dict[str, Fact]:
+    return {
+        name: Fact(
+            name,
+            qualified(spec.table),
+            tuple(spec.match),
+            tuple(spec.match.values()),
+            tuple(sorted(column for of, column in scope.used if of == name)),
+        )
+        for name, spec in scope.table.facts.items()
+    }
+
+
+def _columns(
+    table: tuple[str, str],
+    scopes: Mapping[tuple[str, str], _Scope],
+    facts: Mapping[tuple[str, str], Mapping[str, Fact]],
+) -> Iterable[str]:
+    """The columns of a table that rules name, its own or those of tables to which it tells something."""
+    yield from (column for of, column in scopes[table].used if of == "row")
+    for fact in facts[table].values():
+        yield from fact.ours
+    for others in facts.values():
+        for fact in others.values():
+            if fact.table == table:
+                yield from (*fact.theirs, *fact.columns)
+
+
+def _rule(spec: RuleSpec, operation: Operation, scope: _Scope) -> Rule:
+    table = scope.table
+    mapped = [column for column in spec.changed if column in table.mapped]
+    real = [column for column in spec.changed if column not in table.mapped]
+    scope.used.update(("row", column) for column in (*real, *spec.to) if column not in ("*", "unclaimed"))
+    if len(spec.changed) > 1 and {"*", "unclaimed"} & set(spec.changed):
+        raise ValueError('"*" and "unclaimed" stand alone in "changed"')
+    own = _Scope(table, scope.text_length)  # what this rule uses beside what it shares with others
+    identity = {} if operation == "truncate" else table.identity
+    rule = Rule(
+        name=spec.name or spec.type,
+        facts=(),
+        _changed=tuple(real),
+        _compared=tuple((table.mapped[c].column, own.column("old", c), own.column("new", c)) for c in mapped),
+        _to=tuple(spec.to.items()),
+        _type=spec.type,
+        _description=_template(spec.description, own),
+        _metadata=tuple((key, _template(source, own)) for key, source in {**identity, **spec.metadata}.items()),
+        _fields=tuple((name, _template(source, own)) for name, source in {**table.fields, **spec.fields}.items()),
+        _actor=_template(table.actor, own) if table.actor else _constant(None),
+    )
+    scope.used.update(own.used)
+    return replace(rule, facts=tuple(sorted({of for of, _ in own.used} - {"row"})))

@@ -1,0 +1,132 @@
+"""The output of wal2json, format version 2: one JSON object for each message.
+
+https://github.com/eulerto/wal2json#readme
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from datetime import datetime
+from decimal import Decimal
+from typing import Any, Final
+
+import msgspec
+
+from cdc_worker.changes import Begin, Change, Commit, Message, Row, Value, update
+from cdc_worker.errors import MessageUnreadableError
+from cdc_worker.lsn import LSN
+
+PLUGIN: Final = "wal2json"
+
+
+def options(tables: Iterable[tuple[str, str]], message_prefixes: Iterable[str] = ()) -> dict[str, str]:
+    """Options of START_REPLICATION for these (schema, table) pairs and messages of these prefixes.
+
+    Types as OIDs: their names can make the output invalid JSON (`"type":"My Sch"."My Enum"`).
+    """
+    return {
+        "format-version": "2",
+        "include-lsn": "1",
+        "include-timestamp": "1",
+        "include-xids": "1",
+        "include-types": "0",
+        "include-type-oids": "1",
+        "add-tables": ",".join(f"{_escaped(schema)}.{_escaped(table)}" for schema, table in tables),
+        # An empty list of prefixes would let every message through.
+        "add-msg-prefixes": ",".join(map(_escaped, message_prefixes)) or "cdc_worker.none",
+    }
+
+
+def _escaped(name: str) -> str:
+    return "".join("\\" + c if c in " '\",.*\\" else c for c in name)
+
+
+class _Column(msgspec.Struct, gc=False):
+    name: str
+    typeoid: int
+    value: Any  # a union with Decimal would read strings as numbers; see float_hook
+
+
+class _Begin(msgspec.Struct, tag_field="action", tag="B", gc=False):
+    xid: int
+    timestamp: str
+    lsn: str
+    nextlsn: str
+
+
+class _Commit(msgspec.Struct, tag_field="action", tag="C", gc=False):
+    nextlsn: str
+
+
+class _Insert(msgspec.Struct, tag_field="action", tag="I", gc=False):
+    schema: str
+    table: str
+    columns: list[_Column]
+
+
+class _Update(msgspec.Struct, tag_field="action", tag="U", gc=False):
+    schema: str
+    table: str
+    columns: list[_Column]
+    identity: list[_Column] = []
+
+
+class _Delete(msgspec.Struct, tag_field="action", tag="D", gc=False):
+    schema: str
+    table: str
+    identity: list[_Column] = []
+
+
+class _Truncate(msgspec.Struct, tag_field="action", tag="T", gc=False):
+    schema: str
+    table: str
+
+
+class _Message(msgspec.Struct, tag_field="action", tag="M", gc=False):
+    transactional: bool
+    prefix: str
+    content: str
+
+
+_decoder = msgspec.json.Decoder(
+    _Begin | _Commit | _Insert | _Update | _Delete | _Truncate | _Message,
+    float_hook=Decimal,  # a float would lose digits of a numeric
+)
+
+_FLOAT_OIDS: Final = frozenset((700, 701))
+
+
+def _number(column: _Column) -> Value:
+    # float4 and float8 print an exponent where numeric prints every digit: a float prints it as Postgres does.
+    value: Decimal = column.value
+    return float(value) if column.typeoid in _FLOAT_OIDS else value
+
+
+def _row(columns: list[_Column]) -> Row:
+    return {c.name: c.value if type(c.value) is not Decimal else _number(c) for c in columns}
+
+
+def decode(payload: bytes | memoryview) -> Begin | Change | Message | Commit:
+    """Read one line of wal2json's output, in UTF-8. Raises MessageUnreadableError for what is none."""
+    try:
+        line = _decoder.decode(payload)
+        if type(line) is _Update:  # by far the most frequent, with the ends of its transaction
+            return update(line.schema, line.table, _row(line.identity), _row(line.columns))
+        if type(line) is _Begin:
+            committed_at = datetime.fromisoformat(line.timestamp)
+            return Begin(line.xid, LSN.parse(line.lsn), LSN.parse(line.nextlsn), committed_at)
+        if type(line) is _Commit:
+            return Commit(LSN.parse(line.nextlsn))
+        if type(line) is _Insert:
+            return Change("insert", line.schema, line.table, None, _row(line.columns))
+        if type(line) is _Delete:
+            return Change("delete", line.schema, line.table, _row(line.identity), None)
+        if type(line) is _Truncate:
+            return Change("truncate", line.schema, line.table, None, None)
+        return Message(line.prefix, line.content, line.transactional)
+    except (msgspec.DecodeError, ValueError) as error:
+        # msgspec's message names the place in the document, never what stands there.
+        raise MessageUnreadableError(
+            f"wal2json sent {len(payload)} bytes that can't be read: {error}",
+            hint="format-version 2 is read, with include-lsn, include-timestamp, include-xids, include-type-oids",
+        ) from error
