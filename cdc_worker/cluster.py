@@ -1,5 +1,6 @@
 """A private PostgreSQL cluster in a temporary directory, for the demo, the tests and the benchmarks."""
 
+import atexit
 import os
 import pwd
 import secrets
@@ -140,6 +141,7 @@ class Cluster:
             shutil.rmtree(self._directory, ignore_errors=True)
             shutil.rmtree(self.socket_directory, ignore_errors=True)
             self._directory = None
+            atexit.unregister(self.close)
 
     def set(self, **settings: str) -> None:
         """Write settings into the configuration, for the next start or reload."""
@@ -183,6 +185,7 @@ class Cluster:
         return done
 
     def _create(self) -> None:
+        atexit.register(self.close)
         self._directory = Path(tempfile.mkdtemp(prefix="cdc-cluster-", dir=self.parent))
         self.socket_directory = self._directory
         if len(os.fsencode(self._directory / ".s.PGSQL.65535.lock")) > SOCKET_PATH_MAX:
