@@ -19,6 +19,8 @@ from pathlib import Path
 
 import click
 
+from cdc_worker.errors import CdcWorkerError
+
 Report = Callable[[str], None]
 
 CANDIDATE_MAX_AGE = 24 * 3600
@@ -38,13 +40,14 @@ Acquire::Retries "3";
 """
 
 
-class ClusterError(Exception):
-    """There is no private cluster to be had. `hint` tells what to install or to change."""
+class ClusterError(CdcWorkerError):
+    """There is no private cluster to be had: install what `hint` names."""
 
-    def __init__(self, message: str, *, hint: str = "") -> None:
-        super().__init__(f"{message}\nhint: {hint}" if hint else message)
-        self.message = message
-        self.hint = hint
+    def __init__(self, message: str, *, hint: str | None = None) -> None:
+        super().__init__(message, hint=hint)
+        if hint is not None:
+            # For the reader of a traceback, as pytest shows it.
+            self.add_note(f"hint: {hint}")
 
 
 @dataclass(frozen=True, slots=True)
