@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Self
+from typing import Final, Self
+
+_CHARACTERS: Final = "0123456789ABCDEFabcdef/"
 
 
 class LSN(int):
@@ -17,7 +19,8 @@ class LSN(int):
     def parse(cls, text: str) -> Self:
         """Read `0/17FE4B8`. ValueError when it isn't one."""
         high, separator, low = text.partition("/")
-        if not separator or not 1 <= len(high) <= 8 or not 1 <= len(low) <= 8:
+        # int() would also read signs, underscores, spaces, 0x and the digits of other scripts.
+        if not separator or text.strip(_CHARACTERS) or not 1 <= len(high) <= 8 or not 1 <= len(low) <= 8:
             raise ValueError(f"not an LSN: {text!r}")
         return cls(int(high, 16) << 32 | int(low, 16))
 
