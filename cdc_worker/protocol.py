@@ -14,9 +14,9 @@ from cdc_worker.lsn import INVALID, LSN
 
 EPOCH = datetime(2000, 1, 1, tzinfo=UTC)
 
-_XLOG_DATA = struct.Struct(">cqqq")
-_KEEPALIVE = struct.Struct(">cqqB")
-_STATUS_UPDATE = struct.Struct(">cqqqqB")
+_XLOG_DATA = struct.Struct(">cQQq")
+_KEEPALIVE = struct.Struct(">cQqB")
+_STATUS_UPDATE = struct.Struct(">cQQQqB")
 
 
 class XLogData(NamedTuple):
@@ -45,7 +45,9 @@ def parse(data: memoryview) -> XLogData | PrimaryKeepalive:
             _, end, sent_at, reply = _KEEPALIVE.unpack(data)
             return PrimaryKeepalive(LSN(end), EPOCH + timedelta(microseconds=sent_at), bool(reply))
     except (IndexError, struct.error) as error:
-        raise MessageUnreadableError(f"a replication message of {len(data)} bytes is cut short") from error
+        raise MessageUnreadableError(f"a replication message of {len(data)} bytes has the wrong length") from error
+    except OverflowError as error:
+        raise MessageUnreadableError("a keepalive was sent at a time beyond the calendar") from error
     raise MessageUnreadableError(f"unknown kind of replication message: {bytes(data[:1])!r}")
 
 
