@@ -5,6 +5,7 @@ https://github.com/eulerto/wal2json#readme
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from datetime import datetime
 from decimal import Decimal
@@ -17,6 +18,8 @@ from cdc_worker.errors import MessageUnreadableError
 from cdc_worker.lsn import LSN
 
 PLUGIN: Final = "wal2json"
+
+_SPACES: Final = " \t\n\v\f\r"
 
 
 def options(tables: Iterable[tuple[str, str]], message_prefixes: Iterable[str] = ()) -> dict[str, str]:
@@ -33,12 +36,19 @@ def options(tables: Iterable[tuple[str, str]], message_prefixes: Iterable[str] =
         "include-type-oids": "1",
         "add-tables": ",".join(f"{_escaped(schema)}.{_escaped(table)}" for schema, table in tables),
         # An empty list of prefixes would let every message through.
-        "add-msg-prefixes": ",".join(map(_escaped, message_prefixes)) or "cdc_worker.none",
+        "add-msg-prefixes": ",".join(map(_askable, message_prefixes)) or "cdc_worker.none",
     }
 
 
 def _escaped(name: str) -> str:
-    return "".join("\\" + c if c in " '\",.*\\" else c for c in name)
+    return "".join("\\" + c if c in _SPACES + "'\",.*\\" else c for c in name)
+
+
+def _askable(prefix: str) -> str:
+    # Prefixes are compared as they are: an escape would become part of them.
+    if not prefix or any(c in _SPACES + "," for c in prefix):
+        raise ValueError(f"wal2json can't be asked for messages of the prefix {prefix!r}")
+    return prefix
 
 
 class _Column(msgspec.Struct, gc=False):
@@ -88,10 +98,12 @@ class _Message(msgspec.Struct, tag_field="action", tag="M", gc=False):
     content: str
 
 
-_decoder = msgspec.json.Decoder(
-    _Begin | _Commit | _Insert | _Update | _Delete | _Truncate | _Message,
-    float_hook=Decimal,  # a float would lose digits of a numeric
-)
+_Line = _Begin | _Commit | _Insert | _Update | _Delete | _Truncate | _Message
+
+_decoder = msgspec.json.Decoder(_Line, float_hook=Decimal)  # a float would lose digits of a numeric
+
+_INTEGER_DIGITS: Final = 4_300
+"""More than these int() doesn't read; a numeric may have 131,072."""
 
 _FLOAT_OIDS: Final = frozenset((700, 701))
 
@@ -106,10 +118,27 @@ def _row(columns: list[_Column]) -> Row:
     return {c.name: c.value if type(c.value) is not Decimal else _number(c) for c in columns}
 
 
+def _read_slowly(payload: bytes | memoryview) -> _Line:
+    """What the fast decoder refuses though Postgres may send it, and anyone who writes may cause it: integers of very
+    many digits, and messages that aren't text, because `pg_logical_emit_message` takes bytes as well.
+    """
+    text = bytes(payload)
+    document = json.loads(
+        text.decode("utf-8", "replace" if text.startswith(b'{"action":"M"') else "strict"),
+        parse_int=lambda digits: int(digits) if len(digits) < _INTEGER_DIGITS else Decimal(digits),
+        parse_float=Decimal,
+    )
+    line: _Line = msgspec.convert(document, _Line)
+    return line
+
+
 def decode(payload: bytes | memoryview) -> Begin | Change | Message | Commit:
     """Read one line of wal2json's output, in UTF-8. Raises MessageUnreadableError for what is none."""
     try:
-        line = _decoder.decode(payload)
+        try:
+            line = _decoder.decode(payload)
+        except (msgspec.ValidationError, UnicodeDecodeError):
+            line = _read_slowly(payload)
         if type(line) is _Update:  # by far the most frequent, with the ends of its transaction
             return update(line.schema, line.table, _row(line.identity), _row(line.columns))
         if type(line) is _Begin:
@@ -124,8 +153,8 @@ def decode(payload: bytes | memoryview) -> Begin | Change | Message | Commit:
         if type(line) is _Truncate:
             return Change("truncate", line.schema, line.table, None, None)
         return Message(line.prefix, line.content, line.transactional)
-    except (msgspec.DecodeError, ValueError) as error:
-        # msgspec's message names the place in the document, never what stands there.
+    except (ValueError, ArithmeticError, RecursionError) as error:
+        # The decoder's message names the place in the document, never what stands there.
         raise MessageUnreadableError(
             f"wal2json sent {len(payload)} bytes that can't be read: {error}",
             hint="format-version 2 is read, with include-lsn, include-timestamp, include-xids, include-type-oids",
