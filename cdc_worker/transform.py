@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict, deque
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Final
 
@@ -23,18 +23,23 @@ FACT_DISTANCE: Final = 10_000
 Outcome = Activity | DeadLetter
 
 
+def _plain(value: Any) -> bool:
+    return "\0" not in value if isinstance(value, str) else not isinstance(value, (dict, list))
+
+
 _FactKey = tuple[tuple[str, str], str, tuple[Value, ...]]
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Waiting:
-    """An activity that a fact may still complete."""
+    """An activity that the facts which are `missing` may still complete."""
 
     event: Event
     rule: Rule
     table: Table
     key: str
     index: int
+    missing: list[_FactKey] = field(default_factory=list)
     outcome: Outcome | None = None
 
 
@@ -99,9 +104,10 @@ class Transformer:
             return
         try:
             said = msgspec.json.decode(message.content, type=dict[str, Any])
-        except msgspec.DecodeError:
+        except (msgspec.DecodeError, RecursionError):
             return  # the application's words are not ours to mend, and its changes are recorded all the same
-        self._context = {**self._context, **said}
+        # Only what a text column can hold: whatever anyone says here, it must not get in the way of the changes.
+        self._context = {**self._context, **{name: value for name, value in said.items() if _plain(value)}}
 
     def _take(self, change: Change, table: Table, committed_at: datetime) -> None:
         index = self._index
@@ -135,7 +141,7 @@ class Transformer:
             claimed.update(columns)
             event.columns = columns
             waiting = _Waiting(event, rule, table, key, index)
-            if rule.facts and not self._find(event, rule, table):
+            if rule.facts and not self._find(waiting):
                 self._hold(waiting)
             else:
                 self._put(self._build(waiting))
@@ -157,28 +163,42 @@ class Transformer:
         facts = self._facts
         for other, fact in table.tells:
             key = (other, fact.name, fact.key(row, fact.theirs))
+            if None in key[2]:
+                continue
             facts.pop(key, None)
             facts[key] = (index, {column: row[column] for column in fact.columns if column in row})
             for waiting in self._waiting.pop(key, ()):
-                if waiting.outcome is None and self._find(waiting.event, waiting.rule, waiting.table):
+                waiting.event.facts[fact.name] = facts[key][1]
+                waiting.missing.remove(key)
+                if not waiting.missing:
                     waiting.outcome = self._build(waiting)
         while facts and next(iter(facts.values()))[0] + FACT_DISTANCE < index:
             del facts[next(iter(facts))]
 
-    def _find(self, event: Event, rule: Rule, table: Table) -> bool:
-        """Whether all facts that the rule needs are known; notes in the event what is."""
-        for name in rule.facts:
-            _, event.facts[name] = self._facts.get(self._fact_key(event, table, name), (0, None))
-        return None not in event.facts.values()
-
-    def _fact_key(self, event: Event, table: Table, name: str) -> _FactKey:
-        fact = table.facts[name]
-        return table.name, name, fact.key(event.row or {}, fact.ours)
+    def _find(self, waiting: _Waiting) -> bool:
+        """Whether no fact that the rule needs may still come; notes what is known and what is missing."""
+        for name in waiting.rule.facts:
+            fact = waiting.table.facts[name]
+            key = (waiting.table.name, name, fact.key(waiting.event.row or {}, fact.ours))
+            index, row = self._facts.get(key, (0, None))
+            if row is not None and index + FACT_DISTANCE < waiting.index:
+                row = None
+            waiting.event.facts[name] = row
+            if row is None and None not in key[2]:  # as in SQL, NULL matches nothing
+                waiting.missing.append(key)
+        return not waiting.missing
 
     def _hold(self, waiting: _Waiting) -> None:
+        if not self._held:
+            self._take_back(waiting.index)
         self._held.append(waiting)
-        for name in waiting.rule.facts:
-            self._waiting[self._fact_key(waiting.event, waiting.table, name)].append(waiting)
+        for key in waiting.missing:
+            self._waiting[key].append(waiting)
+
+    def _take_back(self, index: int) -> None:
+        """Keep the outcomes of a change together: `done` counts whole changes."""
+        while self._out and self._out[-1].index == index:
+            self._held.appendleft(self._out.pop())
 
     def _release(self, index: int) -> None:
         """Let go of what need not wait any longer at the change `index`."""
@@ -188,14 +208,21 @@ class Transformer:
             if isinstance(head, _Waiting):
                 if head.outcome is None:
                     if head.index + FACT_DISTANCE >= index:
+                        self._take_back(head.index)
                         return
-                    for name in head.rule.facts:
-                        self._waiting.pop(self._fact_key(head.event, head.table, name), None)
+                    for key in head.missing:
+                        self._forget(key, head)
                     head.outcome = self._build(head)
                 self._out.append(head.outcome)
             else:
                 self._out.append(head)
             held.popleft()
+
+    def _forget(self, key: _FactKey, waiting: _Waiting) -> None:
+        others = self._waiting[key]
+        others.remove(waiting)
+        if not others:
+            del self._waiting[key]
 
 
 def transform(rules: Rules, transactions: list[Transaction], *, worker: str, system_identifier: str) -> list[Outcome]:

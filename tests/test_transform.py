@@ -1,0 +1,585 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+import pytest
+from factories import (
+    COMMITTED_AT,
+    activities,
+    assembled,
+    contact,
+    customer,
+    deleted,
+    inserted,
+    lead,
+    leadfi,
+    outcomes,
+    rules,
+    said,
+    truncated,
+    updated,
+)
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cdc_worker import transform as module
+from cdc_worker.activities import Activity, DeadLetter
+from cdc_worker.changes import Change, Message, Transaction, update
+from cdc_worker.lsn import LSN
+from cdc_worker.rules import Rules
+from cdc_worker.transform import FACT_DISTANCE, Outcome, Transformer, transform
+
+
+def keys(came: list[Outcome]) -> list[str]:
+    return [outcome.change_key for outcome in came]
+
+
+def converted(lead_id: int = 7) -> Change:
+    return updated("lead", lead(lead_id=lead_id), is_converted=True)
+
+
+def customers_of(came: list[Outcome]) -> list[Any]:
+    """The customers that conversions were linked to, in order."""
+    return [
+        outcome.fields["customer"]
+        for outcome in came
+        if isinstance(outcome, Activity) and outcome.fields["type"] == "lead_converted"
+    ]
+
+
+# The identity of a change
+
+
+def test_the_key_names_worker_cluster_commit_table_ordinal_and_rule() -> None:
+    (outcome,) = outcomes(inserted("lead", lead()), commit_lsn=0x16_B374D848)
+    assert outcome.change_key == "w/1/00000016B374D848/public.lead/0/lead_created"
+
+
+def test_keys_sort_as_commits_do() -> None:
+    lsns = [0x1, 0xFFFFFFFF, 0x1_00000000, 0x10_00000000, 2**63]
+    came = [outcomes(inserted("lead", lead()), commit_lsn=lsn)[0].change_key for lsn in lsns]
+    assert came == sorted(came)
+
+
+def test_ordinals_count_the_changes_of_one_table_in_one_commit() -> None:
+    came = outcomes(
+        inserted("lead", lead()),
+        inserted("customer", customer()),
+        inserted("elsewhere", {}),
+        inserted("contact", contact()),
+        updated("lead", lead()),  # a no-op is counted as well
+        deleted("lead", lead()),
+        deleted("customer", customer()),
+    )
+    assert [key.removeprefix("w/1/0000000000001000/public.") for key in keys(came)] == [
+        "lead/0/lead_created",
+        "customer/0/customer_created",
+        "lead/2/lead_deleted",
+        "customer/1/customer_deleted",
+    ]
+    assert [outcome.index for outcome in came] == [0, 1, 4, 5], "changes of captured tables before it"
+
+
+def test_a_truncate_is_counted_too() -> None:
+    came = outcomes(truncated("lead"), inserted("lead", lead()))
+    assert [key.rpartition("public.")[2] for key in keys(came)] == ["lead/0/leads_truncated", "lead/1/lead_created"]
+
+
+def test_ordinals_begin_anew_with_each_commit() -> None:
+    transactions = [
+        *assembled([inserted("lead", lead())] * 2, commit_lsn=0x1000),
+        *assembled([inserted("lead", lead())], commit_lsn=0x2000),
+    ]
+    came = transform(leadfi(), transactions, worker="w", system_identifier="1")
+    assert keys(came) == [
+        "w/1/0000000000001000/public.lead/0/lead_created",
+        "w/1/0000000000001000/public.lead/1/lead_created",
+        "w/1/0000000000002000/public.lead/0/lead_created",
+    ]
+
+
+CHANGES = st.one_of(
+    st.builds(lambda n: inserted("lead", lead(lead_id=n)), st.integers(1, 3)),
+    st.builds(lambda n: updated("lead", lead(lead_id=n), status="x", title="y"), st.integers(1, 3)),
+    st.builds(lambda n: updated("lead", lead(lead_id=n), status="x", is_converted=True), st.integers(1, 3)),
+    st.builds(lambda n: updated("lead", lead(lead_id=n), is_converted=True, title="y"), st.integers(1, 3)),
+    st.builds(lambda n: updated("lead", lead(lead_id=n)), st.integers(1, 3)),
+    st.builds(lambda n: update("public", "lead", {"lead_id": n}, lead(lead_id=n)), st.integers(1, 3)),
+    st.builds(
+        lambda n, to: inserted("contact", contact(lead_id=n, customer_uid=to)), st.integers(1, 3), st.integers(1)
+    ),
+    st.builds(lambda n: deleted("contact", contact(lead_id=n)), st.integers(1, 3)),
+    st.builds(lambda n: deleted("lead", {"lead_id": n}), st.integers(1, 3)),
+    st.just(inserted("customer", customer())),
+    st.just(inserted("elsewhere", {"lead_id": 1})),
+)
+MESSAGES = st.builds(lambda who: said(json.dumps({"changed_by": who})), st.text(max_size=3))
+SCRIPTS = st.lists(st.one_of(CHANGES, MESSAGES), max_size=30)
+CUTS = st.sets(st.integers(0, 30))
+DISTANCES = st.sampled_from([0, 1, 2, 3, 5, FACT_DISTANCE])
+
+
+@contextmanager
+def distance(changes: int) -> Iterator[None]:
+    """Facts are sought in so many changes, so that a short script can reach beyond."""
+    with mock.patch.object(module, "FACT_DISTANCE", changes):
+        yield
+
+
+@given(SCRIPTS)
+def test_the_key_of_a_change_is_the_same_whatever_other_tables_are_recorded(script: list[Change | Message]) -> None:
+    """A narrower filter, or a recording with other tables, numbers it alike."""
+    alone = [message for message in script if isinstance(message, Message) or message.table == "lead"]
+    of_leads = [key for key in keys(outcomes(*script)) if "/public.lead/" in key]
+    assert keys(outcomes(*alone)) == of_leads
+    assert len(set(of_leads)) == len(of_leads)
+
+
+# Slices
+
+
+@given(SCRIPTS, CUTS, DISTANCES)
+def test_what_comes_out_does_not_depend_on_slices(script: list[Change | Message], cuts: set[int], within: int) -> None:
+    with distance(within):
+        assert outcomes(*script, cuts=cuts) == outcomes(*script)
+
+
+@given(SCRIPTS, CUTS, DISTANCES)
+def test_done_never_runs_ahead_of_what_is_out(script: list[Change | Message], cuts: set[int], within: int) -> None:
+    with distance(within):
+        transformer = Transformer(leadfi(), worker="w", system_identifier="1")
+        whole, out, before = outcomes(*script), [], 0
+        for part in assembled(script, cuts=cuts):
+            out += transformer.feed(part)
+            assert out == [outcome for outcome in whole if outcome.index < transformer.done]
+            assert transformer.done >= before, "it never goes back"
+            before = transformer.done
+            if part.last:
+                assert transformer.done == sum(
+                    isinstance(message, Change) and ("public", message.table) in leadfi() for message in script
+                )
+        assert out == whole
+
+
+@given(SCRIPTS, CUTS, DISTANCES, st.data())
+def test_a_commit_that_is_resumed_loses_and_repeats_nothing(
+    script: list[Change | Message], cuts: set[int], within: int, data: st.DataObject
+) -> None:
+    """The process died after some slices were written; the whole commit comes again, sliced otherwise."""
+    slices = assembled(script, cuts=cuts)
+    survived = data.draw(st.integers(0, len(slices)))
+    again = assembled(script, cuts=data.draw(CUTS))
+    with distance(within):
+        first = Transformer(leadfi(), worker="w", system_identifier="1")
+        written = [outcome for part in slices[:survived] for outcome in first.feed(part)]
+        second = Transformer(leadfi(), worker="w", system_identifier="1")
+        done = first.done if survived else 0
+        resumed = [outcome for part in again for outcome in second.feed(part) if outcome.index >= done]
+        assert written + resumed == outcomes(*script)
+
+
+def test_a_transformer_that_was_interrupted_within_a_commit_begins_it_anew() -> None:
+    """The connection was lost, the process was not: nothing of the first attempt is left in the second."""
+    script: list[Change | Message] = [
+        said('{"changed_by": "jane"}'),
+        converted(),
+        inserted("lead", lead()),
+        inserted("contact", contact()),
+    ]
+    slices = assembled(script, cuts={0, 1})
+    transformer = Transformer(leadfi(), worker="w", system_identifier="1")
+    transformer.feed(slices[0])
+    assert [outcome for part in slices for outcome in transformer.feed(part)] == outcomes(*script)
+    assert transformer.feed(assembled([inserted("lead", lead())], commit_lsn=0x2000)[0])[0].index == 0
+
+
+# Context messages
+
+
+def changed_by(*messages: Change | Message) -> list[str]:
+    return [fields["created_by"] for fields in activities(*messages)]
+
+
+def test_a_context_message_applies_to_the_changes_after_it() -> None:
+    insert = inserted("lead", lead())
+    assert changed_by(
+        insert, said('{"changed_by": "jane"}'), insert, insert, said('{"changed_by": "joe"}'), insert
+    ) == [
+        *("system", "jane", "jane", "joe"),
+    ]
+
+
+def test_context_ends_with_its_commit() -> None:
+    insert = inserted("lead", lead())
+    came = transform(
+        leadfi(),
+        [*assembled([said('{"changed_by": "jane"}'), insert]), *assembled([insert], commit_lsn=0x2000)],
+        worker="w",
+        system_identifier="1",
+    )
+    assert [outcome.fields["created_by"] for outcome in came if isinstance(outcome, Activity)] == ["jane", "system"]
+
+
+CONTEXT = """
+[tables.lead]
+rules = [{ on = "insert", type = "t", description = "{context.changed_by} from {context.source}" }]
+"""
+
+
+def test_context_messages_are_merged() -> None:
+    (fields,) = activities(
+        said('{"changed_by": "jane", "source": "web"}'),
+        said('{"source": "import"}'),
+        said("{}"),
+        inserted("lead", {}),
+        rules=rules(CONTEXT),
+    )
+    assert fields["description"] == "jane from import"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        *(
+            "",
+            "jane",
+            "null",
+            "[]",
+            '"jane"',
+            "7",
+            "{",
+            '{"changed_by": "x"',
+            '{"changed_by": x}',
+            "{'changed_by': 'x'}",
+        ),
+        *('{"changed_by": "\\ud800"}', '{"changed_by": 1e999}', '{"changed_by": ' + "[" * 100_000, "\ufffd"),
+    ],
+)
+def test_a_context_that_is_no_json_object_is_ignored(content: str) -> None:
+    """Anyone may send one. The change is recorded all the same, with the context that was there before."""
+    (fields,) = activities(
+        said('{"changed_by": "jane", "source": "web"}'), said(content), inserted("lead", {}), rules=rules(CONTEXT)
+    )
+    assert fields["description"] == "jane from web"
+
+
+def test_of_a_context_only_what_a_text_column_can_hold_is_heard() -> None:
+    content = '{"changed_by": "nul\\u0000", "source": {"deep": ["x"]}, "other": "\\\\u0000"}'
+    (fields,) = activities(
+        said('{"changed_by": "jane"}'),
+        said(content),
+        inserted("lead", {}),
+        rules=rules(CONTEXT.replace("{context.source}", "{context.source}{context.other}")),
+    )
+    assert fields["description"] == "jane from \\u0000"
+
+
+def test_messages_of_others_are_not_context() -> None:
+    mine = said('{"changed_by": "jane"}', prefix="cdc_worker.contextual")
+    assert changed_by(mine, inserted("lead", lead())) == ["system"]
+
+
+def test_an_activity_that_waits_keeps_the_context_it_met() -> None:
+    came = activities(
+        said('{"changed_by": "jane"}'), converted(), said('{"changed_by": "joe"}'), inserted("contact", contact())
+    )
+    assert [(fields["type"], fields["created_by"]) for fields in came] == [("lead_converted", "jane")]
+
+
+# Facts
+
+
+def fillers(count: int) -> list[Change]:
+    """Changes of a captured table that mean nothing by themselves."""
+    return [updated("customer", customer())] * count
+
+
+@pytest.mark.parametrize(("between", "linked"), [(0, 42), (FACT_DISTANCE - 1, 42), (FACT_DISTANCE, None)])
+def test_a_fact_that_follows_is_found_within_10000_changes(between: int, linked: int | None) -> None:
+    came = outcomes(converted(), *fillers(between), inserted("contact", contact()))
+    assert customers_of(came) == [linked]
+
+
+@pytest.mark.parametrize(("between", "linked"), [(0, 42), (FACT_DISTANCE - 1, 42), (FACT_DISTANCE, None)])
+def test_a_fact_that_came_before_is_found_within_10000_changes(between: int, linked: int | None) -> None:
+    came = outcomes(inserted("contact", contact()), *fillers(between), converted())
+    assert customers_of(came) == [linked]
+
+
+def test_what_came_before_goes_before_what_follows_and_the_nearest_goes_first() -> None:
+    came = outcomes(
+        inserted("contact", contact(customer_uid=1)),
+        inserted("contact", contact(customer_uid=2)),
+        converted(),
+        inserted("contact", contact(customer_uid=3)),
+    )
+    assert customers_of(came) == [2]
+    came = outcomes(
+        converted(), inserted("contact", contact(customer_uid=3)), inserted("contact", contact(customer_uid=4))
+    )
+    assert customers_of(came) == [3]
+
+
+def test_a_fact_of_another_row_or_another_transaction_is_none() -> None:
+    assert customers_of(outcomes(converted(), inserted("contact", contact(lead_id=8)))) == [None]
+    came = transform(
+        leadfi(),
+        [
+            *assembled([inserted("contact", contact())]),
+            *assembled([converted()], commit_lsn=0x2000),
+            *assembled([inserted("contact", contact())], commit_lsn=0x3000),
+        ],
+        worker="w",
+        system_identifier="1",
+    )
+    assert customers_of(came) == [None]
+
+
+def test_null_matches_nothing() -> None:
+    """As in SQL: two rows whose columns are both NULL don't belong together."""
+    compiled = rules(
+        """
+        [tables.task]
+        facts.lead = { table = "lead", match = { id = "lead_id" } }
+        rules = [{ on = "insert", type = "t", description = "{lead.name}" }]
+        [tables.lead]
+        """
+    )
+    nobody = inserted("lead", {"id": None, "name": "nobody"})
+    for script in ([nobody, inserted("task", {"lead_id": None})], [inserted("task", {"lead_id": None}), nobody]):
+        assert [fields["description"] for fields in activities(*script, rules=compiled)] == [""]
+    transformer = Transformer(compiled, worker="w", system_identifier="1")
+    first, _ = assembled([inserted("task", {"lead_id": None})], cuts={0})
+    assert len(transformer.feed(first)) == 1, "there is nothing to wait for"
+
+
+def test_the_order_of_changes_is_kept_behind_one_that_waits() -> None:
+    came = outcomes(
+        inserted("lead", lead(lead_id=1)),
+        updated("lead", lead(lead_id=1), status="x", is_converted=True, title="y"),
+        inserted("lead", lead(lead_id=2)),
+        converted(2),
+        deleted("lead", {"lead_id": 3}),
+        inserted("contact", contact(lead_id=2)),
+        inserted("contact", contact(lead_id=1)),
+        inserted("lead", lead(lead_id=4)),
+    )
+    assert [(outcome.index, outcome.change_key.rpartition("/")[2]) for outcome in came] == [
+        (0, "lead_created"),
+        (1, "status_changed"),
+        (1, "lead_converted"),
+        (1, "lead_updated"),
+        (2, "lead_created"),
+        (3, "lead_converted"),
+        (4, "lead_deleted"),
+        (7, "lead_created"),
+    ]
+    assert customers_of(came) == [42, 42]
+
+
+def fed(script: list[Change | Message], compiled: Rules | None = None) -> list[tuple[int, int]]:
+    """After each change of one commit: how many outcomes are out, and how many changes are done."""
+    transformer = Transformer(leadfi() if compiled is None else compiled, worker="w", system_identifier="1")
+    return [(len(transformer.feed(part)), transformer.done) for part in assembled(script, cuts=set(range(len(script))))]
+
+
+def test_all_outcomes_of_one_change_come_out_together() -> None:
+    """Else `done` would count the change as not done, and a restart would repeat those that are out."""
+    both = updated("lead", lead(), status="x", is_converted=True)
+    assert fed([inserted("lead", lead()), both, inserted("contact", contact())]) == [(1, 1), (0, 1), (2, 3), (0, 3)]
+    other = updated("lead", lead(lead_id=8), status="x", is_converted=True)
+    assert fed([both, other, inserted("contact", contact()), inserted("contact", contact(lead_id=8))]) == [
+        *((0, 0), (0, 0), (2, 1), (2, 4), (0, 4)),
+    ]
+
+
+def test_what_waits_is_let_go_when_the_distance_is_passed() -> None:
+    with distance(2):
+        assert fed([converted(), *fillers(3)]) == [(0, 0), (0, 0), (0, 0), (1, 4), (0, 4)]
+
+
+def test_what_waits_longest_does_not_take_along_another_that_waits_for_the_same() -> None:
+    """One lead converted twice in a transaction: the first has waited in vain, the second's contact is near enough."""
+    with distance(2):
+        came = outcomes(converted(), *fillers(1), converted(), *fillers(1), inserted("contact", contact()))
+    assert customers_of(came) == [None, 42]
+
+
+TWO_FACTS = """
+[tables.lead]
+facts.maker = { table = "maker", match = { lead = "id" } }
+facts.taker = { table = "taker", match = { lead = "id" } }
+rules = [{ on = "insert", type = "t", description = "{maker.name} {taker.name}" }]
+[tables.maker]
+[tables.taker]
+[tables.filler]
+"""
+
+
+@pytest.mark.parametrize(
+    "order", ["mlt", "mtl", "tlm", "lmt", "ltm", "tml", "ml..t", "m.lt", "m.l.t", "l.m.t", "lmmt", "m..l.ot"]
+)
+def test_a_rule_may_need_several_facts(order: str) -> None:
+    """One found before it stays found, however long the other takes."""
+    made = {
+        "l": inserted("lead", {"id": 1}),
+        "m": inserted("maker", {"lead": 1, "name": "jane"}),
+        "t": inserted("taker", {"lead": 1, "name": "joe"}),
+        "o": inserted("maker", {"lead": 2, "name": "other"}),
+        ".": updated("filler", {"id": 1}),
+    }
+    with distance(4):
+        (fields,) = activities(*(made[letter] for letter in order), rules=rules(TWO_FACTS))
+    assert fields["description"] == "jane joe"
+
+
+def test_what_is_known_is_told_though_another_fact_never_comes() -> None:
+    lead_1, filler = inserted("lead", {"id": 1}), updated("filler", {"id": 1})
+    with distance(2):
+        (fields,) = activities(
+            inserted("maker", {"lead": 1, "name": "jane"}),
+            lead_1,
+            filler,
+            filler,
+            inserted("taker", {"lead": 1, "name": "joe"}),
+            rules=rules(TWO_FACTS),
+        )
+    assert fields["description"] == "jane "
+
+
+@given(st.lists(st.sampled_from([*(f"l{n}" for n in "123"), *(f"c{n}" for n in "123"), "."]), max_size=25), DISTANCES)
+def test_a_conversion_is_linked_to_the_nearest_contact_before_else_to_the_first_after(
+    letters: list[str], within: int
+) -> None:
+    script: list[Change] = []
+    expected = []
+    for place, letter in enumerate(letters):
+        match letter:
+            case ".":
+                script += fillers(1)
+            case _ if letter[0] == "c":
+                script.append(inserted("contact", contact(lead_id=int(letter[1]), customer_uid=place)))
+            case _:
+                script.append(converted(int(letter[1])))
+                contacts = [
+                    n for n, other in enumerate(letters) if other == f"c{letter[1]}" and abs(n - place) <= within
+                ]
+                before = [n for n in contacts if n < place]
+                after = [n for n in contacts if n > place]
+                expected.append(before[-1] if before else after[0] if after else None)
+    with distance(within):
+        assert customers_of(outcomes(*script)) == expected
+
+
+def test_nothing_is_kept_of_what_has_been_dealt_with() -> None:
+    """A commit of any size is held in the memory of 10,000 changes."""
+    transformer = Transformer(rules(TWO_FACTS), worker="w", system_identifier="1")
+    script = []
+    for n in range(50):
+        script += [
+            inserted("maker", {"lead": n, "name": "jane"}),
+            inserted("lead", {"id": n}),
+            inserted("lead", {"id": n}),
+            inserted("taker", {"lead": n, "name": "joe"}) if n % 2 else updated("filler", {"id": 1}),
+        ]
+    with distance(3):
+        for part in assembled(script, cuts=set(range(200))):
+            transformer.feed(part)
+            assert len(transformer._facts) <= 8
+            assert len(transformer._waiting) <= 4
+            assert len(transformer._held) <= 4
+
+
+# What is no activity
+
+
+def test_an_update_that_changes_nothing_is_nothing() -> None:
+    assert outcomes(updated("lead", lead()), updated("customer", customer()), updated("contact", contact())) == []
+
+
+def test_tables_and_operations_without_rules_are_nothing() -> None:
+    other = Change("insert", "crm", "lead", None, lead())
+    assert outcomes(inserted("elsewhere", {"id": 1}), other, deleted("contact", contact()), truncated("contact")) == []
+    assert outcomes(update("public", "contact", {"contact_id": 1}, contact())) == []
+
+
+def test_an_update_whose_old_values_are_unknown_is_one_dead_letter() -> None:
+    change = update("public", "lead", {"lead_id": 7}, lead(status="x", is_converted=True))
+    assert outcomes(inserted("lead", lead()), change)[1:] == [
+        DeadLetter(
+            "w/1/0000000000001000/public.lead/1/*",
+            "old_values_unknown",
+            "the change carries no old row: the table needs REPLICA IDENTITY FULL",
+            change,
+            1,
+            COMMITTED_AT,
+        )
+    ]
+
+
+def test_a_delete_that_carries_only_its_key_is_a_dead_letter_of_the_rule() -> None:
+    change = deleted("lead", {"lead_id": 7})
+    assert outcomes(change) == [
+        DeadLetter(
+            "w/1/0000000000001000/public.lead/0/lead_deleted",
+            "rule_failed",
+            'the change does not carry the column "full_name"',
+            change,
+            0,
+            COMMITTED_AT,
+        )
+    ]
+
+
+FAILING = """
+[tables.lead]
+mapped.kind = { column = "gone", map = {} }
+[[tables.lead.rules]]
+on = "update"
+changed = "kind"
+type = "never"
+description = ""
+[[tables.lead.rules]]
+on = "update"
+changed = "a"
+type = "a_changed"
+description = "{new.a:,.2f}"
+[[tables.lead.rules]]
+on = "update"
+changed = "unclaimed"
+type = "rest"
+description = "{columns}"
+"""
+
+
+def test_a_rule_that_fails_on_data_is_a_dead_letter_and_the_others_still_apply() -> None:
+    change = updated("lead", {"a": 1, "b": 1}, a="many", b=2)
+    first, second, third = outcomes(change, rules=rules(FAILING))
+    assert first == DeadLetter(
+        "w/1/0000000000001000/public.lead/0/never",
+        "rule_failed",
+        'the change does not carry the column "gone"',
+        change,
+        0,
+        COMMITTED_AT,
+    )
+    assert isinstance(second, DeadLetter)
+    assert (second.change_key, second.kind) == ("w/1/0000000000001000/public.lead/0/a_changed", "rule_failed")
+    assert third == Activity(
+        "w/1/0000000000001000/public.lead/0/rest",
+        {"type": "rest", "description": "b", "metadata": {}, "occurred_at": COMMITTED_AT, "created_by": "system"},
+        change,
+        0,
+    )
+
+
+def test_the_time_of_an_activity_is_that_of_the_commit() -> None:
+    (transaction,) = assembled([inserted("lead", lead())])
+    assert isinstance(transaction, Transaction)
+    assert transaction.commit_lsn == LSN(0x1000)
+    (fields,) = activities(inserted("lead", lead()))
+    assert fields["occurred_at"] is COMMITTED_AT
