@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from decimal import Decimal
-from typing import Any
+from typing import Any, Final
 
 from cdc_worker.changes import Change, Operation, Row, Value
 from cdc_worker.errors import ProfileError, UnknownValueError
@@ -41,6 +41,12 @@ class Event:
 
 Getter = Callable[[Event], Any]
 
+_WITHOUT: Final[Mapping[str, tuple[Operation, ...]]] = {"old": ("insert", "truncate"), "new": ("delete", "truncate")}
+"""The operations at which there is no such row."""
+
+_NAMES: Final = frozenset({"old", "new", "row", "context"})
+"""What templates can name beside facts."""
+
 
 def text(value: Any) -> str:
     """A value as it stands in a description: as Postgres prints it, NULL as nothing."""
@@ -50,15 +56,18 @@ def text(value: Any) -> str:
         return "true" if value else "false"
     if isinstance(value, Decimal):
         return f"{value:f}"
+    if isinstance(value, float):
+        return repr(value).removesuffix(".0")
     return str(value)
 
 
 @dataclass(frozen=True, slots=True)
 class _Scope:
-    """The names that a table's templates may use; remembers which they used."""
+    """The names that a table's templates may use in rules on an operation; remembers which they used."""
 
     table: TableSpec
     text_length: int
+    operation: Operation | None = None
     used: set[tuple[str, str]] = field(default_factory=set)
 
     def getter(self, name: str) -> Getter:
@@ -91,6 +100,8 @@ class _Scope:
         self.used.add(("row", column))
         if of == "row":
             return lambda event: None if event.row is None else _of_row(event.row, column)
+        if self.operation in _WITHOUT.get(of, ()):
+            raise ValueError(f"{{{of}.{column}}}: there is no {of} row at {self.operation}")
         if of == "old":
             return lambda event: _of_row(event.change.old, column)
         return lambda event: _of_row(event.change.new, column)
@@ -132,6 +143,8 @@ def _template(source: str | bool | int, scope: _Scope) -> Getter:
                     continue
                 if conversion or "{" in (spec or ""):
                     raise ValueError(f"{source!r}: conversions and nested braces have no meaning here")
+                if field_name == "changes":
+                    raise ValueError(f"{source!r}: {{changes}} is no text, it stands alone")
                 parts.append(_formatted(scope.getter(field_name), spec or ""))
     return lambda event: "".join([part(event) for part in parts])
 
@@ -141,11 +154,18 @@ def _constant(value: Any) -> Getter:
 
 
 def _formatted(getter: Getter, spec: str) -> Getter:
+    # Without a presentation type, Decimal would take to exponents.
+    decimal_spec = spec if spec[-1:] in "eEfFgGn%" else spec + "f"
+
     def part(event: Event) -> str:
         value = getter(event)
         if not spec:
             return value if type(value) is str else text(value)
-        return "" if value is None or value is ABSENT else format(value, spec)
+        if value is None or value is ABSENT:
+            return ""
+        if isinstance(value, bool):
+            return format(text(value), spec)
+        return format(value, decimal_spec if isinstance(value, Decimal) else spec)
 
     return part
 
@@ -173,7 +193,7 @@ class Rule:
     facts: tuple[str, ...]
     _changed: tuple[str, ...]
     _compared: tuple[tuple[str, Getter, Getter], ...]
-    _to: tuple[tuple[str, Value], ...]
+    _to: tuple[tuple[Getter, Value], ...]
     _type: str
     _description: Getter
     _metadata: tuple[tuple[str, Getter], ...]
@@ -191,25 +211,27 @@ class Rule:
             columns = [column for column in change.changed if column not in claimed]
         else:
             columns = [column for column in self._changed if column in change.changed]
-            columns += [column for column, old, new in self._compared if old(event) != new(event)]
+            for column, old, new in self._compared:
+                if column not in columns and old(event) != new(event):
+                    columns.append(column)
         if not columns:
             return None
-        if self._to and any(change.new is None or change.new.get(column) != value for column, value in self._to):
+        if any(get(event) != value for get, value in self._to):
             return None
         return columns
 
     def fields(self, event: Event) -> dict[str, Any]:
         """The fields of the activity. Raises UnknownValueError, ValueError or TypeError for data it can't read."""
-        actor = event.context.get("changed_by") or self._actor(event)
+        actor = text(event.context.get("changed_by")) or text(self._actor(event))
         metadata = {key: value for key, get in self._metadata if (value := get(event)) is not ABSENT}
         if actor:
             metadata["changed_by"] = actor
         fields = {
             "type": self._type,
-            "description": self._description(event),
+            "description": text(self._description(event)),
             "metadata": metadata,
             "occurred_at": event.committed_at,
-            "created_by": text(actor) or "system",
+            "created_by": actor or "system",
         }
         for name, get in self._fields:
             value = get(event)
@@ -219,7 +241,7 @@ class Rule:
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """A captured table, compiled: rules by operation, facts by name; `tells`: the tables to which its rows are facts."""
+    """A captured table, compiled: rules by operation, facts by name; to the tables in `tells` its rows are facts."""
 
     name: tuple[str, str]
     rules: Mapping[Operation, tuple[Rule, ...]]
@@ -245,7 +267,8 @@ def qualified(name: str) -> tuple[str, str]:
 
 def compile_rules(profile: Profile) -> Rules:
     """Compile a profile. Raises ProfileError with every fault at once."""
-    faults: list[str] = []
+    tables = [qualified(name) for name in profile.tables]
+    faults = [f"tables.{table[1]} stands here twice" for table in sorted(set(tables)) if tables.count(table) > 1]
     scopes = {qualified(name): _Scope(spec, profile.text_length) for name, spec in profile.tables.items()}
     compiled: dict[tuple[str, str], dict[Operation, tuple[Rule, ...]]] = {}
     for table, scope in scopes.items():
@@ -259,11 +282,12 @@ def compile_rules(profile: Profile) -> Rules:
         compiled[table] = {operation: tuple(of) for operation, of in rules.items()}
     facts = {table: _facts(scope) for table, scope in scopes.items()}
     for table in scopes:
-        faults += [
-            f"tables.{table[1]}.facts.{fact.name}: {'.'.join(fact.table)} is not a table of this profile"
-            for fact in facts[table].values()
-            if fact.table not in scopes
-        ]
+        for fact in facts[table].values():
+            if fact.table not in scopes:
+                name = ".".join(fact.table)
+                faults.append(f"tables.{table[1]}.facts.{fact.name}: {name} is not a table of this profile")
+            if fact.name in _NAMES:
+                faults.append(f"tables.{table[1]}.facts.{fact.name}: the name means something else in templates")
     if faults:
         lines = "\n".join(f"  {fault}" for fault in faults)
         raise ProfileError(f'profile "{profile.name}" is wrong:\n{lines}', hint="mend each place named")
@@ -311,17 +335,17 @@ def _rule(spec: RuleSpec, operation: Operation, scope: _Scope) -> Rule:
     table = scope.table
     mapped = [column for column in spec.changed if column in table.mapped]
     real = [column for column in spec.changed if column not in table.mapped]
-    scope.used.update(("row", column) for column in (*real, *spec.to) if column not in ("*", "unclaimed"))
+    scope.used.update(("row", column) for column in real if column not in ("*", "unclaimed"))
     if len(spec.changed) > 1 and {"*", "unclaimed"} & set(spec.changed):
         raise ValueError('"*" and "unclaimed" stand alone in "changed"')
-    own = _Scope(table, scope.text_length)  # what this rule uses beside what it shares with others
+    own = _Scope(table, scope.text_length, operation)  # what this rule uses beside what it shares with others
     identity = {} if operation == "truncate" else table.identity
     rule = Rule(
         name=spec.name or spec.type,
         facts=(),
         _changed=tuple(real),
         _compared=tuple((table.mapped[c].column, own.column("old", c), own.column("new", c)) for c in mapped),
-        _to=tuple(spec.to.items()),
+        _to=tuple((own.column("new", column), value) for column, value in spec.to.items()),
         _type=spec.type,
         _description=_template(spec.description, own),
         _metadata=tuple((key, _template(source, own)) for key, source in {**identity, **spec.metadata}.items()),
