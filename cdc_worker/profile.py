@@ -1,8 +1,9 @@
 """A profile: what a CRM's tables mean, as read from a TOML file.
 
-Strings in `fields`, `metadata`, `description` and `actor` are templates: Python format strings over `old`, `new`, `row`
-(the new row, or the old one of a delete), a fact's name, `context`, `columns` and `changes`. A template that is one bare
-name in braces, such as `"{new.status}"`, keeps the value's type; any other is text, in which NULL prints as nothing.
+Strings in `fields`, `metadata`, `description` and `actor` are templates: Python format strings over `old`, `new`,
+`row` (the new row, or the old one of a delete), a fact's name, `context`, `columns` and `changes`. A template that is
+one bare name in braces, such as `"{new.status}"`, keeps the value's type; any other is text, in which NULL prints as
+nothing. A description and an actor are always text.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import tomllib
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
@@ -36,6 +37,15 @@ class _Model(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+_M = TypeVar("_M", bound=_Model)
+
+
+def _unless(faults: list[str], model: _M) -> _M:
+    if faults:
+        raise ValueError("; ".join(faults))
+    return model
+
+
 class Target(_Model):
     """The table that activities are written to. `columns` maps its columns to fields, `constants` to fixed values.
 
@@ -49,11 +59,12 @@ class Target(_Model):
 
     @model_validator(mode="after")
     def _key_is_written(self) -> Target:
+        faults = []
         if "change_key" not in self.columns.values():
-            raise ValueError("one of the target's columns must take the change_key")
+            faults.append("one of the target's columns must take the change_key")
         if both := sorted(self.columns.keys() & self.constants.keys()):
-            raise ValueError(f"in columns as well as in constants: {', '.join(both)}")
-        return self
+            faults.append(f"in columns as well as in constants: {', '.join(both)}")
+        return _unless(faults, self)
 
 
 class Mapped(_Model):
@@ -79,7 +90,7 @@ class Rule(_Model):
     in change keys, unless `name` does.
     """
 
-    on: Annotated[list[Operation], BeforeValidator(_as_list)]
+    on: Annotated[list[Operation], BeforeValidator(_as_list), Field(min_length=1)]
     type: str
     description: str
     name: str = ""
@@ -92,8 +103,10 @@ class Rule(_Model):
     def _changed_is_for_updates(self) -> Rule:
         if (self.changed or self.to) and self.on != ["update"]:
             raise ValueError('"changed" and "to" are for rules on updates alone')
-        if self.on == ["update"] and not self.changed:
-            raise ValueError('a rule on updates says in "changed" which columns it is about')
+        if "update" in self.on and not self.changed:
+            raise ValueError('a rule on updates is on them alone, and says in "changed" which columns it is about')
+        if len(set(self.on)) != len(self.on):
+            raise ValueError('an operation stands twice in "on"')
         return self
 
 
@@ -129,11 +142,18 @@ class Profile(_Model):
 
     @model_validator(mode="after")
     def _fields_exist(self) -> Profile:
-        for column, field in self.target.columns.items():
-            known = FIELDS.union(*({*t.fields, *(f for r in t.rules for f in r.fields)} for t in self.tables.values()))
-            if field not in known:
-                raise ValueError(f'target column "{column}" wants the field "{field}", which no table or rule has')
-        return self
+        known = FIELDS.union(*({*t.fields, *(f for r in t.rules for f in r.fields)} for t in self.tables.values()))
+        faults = [
+            f'target column "{column}" wants the field "{field}", which no table or rule has'
+            for column, field in self.target.columns.items()
+            if field not in known
+        ]
+        faults += [
+            f'tables.{name} has a field "{field}", which is not for profiles to fill'
+            for name, table in self.tables.items()
+            for field in sorted(FIELDS & {*table.fields, *(f for r in table.rules for f in r.fields)})
+        ]
+        return _unless(faults, self)
 
 
 def shipped() -> list[str]:
