@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from bisect import bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import msgspec
 
-from cdc_worker.changes import Change
+from cdc_worker.changes import Change, Transaction
 from cdc_worker.lsn import INVALID, LSN
 
 
@@ -43,7 +44,7 @@ DeadLetterKind = Literal["old_values_unknown", "rule_failed", "refused"]
 
 
 class DeadLetter(msgspec.Struct, frozen=True):
-    """A change that could not become an activity, with the reason; `sqlstate` and `constraint` if the target refused it."""
+    """A change that could not become an activity, with the reason; `sqlstate` and more if the target refused it."""
 
     change_key: str
     kind: DeadLetterKind
@@ -72,12 +73,20 @@ def change_key(prefix: str, schema: str, table: str, ordinal: int, rule: str) ->
     return f"{prefix}{schema}.{table}/{ordinal}/{rule}"
 
 
+@dataclass(frozen=True, slots=True)
+class _Slice:
+    """Where the outcomes of a slice of a commit begin in a batch, and what is known of that commit."""
+
+    place: int
+    before: LSN
+    commit_lsn: LSN
+
+
 @dataclass(slots=True)
 class Batch:
     """What is written in one database transaction: all outcomes up to the position `end`, in order.
 
-    `ends` holds, for places in `outcomes`, the position that has been reached when all before that place are written:
-    where a batch may be divided. `size` is in bytes of the stream.
+    `size` is in bytes of the stream.
     """
 
     MAX_OUTCOMES: ClassVar[int] = 5_000
@@ -85,21 +94,36 @@ class Batch:
 
     end: Position
     outcomes: list[Activity | DeadLetter] = field(default_factory=list)
-    ends: list[tuple[int, Position]] = field(default_factory=list)
     committed_at: datetime | None = None
     transactions: int = 0
     size: int = 0
+    _slices: list[_Slice] = field(default_factory=list)
 
     @property
     def full(self) -> bool:
         """Whether it should be written before more is taken."""
         return len(self.outcomes) >= self.MAX_OUTCOMES or self.size >= self.MAX_SIZE
 
-    def add(self, outcomes: Iterable[Activity | DeadLetter], end: Position, committed_at: datetime, size: int) -> None:
-        """Take what has come of the stream up to `end`."""
-        self.outcomes.extend(outcomes)
-        self.ends.append((len(self.outcomes), end))
-        self.end = end
-        self.committed_at = committed_at
-        self.transactions += end.commit_lsn == INVALID
-        self.size += size
+    def add(self, outcomes: Sequence[Activity | DeadLetter], transaction: Transaction, done: int) -> None:
+        """Take what has come of a slice of a transaction, of which `done` changes have all their outcomes out."""
+        before = self.end.lsn
+        if outcomes:
+            self._slices.append(_Slice(len(self.outcomes), before, transaction.commit_lsn))
+            self.outcomes.extend(outcomes)
+        self.committed_at = transaction.committed_at
+        if transaction.last:
+            self.end = Position(transaction.end_lsn)
+            self.transactions += 1
+        else:
+            self.end = Position(before, transaction.commit_lsn, done)
+
+    def position_before(self, place: int) -> Position | None:
+        """The position that has been reached when all outcomes before `place` are written.
+
+        None where there is no such position, because the place is between two outcomes of one change.
+        """
+        of = self._slices[bisect_right(self._slices, place, key=lambda s: s.place) - 1]
+        index = self.outcomes[place].index
+        if place > of.place and self.outcomes[place - 1].index == index:
+            return None
+        return Position(of.before, of.commit_lsn, index)

@@ -1,0 +1,139 @@
+"""The checkpoint: how far a worker has written, and which process may write."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Final
+
+import psycopg
+from psycopg import sql
+
+from cdc_worker import errors
+from cdc_worker.activities import Position
+from cdc_worker.lsn import LSN
+from cdc_worker.postgres import Connection, fetch_one
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A worker's row in cdc_worker.checkpoint."""
+
+    worker: str
+    slot: str
+    plugin: str
+    system_identifier: str
+    slot_created_at: LSN
+    position: Position
+    committed_at: datetime | None
+    written_at: datetime
+    backend_pid: int | None
+    backend_start: datetime | None
+
+
+_READ: Final = """
+SELECT worker, slot, plugin, system_identifier, slot_created_at, lsn, commit_lsn, changes, committed_at, written_at,
+       backend_pid, backend_start
+FROM cdc_worker.checkpoint WHERE worker = %s
+"""
+
+
+def read(connection: Connection, worker: str) -> Checkpoint:
+    """The worker's checkpoint. Raises NotSetUpError when there is none."""
+    try:
+        row = connection.execute(_READ, (worker,)).fetchone()
+    except (psycopg.errors.UndefinedTable, psycopg.errors.InvalidSchemaName) as error:
+        raise errors.NotSetUpError("the database has no tables of cdc-worker", hint="run: cdc-worker setup") from error
+    if row is None:
+        raise errors.NotSetUpError(f'there is no checkpoint of the worker "{worker}"', hint="run: cdc-worker setup")
+    name, slot, plugin, system_identifier, created_at, lsn, commit_lsn, changes, *rest = row
+    position = Position(LSN.parse(lsn), LSN.parse(commit_lsn), changes)
+    return Checkpoint(name, slot, plugin, system_identifier, LSN.parse(created_at), position, *rest)
+
+
+_CREATE: Final = """
+INSERT INTO cdc_worker.checkpoint (worker, slot, plugin, system_identifier, slot_created_at, lsn)
+VALUES (%s, %s, %s, %s, %s, %s)
+"""
+
+
+def create(
+    connection: Connection, worker: str, *, slot: str, plugin: str, system_identifier: str, position: LSN
+) -> None:
+    """Write the first checkpoint: where the slot begins."""
+    connection.execute(_CREATE, (worker, slot, plugin, system_identifier, str(position), str(position)))
+
+
+def check(checkpoint: Checkpoint, *, slot: str, system_identifier: str, wal_end: LSN) -> None:
+    """Raise unless the checkpoint speaks of this slot on this cluster, at a point that its WAL has reached."""
+    if checkpoint.slot != slot:
+        raise errors.SlotMismatchError(
+            f'the worker "{checkpoint.worker}" reads the slot "{checkpoint.slot}", not "{slot}"',
+            hint="name that slot in CDC_WORKER_SLOT, or another worker in CDC_WORKER_NAME",
+        )
+    if checkpoint.system_identifier != system_identifier:
+        raise errors.ClusterMismatchError(
+            f"the checkpoint is of the cluster {checkpoint.system_identifier}, and this is {system_identifier}: "
+            "the database was restored or copied here",
+            hint="positions mean nothing here; delete the row of cdc_worker.checkpoint and the slot, "
+            "then: cdc-worker setup",
+        )
+    if checkpoint.position.lsn > wal_end:
+        raise errors.ClusterMismatchError(
+            f"the checkpoint is at {checkpoint.position.lsn}, and the server's WAL ends at {wal_end}: "
+            "the server was set back to an earlier state",
+            hint="changes up to that position would be skipped; delete the row of cdc_worker.checkpoint and the slot, "
+            "then: cdc-worker setup",
+        )
+
+
+_BACKEND_ALIVE: Final = "SELECT count(*) FROM pg_stat_activity WHERE pid = %s AND backend_start = %s"
+
+_TAKE_OVER: Final = """
+UPDATE cdc_worker.checkpoint
+SET owner = %s, backend_pid = pg_backend_pid(),
+    backend_start = (SELECT backend_start FROM pg_stat_activity WHERE pid = pg_backend_pid())
+WHERE worker = %s
+"""
+
+
+def take_over(connection: Connection, worker: str, *, timeout: float = 10) -> tuple[uuid.UUID, Position]:
+    """Become the process that may write; returns its token, and the position from which on.
+
+    The predecessor's writing backend is terminated first: what it has in hand is either in the position that is
+    returned, or will never be.
+    """
+    before = read(connection, worker)
+    deadline = time.monotonic() + timeout
+    while before.backend_pid is not None and fetch_one(
+        connection, _BACKEND_ALIVE, before.backend_pid, before.backend_start
+    ) != (0,):
+        connection.execute("SELECT pg_terminate_backend(%s)", (before.backend_pid,))
+        if time.monotonic() > deadline:
+            raise psycopg.OperationalError(f"the predecessor's backend {before.backend_pid} does not end")
+        time.sleep(0.01)
+    owner = uuid.uuid4()
+    connection.execute(_TAKE_OVER, (owner, worker))
+    return owner, read(connection, worker).position
+
+
+def advance(worker: str, owner: uuid.UUID, before: Position, after: Position, committed_at: datetime | None) -> str:
+    """The statement that moves the checkpoint, and touches no row if another process has become the owner."""
+    query = sql.SQL(
+        "UPDATE cdc_worker.checkpoint SET lsn = {}, commit_lsn = {}, changes = {},"
+        " committed_at = coalesce({}::timestamptz, committed_at), written_at = now()"
+        " WHERE worker = {} AND owner = {} AND lsn = {} AND commit_lsn = {} AND changes = {}"
+    ).format(
+        str(after.lsn),
+        str(after.commit_lsn),
+        after.changes,
+        committed_at and committed_at.isoformat(),
+        worker,
+        str(owner),
+        str(before.lsn),
+        str(before.commit_lsn),
+        before.changes,
+    )
+    return query.as_string()

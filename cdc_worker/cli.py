@@ -1,0 +1,117 @@
+"""The command line: each command parses, wires and calls one function."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, ParamSpec
+
+import click
+import psycopg
+
+from cdc_worker import __version__, config, log, profile
+from cdc_worker import setup as setting_up
+from cdc_worker import status as state
+from cdc_worker.config import Settings
+from cdc_worker.errors import CdcWorkerError, SettingsError
+from cdc_worker.worker import Stop, Worker
+
+P = ParamSpec("P")
+
+_FLAGS = ("dsn", "slot", "name", "profile", "time_zone", "log_level", "log_format")
+
+
+class _Failure(click.ClickException):
+    """An error of ours, told as click tells its own: on stderr, without a traceback."""
+
+    def __init__(self, error: CdcWorkerError | psycopg.Error, exit_code: int) -> None:
+        hint = error.hint if isinstance(error, CdcWorkerError) else None
+        super().__init__(f"{error}\nhint: {hint}" if hint else str(error).strip())
+        self._exit_code = exit_code
+
+    def show(self, file: Any = None) -> None:
+        click.echo(f"error: {self.message}", err=True)
+        sys.exit(self._exit_code)
+
+
+def _settings(command: Callable[P, None]) -> Callable[..., None]:
+    """Give a command the flags that all share, and the settings that come of them."""
+
+    @click.option("--config", type=click.Path(path_type=Path), help="Settings file (TOML).")
+    @click.option("--dsn", help="libpq connection string or URL.")
+    @click.option("--slot", help="Replication slot. [default: cdc_worker]")
+    @click.option("--name", help="Name of this worker. [default: the slot's]")
+    @click.option("--profile", help="Shipped profile or a file. [default: leadfi]")
+    @click.option("--time-zone", help="Zone of timestamps without one. [default: the database's]")
+    @click.option("--log-level", help="debug, info, warning or error. [default: info]")
+    @click.option("--log-format", help="console or json. [default: console on a terminal]")
+    @functools.wraps(command)
+    def wrapped(**given: Any) -> None:
+        flags = {name: given.pop(name) for name in _FLAGS}
+        run = click.get_current_context().info_name == "run"
+        try:
+            settings = config.load(given.pop("config"), flags)
+            log.configure(settings.log_level, settings.log_format)
+            command(settings, **given)  # type: ignore[arg-type]
+        except SettingsError as error:
+            raise _Failure(error, error.exit_code) from error
+        except CdcWorkerError as error:
+            raise _Failure(error, error.exit_code if run else 1) from error
+        except psycopg.Error as error:
+            raise _Failure(error, 1) from error
+
+    return wrapped
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="cdc-worker")
+def main() -> None:
+    """Record every committed change of a PostgreSQL CRM as a system activity, exactly once.
+
+    Settings come from flags, CDC_WORKER_* variables and a file, in falling order.
+
+    \b
+    Example: cdc-worker setup && cdc-worker run
+    """
+
+
+@main.command()
+@click.option("--once", is_flag=True, help="Record what is committed by now, and exit.")
+@_settings
+def run(settings: Settings, once: bool) -> None:
+    """Stream changes and record them until told to stop.
+
+    \b
+    Example: cdc-worker run --dsn "host=db user=cdc dbname=crm" --profile leadfi
+    """
+    stop = Stop()
+    stop.install()
+    logger = log.get().bind(slot=settings.slot)
+    Worker(settings, profile.load(settings.profile), stop=stop, log=logger, once=once).run()
+
+
+@main.command()
+@_settings
+def setup(settings: Settings) -> None:
+    """Set up tables, replica identities, the slot and the first checkpoint. May be repeated.
+
+    \b
+    Example: cdc-worker setup --dsn "host=db user=owner dbname=crm"
+    """
+    for line in setting_up.setup(settings, profile.load(settings.profile)):
+        click.echo(line)
+
+
+@main.command()
+@click.option("--json", "as_json", is_flag=True, help="For machines.")
+@_settings
+def status(settings: Settings, as_json: bool) -> None:
+    """Show slot, checkpoint and lag.
+
+    \b
+    Example: cdc-worker status --json
+    """
+    found = state.status(settings)
+    click.echo(found.model_dump_json(indent=2) if as_json else "\n".join(state.lines(found)))

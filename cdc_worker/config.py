@@ -1,0 +1,116 @@
+"""Settings: defaults, a TOML file, CDC_WORKER_* variables and flags, each overriding those before it."""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
+
+from psycopg.conninfo import conninfo_to_dict
+from pydantic import AfterValidator, Field, SecretStr, StringConstraints, ValidationError
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
+
+from cdc_worker.errors import ConnectionStringError, SettingsError
+
+PREFIX = "CDC_WORKER_"
+
+
+def _time_zone(name: str) -> str:
+    try:
+        ZoneInfo(name)
+    except (ZoneInfoNotFoundError, ValueError, OSError):
+        raise ValueError(f'"{name}" is not the name of a time zone such as Europe/Berlin') from None
+    return name
+
+
+SlotName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9_]{1,63}$")]
+Seconds = Annotated[float, Field(gt=0)]
+
+
+class Settings(BaseSettings):
+    """What an operator can set. Times are in seconds, sizes in bytes."""
+
+    model_config = SettingsConfigDict(env_prefix=PREFIX, extra="forbid", frozen=True)
+
+    dsn: SecretStr = Field(SecretStr(""), description="libpq connection string or URL; what it leaves out libpq finds")
+    slot: SlotName = Field("cdc_worker", description="replication slot")
+    name: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.-]{1,63}$")] | None = Field(
+        None, description="name of this worker, part of every change_key; the slot's if not given"
+    )
+    profile: str = Field("leadfi", description="shipped profile, or a file")
+    time_zone: Annotated[str, AfterValidator(_time_zone)] | None = Field(
+        None, description="zone of timestamps without one in the target; the database's if not given"
+    )
+    idle_advance_interval: Seconds = Field(10, description="at most so often the position of a quiet stream is written")
+    idle_advance_bytes: Annotated[int, Field(ge=1 << 16)] = Field(
+        1 << 20, description="so much WAL must have gone by before that happens"
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    log_format: Literal["console", "json"] | None = Field(None, description="console on a terminal, else json")
+
+    @property
+    def worker(self) -> str:
+        """The name under which this worker keeps its checkpoint and makes its keys."""
+        return self.name or self.slot
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Flags before the environment before the file."""
+        return (init_settings, env_settings, TomlConfigSettingsSource(settings_cls))
+
+
+def load(config: Path | None = None, flags: dict[str, Any] | None = None) -> Settings:
+    """The settings in force; `flags` that are None don't count. Raises SettingsError naming every wrong one."""
+    given = {name: value for name, value in (flags or {}).items() if value is not None}
+    if config:
+        _check_file(config)
+
+    class FromFile(Settings):
+        model_config = SettingsConfigDict(toml_file=config)
+
+    try:
+        settings = FromFile(**given)
+    except ValidationError as error:
+        faults = [_fault(fault, given, config) for fault in error.errors()]
+        raise SettingsError("wrong settings:\n" + "\n".join(faults), hint="see: cdc-worker run --help") from None
+    _check_dsn(settings.dsn.get_secret_value())
+    return settings
+
+
+def _fault(fault: Any, given: dict[str, Any], config: Path | None) -> str:
+    name = str(fault["loc"][0])
+    variable = f"{PREFIX}{name.upper()}"
+    source = f"--{name.replace('_', '-')}" if name in given else variable if variable in os.environ else str(config)
+    # What is no setting of ours may be anything, a password too.
+    value = f" = {fault['input']!r}" if name in Settings.model_fields and name != "dsn" else ""
+    return f"  {name}{value} ({source}): {fault['msg']}"
+
+
+def _check_file(path: Path) -> None:
+    try:
+        tomllib.loads(path.read_text("utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it isn't UTF-8 text"
+        raise SettingsError(f'settings file "{path}" can\'t be read: {reason}') from error
+    except tomllib.TOMLDecodeError as error:
+        raise SettingsError(f'settings file "{path}" is not TOML: {error}') from error
+
+
+def _check_dsn(dsn: str) -> None:
+    try:
+        conninfo_to_dict(dsn)
+    except Exception:
+        # libpq's message repeats what it stumbled over, which may be the password.
+        raise ConnectionStringError(
+            f"{PREFIX}DSN is not a connection string",
+            hint='write "postgresql://user@host/database" or "host=… user=… dbname=…"',
+        ) from None

@@ -1,0 +1,213 @@
+"""Connections to the server, what its errors mean, and what its catalog says."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any, Final, LiteralString
+
+import psycopg
+from psycopg.conninfo import conninfo_to_dict, make_conninfo
+from psycopg.rows import TupleRow
+
+from cdc_worker import errors
+from cdc_worker.errors import CdcWorkerError
+from cdc_worker.profile import Profile
+from cdc_worker.rules import Rules, qualified
+
+Connection = psycopg.Connection[TupleRow]
+
+APPLICATION_NAME: Final = "cdc-worker"
+
+# A role's or database's defaults must change neither what the plugin prints nor when we are interrupted.
+_PINNED: Final = {
+    "bytea_output": "hex",
+    "datestyle": "ISO",
+    "extra_float_digits": "1",
+    "intervalstyle": "postgres",
+    "lc_monetary": "C",
+    "statement_timeout": "0",
+    "lock_timeout": "0",
+    "idle_in_transaction_session_timeout": "0",
+}
+
+# A half-open connection is noticed within a minute and a half.
+_KEEPALIVES: Final = {"keepalives_idle": 30, "keepalives_interval": 10, "keepalives_count": 6, "connect_timeout": 10}
+
+
+def _connect(dsn: str, worker: str, pinned: dict[str, str], **parameters: Any) -> Connection:
+    own = conninfo_to_dict(dsn)
+    options = " ".join([str(own.get("options") or ""), *(f"-c {name}={value}" for name, value in pinned.items())])
+    defaults = {name: value for name, value in _KEEPALIVES.items() if name not in own}
+    try:
+        return psycopg.connect(
+            make_conninfo(dsn, **defaults),
+            autocommit=True,
+            application_name=f"{APPLICATION_NAME} {worker}",
+            options=options.strip(),
+            **parameters,
+        )
+    except psycopg.OperationalError as error:
+        raise _connection_error(error) from error
+
+
+def connect(dsn: str, worker: str) -> Connection:
+    """An ordinary connection, in autocommit, whose commits are durable whatever the role's defaults are."""
+    connection = _connect(dsn, worker, {**_PINNED, "synchronous_commit": "on"}, client_encoding="UTF8")
+    connection.execute(
+        "SELECT set_config(name, '0', false) FROM pg_settings"
+        " WHERE name IN ('idle_session_timeout', 'transaction_timeout')"
+    )
+    return connection
+
+
+def connect_replication(dsn: str, worker: str) -> Connection:
+    """A connection that speaks the replication protocol."""
+    return _connect(dsn, worker, {**_PINNED, "timezone": "UTC"}, replication="database")
+
+
+def _connection_error(error: psycopg.OperationalError) -> CdcWorkerError | psycopg.OperationalError:
+    """What a failed connection asks of the operator; the error itself when it may heal.
+
+    libpq has no SQLSTATE for a connection that failed, only text.
+    """
+    text = str(error)
+    if match := re.search(r"FATAL:\s+(database .* does not exist)", text):
+        return errors.DatabaseMissingError(match[1], hint="name another database in the DSN, or create it")
+    if match := re.search(
+        r"FATAL:\s+(password authentication failed .*|role .* does not exist|no pg_hba.conf entry .*|"
+        r"role .* is not permitted to log in|.* authentication failed .*|must be superuser or replication role .*)",
+        text,
+    ):
+        return errors.AuthenticationError(
+            match[1], hint="mend user and password (CDC_WORKER_DSN, ~/.pgpass) or pg_hba.conf"
+        )
+    if "no password supplied" in text:
+        return errors.AuthenticationError("the server wants a password", hint="give it in CDC_WORKER_DSN or ~/.pgpass")
+    return error
+
+
+def error(sqlstate: str, what: str) -> psycopg.Error:
+    """An exception for an SQLSTATE, without the server's message, which may hold values of a row."""
+    try:
+        kind = psycopg.errors.lookup(sqlstate)
+    except KeyError:
+        kind = psycopg.DatabaseError
+    return kind(f"{what} (SQLSTATE {sqlstate})")
+
+
+TRANSIENT_CLASSES: Final = frozenset(("08", "40", "53", "55", "57", "58"))
+"""SQLSTATE classes that may heal: connection, rollback, resources, object state, operator, system."""
+
+ROW_CLASSES: Final = frozenset(("22", "23", "54"))
+"""SQLSTATE classes that are about the row: data, constraints, and limits such as an index entry too long."""
+
+
+def is_transient(sqlstate: str | None) -> bool:
+    """Whether it may heal by itself. A connection that broke has no SQLSTATE."""
+    return sqlstate is None or sqlstate[:2] in TRANSIENT_CLASSES
+
+
+def is_about_the_row(sqlstate: str) -> bool:
+    """Whether another row might be accepted. P0001 is what the target's triggers raise."""
+    return sqlstate[:2] in ROW_CLASSES or sqlstate == "P0001"
+
+
+def fetch_one(connection: Connection, query: LiteralString, *parameters: Any) -> tuple[Any, ...]:
+    """The only row of a query that always has one."""
+    row = connection.execute(query, parameters).fetchone()
+    assert row is not None  # noqa: S101
+    return row
+
+
+@dataclass(frozen=True, slots=True)
+class Server:
+    """What the worker needs to know of a server. `time_zone` is the database's, `version` server_version_num."""
+
+    version: int
+    wal_level: str
+    encoding: str
+    time_zone: str
+    role: str
+    synchronous_standby_names: str
+    output_plugin_libraries: str | None
+
+
+_SERVER: Final = """
+SELECT current_setting('server_version_num')::int, current_setting('wal_level'), current_setting('server_encoding'),
+       coalesce((SELECT split_part(c, '=', 2)
+                 FROM pg_db_role_setting s, unnest(s.setconfig) c
+                 WHERE s.setrole = 0 AND c ILIKE 'timezone=%%'
+                   AND s.setdatabase = (SELECT oid FROM pg_database WHERE datname = current_database())),
+                (SELECT reset_val FROM pg_settings WHERE name = 'TimeZone')),
+       current_user::text, current_setting('synchronous_standby_names'),
+       current_setting('output_plugin_libraries', true)
+"""
+
+
+def server(connection: Connection) -> Server:
+    """Ask the server about itself."""
+    return Server(*fetch_one(connection, _SERVER))
+
+
+def check_server(server: Server, worker: str) -> None:
+    """Raise for a server on which the worker can't work, or would do harm."""
+    if server.wal_level != "logical":
+        raise errors.WalLevelError(
+            f'wal_level is "{server.wal_level}"',
+            hint="as a superuser: ALTER SYSTEM SET wal_level = logical; then restart the server",
+        )
+    if matches_standby(server.synchronous_standby_names, f"{APPLICATION_NAME} {worker}"):
+        raise errors.SynchronousStandbyError(
+            f'synchronous_standby_names is "{server.synchronous_standby_names}" and would count this worker, whose own '
+            "commits would then wait for itself, and the application's with them",
+            hint="name the real standbys there instead of *: ALTER SYSTEM SET synchronous_standby_names = 'standby1'",
+        )
+
+
+def matches_standby(synchronous_standby_names: str, application_name: str) -> bool:
+    """Whether a walsender of this name could be a synchronous standby.
+
+    Manual: "Replication", synchronous_standby_names. Names match without regard to case, `*` matches all.
+    """
+    names = re.sub(r"^\s*(?:(?:FIRST|ANY)\s+)?\d+\s*\((.*)\)\s*$", r"\1", synchronous_standby_names, flags=re.I | re.S)
+    listed = [name.strip() for name in re.findall(r'"(?:[^"]|"")*"|[^,]+', names)]
+    unquoted = [n[1:-1].replace('""', '"') if n.startswith('"') else n for n in listed]
+    return any(name == "*" or name.lower() == application_name.lower() for name in unquoted if name)
+
+
+_COLUMNS: Final = """
+SELECT a.attname, a.atttypid::regtype::text
+FROM pg_attribute a
+WHERE a.attrelid = to_regclass(format('%%I.%%I', %s::text, %s::text)) AND a.attnum > 0 AND NOT a.attisdropped
+"""
+
+
+def columns(connection: Connection, table: tuple[str, str]) -> dict[str, str]:
+    """A table's columns with their types; none when there is no such table."""
+    return dict(connection.execute(_COLUMNS, table).fetchall())
+
+
+def check_catalog(connection: Connection, profile: Profile, rules: Rules) -> dict[str, str]:
+    """Hold a profile against the database; returns the target's columns. CatalogMismatchError has every fault."""
+    faults = []
+    for table in rules.values():
+        name = ".".join(table.name)
+        found = columns(connection, table.name)
+        if not found:
+            faults.append(f"captured table {name} does not exist")
+        elif missing := sorted(table.columns - found.keys()):
+            faults.append(f"captured table {name} has no column {', '.join(missing)}")
+    target = columns(connection, qualified(profile.target.table))
+    name = ".".join(qualified(profile.target.table))
+    if not target:
+        faults.append(f"target table {name} does not exist")
+    elif missing := sorted({*profile.target.columns, *profile.target.constants} - target.keys()):
+        faults.append(f"target table {name} has no column {', '.join(missing)}")
+    if faults:
+        lines = "\n".join(f"  {fault}" for fault in faults)
+        raise errors.CatalogMismatchError(
+            f'profile "{profile.name}" does not fit the database:\n{lines}',
+            hint="mend the profile, or run: cdc-worker setup",
+        )
+    return target

@@ -1,0 +1,116 @@
+"""Streaming replication over COPY BOTH, for a logical slot."""
+
+from __future__ import annotations
+
+import re
+import select
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
+from types import TracebackType
+from typing import Final, Self
+
+import psycopg
+from psycopg import pq, sql
+
+from cdc_worker import protocol
+from cdc_worker.lsn import INVALID, LSN
+from cdc_worker.postgres import Connection, error, fetch_one
+from cdc_worker.protocol import PrimaryKeepalive, XLogData
+
+_DROPPED: Final = re.compile(r"no tuple identifier for (UPDATE|DELETE) in table (.*)")
+
+
+class Replication:
+    """A replication connection. Nothing here blocks once it has started: wait for `fileno` with select."""
+
+    def __init__(self, connection: Connection, *, on_dropped: Callable[[str, str], None] | None = None) -> None:
+        """`on_dropped(operation, table)` is told when the plugin leaves out a change for want of a replica identity."""
+        self._connection = connection
+        self._pgconn = connection.pgconn
+        self._on_dropped = on_dropped
+        self._recode: str | None = None
+        connection.add_notice_handler(self._notice)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _notice(self, diagnostic: psycopg.errors.Diagnostic) -> None:
+        if self._on_dropped and (match := _DROPPED.search(diagnostic.message_primary or "")):
+            self._on_dropped(match[1], match[2])
+
+    def system_identifier(self) -> str:
+        """IDENTIFY_SYSTEM: which cluster this is."""
+        return str(fetch_one(self._connection, "IDENTIFY_SYSTEM")[0])
+
+    def wal_sender_timeout(self) -> float:
+        """After so many seconds without a word from us the server hangs up; 0 for never."""
+        return (
+            int(fetch_one(self._connection, "SELECT setting FROM pg_settings WHERE name = 'wal_sender_timeout'")[0])
+            / 1e3
+        )
+
+    def start(self, slot: str, position: LSN, options: Mapping[str, str], *, encoding: str) -> None:
+        """START_REPLICATION. `encoding` is the server's: the plugin's output is not converted to the client's."""
+        if encoding != "UTF8":
+            self._connection.execute(sql.SQL("SET client_encoding = {}").format(sql.Literal(encoding)))
+            self._recode = self._connection.info.encoding
+        pairs = sql.SQL(", ").join(
+            sql.SQL("{} {}").format(sql.Identifier(name), sql.Literal(value)) for name, value in options.items()
+        )
+        command = sql.SQL("START_REPLICATION SLOT {} LOGICAL {} ({})")
+        self._connection.execute(command.format(sql.Identifier(slot), sql.SQL(str(position)), pairs))
+        self._pgconn.nonblocking = 1
+
+    def fileno(self) -> int:
+        """The socket, for select."""
+        return self._pgconn.socket
+
+    def receive(self) -> XLogData | PrimaryKeepalive | None:
+        """The next message that has already arrived, or None."""
+        size, data = self._pgconn.get_copy_data(1)
+        if size > 0:
+            message = protocol.parse(data)
+            if self._recode and type(message) is XLogData:
+                payload = bytes(message.payload).decode(self._recode).encode()
+                return message._replace(payload=memoryview(payload))
+            return message
+        if size == 0:
+            return None
+        result = self._pgconn.get_result()
+        if result is not None and result.status == pq.ExecStatus.FATAL_ERROR:
+            sqlstate = (result.error_field(pq.DiagnosticField.SQLSTATE) or b"").decode()
+            raise error(sqlstate, "the server ended the stream")
+        raise psycopg.OperationalError("the server ended the stream")
+
+    def read(self) -> None:
+        """Take what has arrived from the socket. Raises psycopg.OperationalError when the connection is gone."""
+        self._pgconn.consume_input()
+
+    def send_status(
+        self, *, written: LSN, flushed: LSN = INVALID, applied: LSN = INVALID, reply_requested: bool = False
+    ) -> None:
+        """Send a standby status update; see protocol.standby_status_update."""
+        update = protocol.standby_status_update(
+            written=written,
+            flushed=flushed,
+            applied=applied,
+            at=datetime.now(UTC),
+            reply_requested=reply_requested,
+        )
+        self._pgconn.put_copy_data(update)
+        self._pgconn.flush()
+
+    def flush(self, timeout: float) -> None:
+        """Wait until the server's socket has taken all that was sent, at most so long."""
+        while self._pgconn.flush():
+            if not select.select([], [self], [], timeout)[1]:
+                return
+
+    def close(self) -> None:
+        """Hang up. The server reads what was sent before it notices."""
+        self._connection.close()

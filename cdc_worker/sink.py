@@ -1,0 +1,385 @@
+"""The sink: writes activities, dead letters and the checkpoint in one database transaction.
+
+Nothing here waits. `write` is a generator that yields what it waits for on its socket, as psycopg's own do, so that
+the stream can be read meanwhile; `psycopg.waiting.wait` runs it to its end for those who have nothing else to do.
+"""
+
+from __future__ import annotations
+
+import re
+import uuid
+from collections import deque
+from collections.abc import Callable, Generator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from datetime import datetime
+from decimal import Decimal
+from typing import Any, Final, TypeVar
+from zoneinfo import ZoneInfo
+
+import msgspec
+import psycopg
+from psycopg import pq, sql
+from psycopg.pq.abc import PGresult
+from psycopg.waiting import Ready, Wait
+
+from cdc_worker import checkpoint, errors, postgres
+from cdc_worker.activities import Activity, Batch, DeadLetter, Position
+from cdc_worker.postgres import Connection, is_about_the_row, is_transient
+from cdc_worker.profile import Target
+from cdc_worker.rules import qualified
+
+T = TypeVar("T")
+Writing = Generator[Wait, Ready, T]
+
+MAX_SAVEPOINTS: Final = 50
+"""Savepoints in one transaction: beyond 64 subtransactions every snapshot in the server becomes slower."""
+
+MAX_SEGMENT: Final = 128
+"""So many rows are sent again, at most, because one of them was refused."""
+
+MAX_REFUSALS: Final = 1_000
+"""So many rows in a row refused with one SQLSTATE are no longer about the rows."""
+
+_json = msgspec.json.Encoder(decimal_format="number")
+
+
+class RefusedError(Exception):
+    """The server refused a statement. `line` is the row of a COPY, from 1, where the server names it."""
+
+    def __init__(self, sqlstate: str, *, constraint: str | None, table: str | None, line: int | None) -> None:
+        super().__init__(sqlstate)
+        self.sqlstate = sqlstate
+        self.constraint = constraint
+        self.table = table
+        self.line = line
+
+    @property
+    def described(self) -> str:
+        """SQLSTATE and constraint; never the server's message, which holds values of the row."""
+        return f"(SQLSTATE {self.sqlstate}{f', constraint {self.constraint}' if self.constraint else ''})"
+
+
+@dataclass(slots=True)
+class Written:
+    """What a batch came to. `already_there` counts activities whose key the target had."""
+
+    activities: int = 0
+    dead_letters: list[DeadLetter] = field(default_factory=list)
+    already_there: int = 0
+
+
+class Sink:
+    """Writes batches through one connection, as long as it owns the checkpoint. `position` is what is durable."""
+
+    def __init__(
+        self,
+        connection: Connection,
+        target: Target,
+        *,
+        columns: dict[str, str],
+        time_zone: str,
+        worker: str,
+        owner: uuid.UUID,
+        position: Position,
+    ) -> None:
+        """`columns` are the target's, with their types."""
+        self.position = position
+        self._connection = connection
+        self._pgconn = connection.pgconn
+        self._pgconn.nonblocking = 1
+        self._worker = worker
+        self._owner = owner
+        self._encode = _encoder(target, columns, ZoneInfo(time_zone))
+        table = sql.Identifier(*qualified(target.table))
+        names = sql.SQL(", ").join(map(sql.Identifier, (*target.columns, *target.constants)))
+        key = sql.Identifier(next(column for column, field in target.columns.items() if field == "change_key"))
+        self._table = target.table
+        self._copy = sql.SQL("COPY {} ({}) FROM STDIN").format(table, names).as_string()
+        self._existing = (
+            sql.SQL("SELECT {key} FROM {table} WHERE {key} = ANY ($1::text[])").format(key=key, table=table).as_string()
+        )
+        self._refused_in_a_row = 0
+        self._refused_with = ""
+
+    def fileno(self) -> int:
+        """The socket, for select."""
+        return self._pgconn.socket
+
+    def read(self) -> None:
+        """Take what the server says unasked. Raises psycopg.OperationalError when it has ended the connection."""
+        self._pgconn.consume_input()
+        if self._pgconn.status == pq.ConnStatus.BAD:
+            raise psycopg.OperationalError("the server ended the writing connection")
+
+    def cancel(self) -> None:
+        """Roll back what is being written. Best effort and brief: a successor makes sure of it in any case."""
+        with suppress(psycopg.Error):
+            self._connection.cancel_safe(timeout=0.1)
+
+    def write(self, batch: Batch) -> Writing[Written]:
+        """Write a batch and move the checkpoint to its end, which is durable when this returns.
+
+        Usually that is one transaction. A batch with refused rows may take several, each of which leaves the
+        checkpoint at what has been written. Raises FencedError when another process has become the owner,
+        TargetUnusableError and TooManyRefusalsError when it is not about single rows, and psycopg.OperationalError
+        for what may heal.
+        """
+        written = Written()
+        try:
+            yield from self._write_whole(batch, written)
+        except RefusedError as refusal:
+            self._must_be_about_a_row(refusal)
+            yield from self._run("ROLLBACK")
+            written = Written()
+            place = 0
+            while place < len(batch.outcomes):
+                place = yield from self._write_divided(batch, place, written)
+        return written
+
+    def _write_whole(self, batch: Batch, written: Written) -> Writing[None]:
+        lines = [self._encode(outcome) for outcome in batch.outcomes if type(outcome) is Activity]
+        written.activities = len(lines)
+        written.dead_letters = [outcome for outcome in batch.outcomes if type(outcome) is DeadLetter]
+        advance = self._advance(batch.end, batch.committed_at)
+        if written.dead_letters:
+            yield from self._run(f"BEGIN; {advance}")
+            yield from self._insert(written.dead_letters)
+            yield from self._run(f"{self._copy}; COMMIT", lines)
+        elif lines:
+            yield from self._run(f"BEGIN; {advance}; {self._copy}; COMMIT", lines)
+        else:
+            yield from self._run(advance)
+        self.position = batch.end
+        if lines:
+            self._refused_in_a_row = 0
+
+    def _write_divided(self, batch: Batch, start: int, written: Written) -> Writing[int]:
+        """Write in one transaction what the target accepts of the outcomes from `start` on; returns where it stopped.
+
+        What it refuses becomes a dead letter. It stops early, at a place where the checkpoint can be, when it has
+        made enough savepoints.
+        """
+        outcomes, place = batch.outcomes, start
+        dead_letters: list[DeadLetter] = []
+        existing: set[str] = set()
+        savepoints = activities = 0
+        yield from self._run(f"BEGIN; SET CONSTRAINTS ALL IMMEDIATE; {self._advance(self.position, None)}")
+        segments = deque((at, min(at + MAX_SEGMENT, len(outcomes))) for at in range(start, len(outcomes), MAX_SEGMENT))
+        while segments:
+            place, end = segments.popleft()
+            if savepoints >= MAX_SAVEPOINTS:
+                if batch.position_before(place) is not None:
+                    break
+                if end - place > 1:  # on to the next place where a batch can be divided
+                    segments.appendleft((place + 1, end))
+                    end = place + 1
+            concerned = outcomes[place:end]
+            rows = [o for o in concerned if type(o) is Activity and o.change_key not in existing]
+            savepoints += 1
+            try:
+                if rows:
+                    lines = [self._encode(row) for row in rows]
+                    yield from self._run(f"SAVEPOINT segment; {self._copy}; RELEASE segment", lines)
+            except RefusedError as refusal:
+                self._must_be_about_a_row(refusal)
+                yield from self._run("ROLLBACK TO segment; RELEASE segment")
+                if refusal.sqlstate == "23505":
+                    found = yield from self._find_existing(rows)
+                    if found:
+                        existing |= found
+                        segments.appendleft((place, end))
+                        continue
+                if len(rows) > 1:
+                    segments.extendleft(reversed(_divided(place, end, concerned, rows, refusal.line)))
+                    continue
+                dead_letters += [o for o in concerned if type(o) is DeadLetter]
+                dead_letters.append(self._refused(rows[0], refusal))
+            else:
+                dead_letters += [o for o in concerned if type(o) is DeadLetter]
+                activities += len(rows)
+                if rows:
+                    self._refused_in_a_row = 0
+            place = end
+        yield from self._insert(dead_letters)
+        position = batch.end if place == len(outcomes) else batch.position_before(place)
+        assert position is not None  # noqa: S101
+        yield from self._run(f"{self._advance(position, batch.committed_at)}; COMMIT")
+        self.position = position
+        written.activities += activities
+        written.dead_letters += dead_letters
+        written.already_there += len(existing)
+        return place
+
+    def _refused(self, activity: Activity, refusal: RefusedError) -> DeadLetter:
+        self._refused_in_a_row = self._refused_in_a_row + 1 if refusal.sqlstate == self._refused_with else 1
+        self._refused_with = refusal.sqlstate
+        if self._refused_in_a_row >= MAX_REFUSALS:
+            raise errors.TooManyRefusalsError(
+                f"the target {self._table} refused {MAX_REFUSALS} rows in a row, the last {refusal.described}",
+                hint="see what the rows have in common: SELECT reason, fields FROM cdc_worker.dead_letter"
+                " ORDER BY dead_letter_id DESC LIMIT 5",
+            )
+        return DeadLetter(
+            activity.change_key,
+            "refused",
+            f"the target refused the row {refusal.described}",
+            activity.change,
+            activity.index,
+            activity.fields["occurred_at"],
+            refusal.sqlstate,
+            refusal.constraint,
+            activity.fields,
+        )
+
+    def _must_be_about_a_row(self, refusal: RefusedError) -> None:
+        if is_transient(refusal.sqlstate):
+            raise postgres.error(refusal.sqlstate, "writing failed") from refusal
+        if not is_about_the_row(refusal.sqlstate):
+            raise errors.TargetUnusableError(
+                f"the target {self._table} can't be written {refusal.described}",
+                hint="mend its grants or columns; what was not written comes again",
+            ) from refusal
+
+    def _advance(self, after: Position, committed_at: datetime | None) -> str:
+        return checkpoint.advance(self._worker, self._owner, self.position, after, committed_at)
+
+    def _insert(self, dead_letters: Sequence[DeadLetter]) -> Writing[None]:
+        if not dead_letters:
+            return
+        rows = [
+            {
+                "worker": self._worker,
+                "change_key": letter.change_key,
+                "kind": letter.kind,
+                "reason": letter.reason,
+                "sqlstate": letter.sqlstate,
+                "constraint_name": letter.constraint,
+                "committed_at": letter.committed_at,
+                "change": letter.change,
+                "fields": letter.fields,
+            }
+            for letter in dead_letters
+        ]
+        self._pgconn.send_query_params(_INSERT_DEAD_LETTERS, [_json.encode(rows)])
+        yield from self._results(())
+
+    def _find_existing(self, activities: Sequence[Activity]) -> Writing[set[str]]:
+        """Which of the activities the target has already."""
+        keys = "{" + ",".join(f'"{activity.change_key}"' for activity in activities) + "}"
+        self._pgconn.send_query_params(self._existing.encode(), [keys.encode()])
+        (result,) = yield from self._results(())
+        return {(result.get_value(row, 0) or b"").decode() for row in range(result.ntuples)}
+
+    # What psycopg does between its calls of libpq, for statements that have a COPY among them.
+
+    def _run(self, statements: str, lines: Sequence[bytes] = ()) -> Writing[None]:
+        """Run statements of which one may be a COPY, to which `lines` are given."""
+        self._pgconn.send_query(statements.encode())
+        yield from self._results(lines)
+
+    def _results(self, lines: Sequence[bytes]) -> Writing[list[PGresult]]:
+        results: list[PGresult] = []
+        refusal: RefusedError | None = None
+        fenced = False
+        yield from self._flush()
+        while True:
+            while self._pgconn.is_busy():
+                yield Wait.R
+                self._pgconn.consume_input()
+            result = self._pgconn.get_result()
+            if result is None:
+                break
+            if result.status == pq.ExecStatus.COPY_IN:
+                yield from self._send(lines, b"another process owns the checkpoint" if fenced else None)
+            elif result.status == pq.ExecStatus.FATAL_ERROR:
+                refusal = refusal or _refused_error(result)
+            else:
+                results.append(result)
+                fenced = fenced or result.command_status == b"UPDATE 0"
+        if fenced:
+            raise errors.FencedError(
+                f'another process has taken over as the worker "{self._worker}"', hint="nothing to do: it goes on there"
+            )
+        if refusal is not None:
+            raise refusal
+        return results
+
+    def _send(self, lines: Sequence[bytes], error: bytes | None) -> Writing[None]:
+        if error is None:
+            for start in range(0, len(lines), 256):
+                self._pgconn.put_copy_data(b"".join(lines[start : start + 256]))
+                yield from self._flush()
+        self._pgconn.put_copy_end(error)
+        yield from self._flush()
+
+    def _flush(self) -> Writing[None]:
+        while self._pgconn.flush():
+            if (yield Wait.RW) & Ready.R:
+                self._pgconn.consume_input()
+
+
+_INSERT_DEAD_LETTERS: Final = b"""
+INSERT INTO cdc_worker.dead_letter
+    (worker, change_key, kind, reason, sqlstate, constraint_name, committed_at, change, fields)
+SELECT worker, change_key, kind, reason, sqlstate, constraint_name, committed_at, change, fields
+FROM jsonb_to_recordset($1) AS letter (worker text, change_key text, kind text, reason text, sqlstate text,
+    constraint_name text, committed_at timestamptz, change jsonb, fields jsonb)
+ON CONFLICT (change_key) DO NOTHING
+"""
+
+
+def _refused_error(result: PGresult) -> RefusedError:
+    def said(diagnostic: pq.DiagnosticField) -> str | None:
+        value = result.error_field(diagnostic)
+        return value.decode(errors="replace") if value else None
+
+    line = re.match(r"COPY [^,]*, line (\d+)", said(pq.DiagnosticField.CONTEXT) or "")
+    return RefusedError(
+        said(pq.DiagnosticField.SQLSTATE) or "",
+        constraint=said(pq.DiagnosticField.CONSTRAINT_NAME),
+        table=said(pq.DiagnosticField.TABLE_NAME),
+        line=int(line[1]) if line else None,
+    )
+
+
+def _divided(
+    start: int, end: int, outcomes: Sequence[Activity | DeadLetter], rows: Sequence[Activity], line: int | None
+) -> list[tuple[int, int]]:
+    """Smaller segments of a refused one: around the row that the server named, or its halves."""
+    if line is not None and 1 <= line <= len(rows):
+        named = start + next(place for place, outcome in enumerate(outcomes) if outcome is rows[line - 1])
+        return [(a, b) for a, b in ((start, named), (named, named + 1), (named + 1, end)) if a < b]
+    middle = (start + end) // 2
+    return [(start, middle), (middle, end)]
+
+
+def _encoder(target: Target, columns: dict[str, str], zone: ZoneInfo) -> Callable[[Activity], bytes]:
+    """A function that writes an activity as a line of COPY's text format. Manual: "COPY", File Formats."""
+    fields = list(target.columns.values())
+    constants = "".join(f"\t{_text(value)}" for value in target.constants.values()) + "\n"
+    naive = {f for column, f in target.columns.items() if columns[column] == "timestamp without time zone"}
+
+    def encode(activity: Activity) -> bytes:
+        values = {**activity.fields, "change_key": activity.change_key}
+        for name in naive:
+            if isinstance(moment := values.get(name), datetime):
+                values[name] = moment.astimezone(zone).replace(tzinfo=None)
+        return ("\t".join([_text(values.get(name)) for name in fields]) + constants).encode()
+
+    return encode
+
+
+def _text(value: Any) -> str:
+    if value is None:
+        return "\\N"
+    if isinstance(value, bool):
+        return "t" if value else "f"
+    if isinstance(value, datetime):
+        return value.isoformat(" ")
+    if isinstance(value, Decimal):
+        return f"{value:f}"
+    if isinstance(value, int | float):
+        return str(value)
+    plain = value if isinstance(value, str) else _json.encode(value).decode()
+    return plain.replace("\\", "\\\\").replace("\t", "\\t").replace("\n", "\\n").replace("\r", "\\r")

@@ -1,0 +1,492 @@
+"""The worker: one loop over two sockets, and what keeps it going.
+
+    for transactions in the slot's stream:
+        batch = transform(transactions)
+        sink.write(batch)                  # activities, dead letters and checkpoint: one database transaction
+        ack(batch.end)                     # only now may the server forget
+
+While a batch goes to the database, the next changes are read. Everything is in one thread: order is the product.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from types import FrameType
+from typing import Final
+
+import psycopg
+from psycopg.waiting import Ready, Wait
+from tenacity import RetryCallState, Retrying, retry_if_exception, stop_when_event_set, wait_random_exponential
+
+from cdc_worker import checkpoint, errors, postgres, slot, wal2json
+from cdc_worker.activities import Activity, Batch, Position
+from cdc_worker.changes import Assembler, Transaction
+from cdc_worker.config import Settings
+from cdc_worker.log import Logger
+from cdc_worker.lsn import INVALID, LSN
+from cdc_worker.profile import Profile
+from cdc_worker.protocol import XLogData
+from cdc_worker.replication import Replication
+from cdc_worker.rules import compile_rules
+from cdc_worker.sink import Sink, Writing, Written
+from cdc_worker.transform import CONTEXT_PREFIX, Transformer
+
+GRACE: Final = 0.8
+"""So long a batch in hand may take to be written after a shutdown was requested; we exit in the rest of a second."""
+
+STATUS_INTERVAL: Final = 10.0
+PROGRESS_INTERVAL: Final = 10.0
+SILENCE: Final = 60.0
+"""After so long without a byte from the server, which was asked for one, the connection is given up."""
+
+TURN: Final = 256
+"""So many messages are read before the writing connection gets a look."""
+
+
+class Stopped(BaseException):
+    """A shutdown was requested while we were waiting in a call that can't be selected on."""
+
+
+class Stop:
+    """A request to shut down, by signal: something to look at, to wait for, and to select on."""
+
+    def __init__(self) -> None:
+        self._set = False
+        self._interruptible = False
+        self._reader, self._writer = os.pipe()
+        os.set_blocking(self._reader, False)
+        os.set_blocking(self._writer, False)
+
+    def install(self) -> None:
+        """Let SIGTERM and SIGINT request it."""
+        signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._handle)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        self._set = True
+        if self._interruptible:
+            raise Stopped
+
+    def set(self) -> None:
+        """Request it from within."""
+        self._set = True
+        os.write(self._writer, b"\0")
+
+    def is_set(self) -> bool:
+        """Whether it has been requested."""
+        return self._set
+
+    def sleep(self, seconds: float) -> None:
+        """Sleep, but not beyond a request."""
+        select.select([self], [], [], seconds)
+
+    def fileno(self) -> int:
+        """Readable once it has been requested."""
+        return self._reader
+
+    @contextmanager
+    def interrupting(self) -> Iterator[None]:
+        """Let a request raise Stopped at once: for calls that wait without our select."""
+        self._interruptible = True
+        try:
+            if self._set:
+                raise Stopped
+            yield
+        finally:
+            self._interruptible = False
+
+
+@dataclass(slots=True)
+class Totals:
+    """What a process has done so far."""
+
+    transactions: int = 0
+    activities: Counter[str] = field(default_factory=Counter)
+    dead_letters: int = 0
+    batches: int = 0
+    already_there: int = 0
+
+
+class Worker:
+    """Records what the slot delivers, until it is stopped; with `once`, until all that is committed now is recorded."""
+
+    def __init__(self, settings: Settings, profile: Profile, *, stop: Stop, log: Logger, once: bool = False) -> None:
+        self.totals = Totals()
+        self._settings = settings
+        self._profile = profile
+        self._rules = compile_rules(profile)
+        self._stop = stop
+        self._log = log
+        self._once = once
+        self._started = False
+        self._until: LSN | None = None
+
+    def run(self) -> None:
+        """Stream until stopped. What may heal is tried again for ever, anything else is raised."""
+        log, stop = self._log, self._stop
+
+        def tell(state: RetryCallState) -> None:
+            error = state.outcome.exception() if state.outcome else None
+            wait = state.next_action.sleep if state.next_action else 0
+            log.warning("connection_lost", **_described(error), attempt=state.attempt_number, retry_in=round(wait, 2))
+
+        attempts = Retrying(
+            retry=retry_if_exception(self._may_heal),
+            wait=wait_random_exponential(multiplier=0.2, max=30),
+            stop=stop_when_event_set(stop),  # type: ignore[arg-type]  # it asks no more than is_set
+            sleep=stop.sleep,
+            before_sleep=tell,
+            reraise=True,
+        )
+        try:
+            for attempt in attempts:
+                with attempt, ExitStack() as stack:
+                    stream = self._open(stack)
+                    since = self.totals.batches
+                    try:
+                        stream.run()
+                    finally:
+                        if self.totals.batches > since:
+                            attempt.retry_state.attempt_number = 1  # it worked: begin anew with short waits
+        except Stopped:
+            pass
+        except psycopg.Error:
+            if not stop.is_set():
+                raise
+        log.info("worker_stopped", **_summary(self.totals))
+
+    def _may_heal(self, error: BaseException) -> bool:
+        if self._once:
+            return False
+        if isinstance(error, psycopg.Error):
+            return postgres.is_transient(error.sqlstate)
+        # Once it has run with these credentials, a refusal is somebody's work in progress.
+        return self._started and isinstance(error, errors.AuthenticationError | errors.DatabaseMissingError)
+
+    def _open(self, stack: ExitStack) -> _Stream:
+        """Connect, make sure that all is as the checkpoint says, start the stream and become the owner."""
+        settings, log = self._settings, self._log
+        dsn, worker = settings.dsn.get_secret_value(), settings.worker
+        with self._stop.interrupting():
+            connection = postgres.connect(dsn, worker)
+            stack.callback(connection.close)
+            server = postgres.server(connection)
+            postgres.check_server(server, worker)
+            found = checkpoint.read(connection, worker)
+            columns = postgres.check_catalog(connection, self._profile, self._rules)
+            replication = Replication(postgres.connect_replication(dsn, worker), on_dropped=self._warn_of_dropped)
+            stack.enter_context(replication)
+            replica = slot.read(connection, settings.slot)
+            wal_end = replica.wal_end if replica else INVALID
+            checkpoint.check(
+                found,
+                slot=settings.slot,
+                system_identifier=replication.system_identifier(),
+                wal_end=wal_end if replica else found.position.lsn,
+            )
+            replica = slot.check(
+                replica, name=settings.slot, database=connection.info.dbname, checkpoint=found.position.lsn
+            )
+            if self._until is None and self._once:
+                self._until = slot.committed_so_far(connection)
+            timeout = replication.wal_sender_timeout()
+            self._start(connection, replication, found.position.lsn, server)
+            owner, position = checkpoint.take_over(connection, worker)
+            time_zone = settings.time_zone or server.time_zone
+            sink = Sink(
+                connection,
+                self._profile.target,
+                columns=columns,
+                time_zone=time_zone,
+                worker=worker,
+                owner=owner,
+                position=position,
+            )
+        self._started = True
+        log.info("replication_started", lsn=str(position.lsn), plugin=replica.plugin, time_zone=time_zone)
+        transformer = Transformer(self._rules, worker=worker, system_identifier=found.system_identifier)
+        return _Stream(
+            replication,
+            sink,
+            transformer,
+            settings=settings,
+            totals=self.totals,
+            stop=self._stop,
+            log=log,
+            status_interval=min(STATUS_INTERVAL, timeout / 4) if timeout else STATUS_INTERVAL,
+            until=self._until,
+        )
+
+    def _start(
+        self, connection: postgres.Connection, replication: Replication, position: LSN, server: postgres.Server
+    ) -> None:
+        options = wal2json.options(self._rules, (CONTEXT_PREFIX,))
+        waiting = False
+        while True:
+            try:
+                replication.start(self._settings.slot, position, options, encoding=server.encoding)
+                return
+            except psycopg.errors.ObjectInUse:
+                holder = slot.read(connection, self._settings.slot)
+                if holder is not None and holder.active_pid is not None and not holder.held_by_worker:
+                    raise errors.SlotTakenError(
+                        f'slot "{holder.name}" is read by process {holder.active_pid} ({holder.holder or "no name"})',
+                        hint=f"stop that process, or: SELECT pg_terminate_backend({holder.active_pid})",
+                    ) from None
+                if not waiting:
+                    waiting = True
+                    self._log.info("waiting_for_slot", active_pid=holder and holder.active_pid)
+                time.sleep(0.05)
+            except psycopg.Error as error:
+                raise slot.plugin_error(error, server) from error
+
+    def _warn_of_dropped(self, operation: str, table: str) -> None:
+        self._log.warning(
+            "change_dropped_by_plugin",
+            operation=operation,
+            table=table,
+            mend=f"ALTER TABLE {table} REPLICA IDENTITY FULL",
+        )
+
+
+class _Stream:
+    """One connection's worth of the loop. `run` returns when it is told to stop, and raises when it can't go on."""
+
+    def __init__(
+        self,
+        replication: Replication,
+        sink: Sink,
+        transformer: Transformer,
+        *,
+        settings: Settings,
+        totals: Totals,
+        stop: Stop,
+        log: Logger,
+        status_interval: float,
+        until: LSN | None,
+    ) -> None:
+        self._replication = replication
+        self._sink = sink
+        self._transformer = transformer
+        self._settings = settings
+        self._totals = totals
+        self._stop = stop
+        self._log = log
+        self._status_interval = status_interval
+        self._until = until
+        self._resumed = sink.position
+        self._assembler = Assembler(sink.position.lsn)
+        self._batch = Batch(sink.position)
+        self._writing: Writing[Written] | None = None
+        self._written: Batch = self._batch
+        self._wants = Wait.R
+        self._wal_end = sink.position.lsn
+        now = time.monotonic()
+        self._heard_at = self._status_at = self._advanced_at = self._began_at = now
+        self._progress_at = now
+        self._progress_from = 0
+
+    def run(self) -> None:
+        """Read, transform, write, confirm."""
+        stopping_until = float("inf")
+        while True:
+            drained = self._receive() if not self._batch.full else self._writing is not None
+            now = time.monotonic()
+            if self._writing is None and (drained or self._batch.full):
+                self._begin(now)
+            if self._writing is None:
+                if self._stop.is_set() or self._complete:
+                    break
+            elif now > stopping_until:
+                self._log.info("batch_rolled_back", activities=len(self._written.outcomes))
+                self._sink.cancel()
+                break
+            if self._stop.is_set() and stopping_until == float("inf"):
+                stopping_until = now + GRACE
+                self._log.info("shutdown_requested")
+            self._tick(now)
+            self._wait(min(self._next_tick(now), stopping_until) - now if drained else 0)
+        self._send_status()
+        self._replication.flush(0.1)
+
+    @property
+    def _received(self) -> LSN:
+        """Up to where everything has been read, so that no commit before it can come any more."""
+        return self._assembler.received if self._assembler.open else max(self._assembler.received, self._wal_end)
+
+    @property
+    def _idle(self) -> bool:
+        """Whether nothing is open, unwritten or being written."""
+        return not self._assembler.open and not self._batch.outcomes and self._writing is None
+
+    @property
+    def _complete(self) -> bool:
+        return self._until is not None and self._idle and self._received >= self._until
+
+    def _receive(self) -> bool:
+        """Take up to TURN messages. Returns whether that was all that has arrived."""
+        replication, assembler, batch = self._replication, self._assembler, self._batch
+        if self._stop.is_set():
+            return True
+        for _ in range(TURN):
+            message = replication.receive()
+            if message is None:
+                replication.read()
+                message = replication.receive()
+                if message is None:
+                    return True
+                self._heard_at = time.monotonic()
+            if isinstance(message, XLogData):
+                payload = message.payload
+                batch.size += len(payload)
+                transaction = assembler.feed(wal2json.decode(payload), len(payload))
+                if transaction is not None:
+                    self._take(transaction)
+                    if batch.full:
+                        return False
+            else:
+                self._wal_end = max(self._wal_end, message.wal_end)
+                if message.reply_requested:
+                    # Without a flush position: the slot stays, and a server that shuts down need not wait for us.
+                    replication.send_status(written=message.wal_end)
+        return False
+
+    def _take(self, transaction: Transaction) -> None:
+        outcomes, done = self._transformer.feed(transaction), self._transformer.done
+        if transaction.commit_lsn == self._resumed.commit_lsn:
+            # A part of this commit was written before we came. It is read again for its messages and facts.
+            outcomes = [outcome for outcome in outcomes if outcome.index >= self._resumed.changes]
+            done = max(done, self._resumed.changes)
+        self._batch.add(outcomes, transaction, done)
+
+    def _begin(self, now: float) -> None:
+        """Start to write what has come together, or now and then where an otherwise quiet stream has got to."""
+        batch = self._batch
+        if batch.outcomes:
+            self._batch = Batch(batch.end)
+        elif (
+            self._idle
+            and now >= self._advanced_at + self._settings.idle_advance_interval
+            and self._received - self._sink.position.lsn > self._settings.idle_advance_bytes
+        ):
+            batch = Batch(Position(self._received))
+            self._batch = Batch(batch.end)
+            self._advanced_at = now
+        else:
+            if batch.full:
+                batch.size = 0  # much was read, and none of it meant anything
+            return
+        self._written, self._began_at = batch, now
+        self._writing = self._sink.write(batch)
+        self._step(None)
+
+    def _step(self, ready: Ready | None) -> None:
+        """Go on writing, now that the socket is `ready`."""
+        assert self._writing is not None  # noqa: S101
+        try:
+            self._wants = self._writing.send(ready)  # type: ignore[arg-type]  # None starts it
+        except StopIteration as stop:
+            self._writing = None
+            self._confirm(stop.value)
+
+    def _confirm(self, written: Written) -> None:
+        batch, totals = self._written, self._totals
+        self._send_status()
+        refused = {letter.change_key for letter in written.dead_letters}
+        totals.batches += 1
+        totals.transactions += batch.transactions
+        totals.dead_letters += len(refused)
+        totals.already_there += written.already_there
+        totals.activities.update(
+            outcome.fields["type"]
+            for outcome in batch.outcomes
+            if type(outcome) is Activity and outcome.change_key not in refused
+        )
+        for letter in written.dead_letters:
+            self._log.warning(
+                "change_dead_lettered",
+                kind=letter.kind,
+                table=letter.change.table,
+                sqlstate=letter.sqlstate,
+                constraint=letter.constraint,
+                change_key=letter.change_key,
+            )
+        self._log.debug(
+            "batch_written",
+            transactions=batch.transactions,
+            activities=written.activities,
+            dead_letters=len(refused),
+            lsn=str(self._sink.position),
+            seconds=round(time.monotonic() - self._began_at, 4),
+        )
+
+    def _send_status(self, *, reply_requested: bool = False) -> None:
+        flushed = self._sink.position.lsn
+        self._replication.send_status(
+            written=self._received,
+            flushed=flushed,
+            applied=self._received if self._idle else flushed,
+            reply_requested=reply_requested,
+        )
+        self._status_at = time.monotonic()
+
+    def _tick(self, now: float) -> None:
+        if now >= self._status_at + self._status_interval:
+            silent = now - self._heard_at
+            if silent > SILENCE and not self._batch.full:
+                raise psycopg.OperationalError(f"nothing was heard from the server for {silent:.0f} s")
+            self._send_status(reply_requested=silent > self._status_interval)
+        if now >= self._progress_at + PROGRESS_INTERVAL:
+            activities = self._totals.activities.total()
+            if activities > self._progress_from:
+                rate = (activities - self._progress_from) / (now - self._progress_at)
+                self._log.info(
+                    "progress", **_summary(self._totals), per_second=round(rate), lsn=str(self._sink.position)
+                )
+            self._progress_at, self._progress_from = now, activities
+
+    def _next_tick(self, now: float) -> float:
+        due = [self._status_at + self._status_interval, self._advanced_at + self._settings.idle_advance_interval]
+        return min(at for at in (*due, now + STATUS_INTERVAL) if at > now)
+
+    def _wait(self, timeout: float) -> None:
+        """Wait for one of the sockets, and let the sink use its own."""
+        reading: list[Stop | Sink | Replication] = [self._stop]
+        writing: list[Sink] = []
+        if not self._batch.full and not self._stop.is_set():
+            reading.append(self._replication)
+        if self._writing is None or self._wants & Wait.R:
+            reading.append(self._sink)
+        if self._writing is not None and self._wants & Wait.W:
+            writing.append(self._sink)
+        if self._stop.is_set():
+            reading.remove(self._stop)
+        readable, writable, _ = select.select(reading, writing, [], max(timeout, 0))
+        ready = (Ready.R if self._sink in readable else 0) | (Ready.W if writable else 0)
+        if self._writing is None:
+            if ready:
+                self._sink.read()
+        elif ready:
+            self._step(Ready(ready))
+
+
+def _summary(totals: Totals) -> dict[str, int]:
+    return {
+        "transactions": totals.transactions,
+        "activities": totals.activities.total(),
+        "dead_letters": totals.dead_letters,
+    }
+
+
+def _described(error: BaseException | None) -> dict[str, str | None]:
+    """What may be logged of an error: the server's words hold values of rows, libpq's own and ours don't."""
+    sqlstate = error.sqlstate if isinstance(error, psycopg.Error) else None
+    return {"error": type(error).__name__, "sqlstate": sqlstate, "reason": None if sqlstate else str(error)}
