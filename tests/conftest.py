@@ -1,0 +1,107 @@
+"""A PostgreSQL with wal2json for the whole run, and a CRM's database for each test that wants one.
+
+Hypothesis prints what reproduces a failure; `--hypothesis-seed` gives a run its seed. Storms print theirs, and take it
+from CDC_TEST_SEED.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import hypothesis
+import psycopg
+import pytest
+from psycopg import sql
+from support import Crm, leadfi
+
+from cdc_worker.cluster import Binaries, Cluster, find_binaries
+
+hypothesis.settings.register_profile("suite", deadline=None, print_blob=True)
+hypothesis.settings.load_profile("suite")
+
+_numbers = itertools.count(1)
+
+
+@pytest.fixture(scope="session")
+def binaries() -> Binaries:
+    """Server programs with a wal2json that fits them. Raises, and so fails, where there are none to be had."""
+    return find_binaries()
+
+
+@pytest.fixture(scope="session")
+def server(binaries: Binaries) -> Iterator[Cluster]:
+    """The server that most tests share: none may restart it or change its settings."""
+    with Cluster(binaries) as cluster:
+        yield cluster
+
+
+def _make(server: Cluster, directory: Path) -> Crm:
+    number = next(_numbers)
+    name = f"crm_{number}"
+    with psycopg.connect(server.dsn(), autocommit=True) as connection:
+        connection.execute(sql.SQL("CREATE DATABASE {}").format(sql.Identifier(name)))
+    crm = Crm(server.dsn(name), f"slot_{number}", directory)
+    leadfi(crm.connection)
+    return crm
+
+
+def _drop(server: Cluster, crm: Crm) -> None:
+    name = crm.connection.info.dbname
+    crm.close()
+    with psycopg.connect(server.dsn(), autocommit=True) as connection:
+        connection.execute(
+            "SELECT pg_terminate_backend(active_pid, 10000) FROM pg_replication_slots"
+            " WHERE database = %s AND active_pid IS NOT NULL",
+            (name,),
+        )
+        connection.execute(
+            "SELECT pg_drop_replication_slot(slot_name) FROM pg_replication_slots WHERE database = %s", (name,)
+        )
+        connection.execute(sql.SQL("DROP DATABASE {} WITH (FORCE)").format(sql.Identifier(name)))
+
+
+@pytest.fixture
+def bare_crm(server: Cluster, tmp_path: Path) -> Iterator[Crm]:
+    """A database with LeadFi's tables, not set up."""
+    crm = _make(server, tmp_path)
+    try:
+        yield crm
+    finally:
+        _drop(server, crm)
+
+
+@pytest.fixture
+def crm(bare_crm: Crm) -> Crm:
+    """A database with LeadFi's tables, set up for the worker."""
+    bare_crm.setup()
+    return bare_crm
+
+
+@pytest.fixture
+def own_server(binaries: Binaries) -> Iterator[Cluster]:
+    """A server that a test may crash, stop and set as it likes."""
+    with Cluster(binaries) as cluster:
+        yield cluster
+
+
+@pytest.fixture
+def own_crm(own_server: Cluster, tmp_path: Path) -> Iterator[Crm]:
+    """A database with LeadFi's tables on a server of the test's own, set up for the worker."""
+    crm = _make(own_server, tmp_path)
+    crm.setup()
+    try:
+        yield crm
+    finally:
+        crm.close()
+
+
+@pytest.fixture
+def seed() -> int:
+    """The seed of a storm, printed where it fails. CDC_TEST_SEED repeats one."""
+    number = int(os.environ.get("CDC_TEST_SEED") or random.SystemRandom().randrange(1 << 32))
+    print(f"CDC_TEST_SEED={number}")  # noqa: T201
+    return number

@@ -1,0 +1,176 @@
+"""What tests of the edges share: a CRM's database, and the worker as a real process."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, LiteralString, Self, TypeVar
+
+import psycopg
+from psycopg.rows import TupleRow, dict_row
+
+from cdc_worker.setup import schema
+
+T = TypeVar("T")
+
+PATIENCE = 60.0
+"""Longer than anything takes on a busy machine: the wait for a fact fails after so many seconds."""
+
+
+def eventually(fact: Callable[[], T], *, what: str = "", patience: float = PATIENCE) -> T:
+    """Wait until `fact` returns something true, and return it."""
+    deadline = time.monotonic() + patience
+    while not (found := fact()):
+        assert time.monotonic() < deadline, f"never came true: {what or fact}"
+        time.sleep(0.02)
+    return found
+
+
+class WorkerProcess:
+    """`cdc-worker` as its users run it. Leaving the context kills what is still running."""
+
+    def __init__(self, arguments: Sequence[str], environment: dict[str, str], log: Path) -> None:
+        self.log = log
+        self._offset = log.stat().st_size if log.exists() else 0
+        with log.open("ab") as file:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "cdc_worker", *arguments],
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=file,
+            )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.communicate()
+
+    @property
+    def said(self) -> str:
+        """What it has written to stderr."""
+        return self.log.read_bytes()[self._offset :].decode()
+
+    def events(self, name: str | None = None) -> list[dict[str, Any]]:
+        """Its log lines, or those of one event."""
+        lines = [json.loads(line) for line in self.said.splitlines() if line.startswith("{")]
+        return [line for line in lines if name in (None, line["event"])]
+
+    def wait_for(self, event: str) -> dict[str, Any]:
+        """The first log line of this event."""
+
+        def found() -> list[dict[str, Any]]:
+            assert self.process.poll() is None or self.events(event), f"ended before {event}:\n{self.said}"
+            return self.events(event)
+
+        return eventually(found, what=event)[0]
+
+    def kill(self) -> None:
+        """SIGKILL."""
+        self.process.kill()
+        self.process.wait()
+
+    def terminate(self) -> int:
+        """SIGTERM, and wait; returns the exit code."""
+        self.process.send_signal(signal.SIGTERM)
+        return self.wait()
+
+    def wait(self) -> int:
+        """Wait until it ends by itself; returns the exit code."""
+        return self.process.wait(PATIENCE)
+
+
+class Crm:
+    """A database with a CRM's tables, and a slot name of its own."""
+
+    def __init__(self, dsn: str, slot: str, directory: Path) -> None:
+        self.dsn = dsn
+        self.slot = slot
+        self.directory = directory
+        self.settings: dict[str, str] = {}
+        self.connection: psycopg.Connection[TupleRow] = psycopg.connect(dsn, autocommit=True)
+
+    def environment(self, **settings: str) -> dict[str, str]:
+        """Of a worker for this database."""
+        bare = {name: value for name, value in os.environ.items() if not name.startswith(("CDC_WORKER_", "PG"))}
+        given = {"dsn": self.dsn, "slot": self.slot, "log_format": "json"} | self.settings | settings
+        return bare | {f"CDC_WORKER_{name.upper()}": value for name, value in given.items()}
+
+    def worker(self, *arguments: str, **settings: str) -> WorkerProcess:
+        """Start `cdc-worker run`."""
+        return WorkerProcess(["run", *arguments], self.environment(**settings), self.directory / "worker.log")
+
+    def command(self, *arguments: str, **settings: str) -> subprocess.CompletedProcess[str]:
+        """Run a command of cdc-worker to its end."""
+        return subprocess.run(
+            [sys.executable, "-m", "cdc_worker", *arguments],
+            env=self.environment(**settings),
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE * 3,
+            check=False,
+        )
+
+    def succeed(self, *arguments: str, **settings: str) -> str:
+        """Run a command that must succeed; returns what it printed."""
+        done = self.command(*arguments, **settings)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    def setup(self) -> None:
+        """`cdc-worker setup`."""
+        self.succeed("setup")
+
+    def record(self, **settings: str) -> None:
+        """`cdc-worker run --once`: all that is committed by now is recorded afterwards."""
+        self.succeed("run", "--once", **settings)
+
+    def execute(self, query: LiteralString, *parameters: Any) -> list[TupleRow]:
+        """Run a statement in a transaction of its own; returns its rows."""
+        cursor = self.connection.execute(query, parameters)
+        return cursor.fetchall() if cursor.description else []
+
+    def value(self, query: LiteralString, *parameters: Any) -> Any:
+        """The only value of a query."""
+        ((value,),) = self.execute(query, *parameters)
+        return value
+
+    def activities(self) -> list[dict[str, Any]]:
+        """What the worker wrote, in order."""
+        with self.connection.cursor(row_factory=dict_row) as cursor:
+            return cursor.execute("SELECT * FROM activity WHERE change_key IS NOT NULL ORDER BY activity_id").fetchall()
+
+    def types(self) -> list[str]:
+        """The types of what the worker wrote, in order."""
+        return [activity["activity_type"] for activity in self.activities()]
+
+    def add_leads(self, count: int) -> None:
+        """Insert leads in one statement."""
+        self.execute(
+            "INSERT INTO lead (full_name, source, bd_in_charge, type, status, company_name)"
+            " SELECT 'Lead ' || n, 'website', 'jane', 'exchange', '1. lead generated', 'Company ' || n"
+            " FROM generate_series(1, %s) n",
+            count,
+        )
+
+    def close(self) -> None:
+        """End the connection."""
+        self.connection.close()
+
+
+def leadfi(connection: psycopg.Connection[TupleRow]) -> None:
+    """Make LeadFi's tables."""
+    connection.execute(schema("leadfi.sql").encode())
