@@ -194,6 +194,7 @@ def test_a_transformer_that_was_interrupted_within_a_commit_begins_it_anew() -> 
     transformer = Transformer(leadfi(), worker="w", system_identifier="1")
     transformer.feed(slices[0])
     assert [outcome for part in slices for outcome in transformer.feed(part)] == outcomes(*script)
+    assert not transformer._waiting
     assert transformer.feed(assembled([inserted("lead", lead())], commit_lsn=0x2000)[0])[0].index == 0
 
 
@@ -322,6 +323,12 @@ def test_what_came_before_goes_before_what_follows_and_the_nearest_goes_first() 
         converted(), inserted("contact", contact(customer_uid=3)), inserted("contact", contact(customer_uid=4))
     )
     assert customers_of(came) == [3]
+
+
+def test_an_updated_row_is_a_fact_as_well_and_a_deleted_one_is_none() -> None:
+    moved = updated("contact", contact(lead_id=8, customer_uid=1), lead_id=7, customer_uid=2)
+    assert customers_of(outcomes(converted(), deleted("contact", contact()), moved)) == [2]
+    assert customers_of(outcomes(moved, deleted("contact", contact()), converted())) == [2]
 
 
 def test_a_fact_of_another_row_or_another_transaction_is_none() -> None:
@@ -481,13 +488,14 @@ def test_nothing_is_kept_of_what_has_been_dealt_with() -> None:
     script = []
     for n in range(50):
         script += [
+            inserted("maker", {"lead": 0, "name": "joan"}),
             inserted("maker", {"lead": n, "name": "jane"}),
             inserted("lead", {"id": n}),
             inserted("lead", {"id": n}),
             inserted("taker", {"lead": n, "name": "joe"}) if n % 2 else updated("filler", {"id": 1}),
         ]
     with distance(3):
-        for part in assembled(script, cuts=set(range(200))):
+        for part in assembled(script, cuts=set(range(250))):
             transformer.feed(part)
             assert len(transformer._facts) <= 8
             assert len(transformer._waiting) <= 4
