@@ -491,11 +491,12 @@ def test_nothing_is_kept_of_what_has_been_dealt_with() -> None:
             inserted("maker", {"lead": 0, "name": "joan"}),
             inserted("maker", {"lead": n, "name": "jane"}),
             inserted("lead", {"id": n}),
+            inserted("maker", {"lead": 0, "name": "joan"}),
             inserted("lead", {"id": n}),
             inserted("taker", {"lead": n, "name": "joe"}) if n % 2 else updated("filler", {"id": 1}),
         ]
     with distance(3):
-        for part in assembled(script, cuts=set(range(250))):
+        for part in assembled(script, cuts=set(range(300))):
             transformer.feed(part)
             assert len(transformer._facts) <= 8
             assert len(transformer._waiting) <= 4
