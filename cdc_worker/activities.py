@@ -73,8 +73,7 @@ def change_key(prefix: str, schema: str, table: str, ordinal: int, rule: str) ->
     return f"{prefix}{schema}.{table}/{ordinal}/{rule}"
 
 
-@dataclass(frozen=True, slots=True)
-class _Slice:
+class _Slice(msgspec.Struct, frozen=True, gc=False):
     """Where the outcomes of a slice of a commit begin in a batch, and what is known of that commit."""
 
     place: int

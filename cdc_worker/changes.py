@@ -33,8 +33,6 @@ class Begin(msgspec.Struct, frozen=True, gc=False):
 class Commit(msgspec.Struct, frozen=True, gc=False):
     """The transaction that began last is complete."""
 
-    end_lsn: LSN
-
 
 class Message(msgspec.Struct, frozen=True, gc=False):
     """What the application said with `pg_logical_emit_message(transactional, prefix, content)`."""
@@ -74,7 +72,7 @@ def update(schema: str, table: str, old: Row, sent: Row) -> Change:
 class Transaction(msgspec.Struct, frozen=True):
     """The changes of one commit, or a slice of them when there are many.
 
-    `index` counts the changes of the same commit that came in earlier slices; `last` is true for the final slice.
+    `index` counts the changes of the same commit that came in earlier slices, of which there is none before `first`.
     `messages` are the logical messages, each with the number of this slice's changes that came before it.
     """
 
@@ -85,6 +83,7 @@ class Transaction(msgspec.Struct, frozen=True):
     changes: list[Change]
     messages: list[tuple[int, Message]]
     index: int
+    first: bool
     last: bool
 
 
@@ -103,6 +102,7 @@ class Assembler:
         self._begin: Begin | None = None
         self._changes: list[Change] = []
         self._messages: list[tuple[int, Message]] = []
+        self._first = True
         self._index = 0
         self._size = 0
 
@@ -111,45 +111,48 @@ class Assembler:
         """Whether a transaction has begun and not yet ended."""
         return self._begin is not None
 
-    @property
-    def skipping(self) -> bool:
-        """Whether the open transaction has been dealt with before, so that its rows need not be decoded."""
-        return self._begin is not None and self._begin.end_lsn <= self._start
-
     def feed(self, message: Begin | Change | Message | Commit, size: int) -> Transaction | None:
         """Take one message that was `size` bytes long; returns a transaction or a slice of one when it is complete."""
-        if type(message) is Change:
-            if self._begin is None:
-                raise MessageUnreadableError("a change came outside a transaction")
-            if not self.skipping:
-                self._changes.append(message)
-                self._size += size
-                if len(self._changes) >= self.MAX_CHANGES or self._size >= self.MAX_BYTES:
-                    return self._cut(self._begin, last=False)
-        elif type(message) is Begin:
-            if self._begin is not None:
-                raise MessageUnreadableError(f"transaction {message.xid} began inside transaction {self._begin.xid}")
-            self._begin = message
-        elif type(message) is Commit:
-            if self._begin is None:
-                raise MessageUnreadableError("a commit came without its begin")
-            transaction = None if self.skipping else self._cut(self._begin, last=True)
-            self.received = max(self.received, self._begin.end_lsn)
+        begin = self._begin
+        if type(message) is Begin:
+            if begin is not None:
+                raise MessageUnreadableError(f"transaction {message.xid} began inside transaction {begin.xid}")
+            self._begin, self._first, self._index = message, True, 0
+            return None
+        if begin is None:
+            if type(message) is Message:
+                return None  # not transactional: it arrives at once, also from transactions that roll back
+            raise MessageUnreadableError(f"a {type(message).__name__.lower()} came outside a transaction")
+        dealt_with = begin.end_lsn <= self._start
+        if type(message) is Commit:
             self._begin = None
-            self._index = 0
-            return transaction
-        elif type(message) is Message and message.transactional and self._begin is not None and not self.skipping:
-            # What is not transactional arrives at once, also from transactions that roll back.
+            self.received = max(self.received, begin.end_lsn)
+            if dealt_with or (self._first and not self._changes):  # nothing of ours happened in it
+                self._messages = []
+                return None
+            return self._cut(begin, last=True)
+        if dealt_with:
+            return None
+        if type(message) is Change:
+            self._changes.append(message)
+        elif type(message) is Message and message.transactional:
             self._messages.append((len(self._changes), message))
-        return None
+        self._size += size
+        full = self._size >= self.MAX_BYTES or len(self._changes) + len(self._messages) >= self.MAX_CHANGES
+        return self._cut(begin, last=False) if full else None
 
-    def _cut(self, begin: Begin, *, last: bool) -> Transaction | None:
-        changes, messages, index = self._changes, self._messages, self._index
-        if not changes and not index:
-            self._messages = []
-            return None  # nothing of ours happened in it
-        self._changes, self._messages, self._size = [], [], 0
-        self._index += len(changes)
-        return Transaction(
-            begin.xid, begin.commit_lsn, begin.end_lsn, begin.committed_at, changes, messages, index, last
+    def _cut(self, begin: Begin, *, last: bool) -> Transaction:
+        transaction = Transaction(
+            begin.xid,
+            begin.commit_lsn,
+            begin.end_lsn,
+            begin.committed_at,
+            self._changes,
+            self._messages,
+            self._index,
+            self._first,
+            last,
         )
+        self._index += len(self._changes)
+        self._changes, self._messages, self._size, self._first = [], [], 0, False
+        return transaction

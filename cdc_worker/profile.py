@@ -9,6 +9,7 @@ nothing. A description and an actor are always text.
 from __future__ import annotations
 
 import tomllib
+from decimal import Decimal
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -18,7 +19,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstr
 from cdc_worker.changes import Operation
 from cdc_worker.errors import ProfileError
 
-Constant = bool | int | float | str
+Constant = bool | int | Decimal | str
 Template = str | bool | int
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_]*$", max_length=63)]
 
@@ -180,7 +181,7 @@ def load(name_or_path: str) -> Profile:
 def parse(text: str, *, source: str) -> Profile:
     """Read a profile's text; `source` names it in errors."""
     try:
-        content: dict[str, Any] = tomllib.loads(text)
+        content: dict[str, Any] = tomllib.loads(text, parse_float=Decimal)
     except tomllib.TOMLDecodeError as error:
         raise ProfileError(f'profile "{source}" is not TOML: {error}', hint="mend the file at that place") from error
     try:

@@ -9,6 +9,8 @@ import struct
 from datetime import UTC, datetime, timedelta
 from typing import NamedTuple
 
+import msgspec
+
 from cdc_worker.errors import MessageUnreadableError
 from cdc_worker.lsn import INVALID, LSN
 
@@ -19,7 +21,7 @@ _KEEPALIVE = struct.Struct(">cQqB")
 _STATUS_UPDATE = struct.Struct(">cQQQqB")
 
 
-class XLogData(NamedTuple):
+class XLogData(msgspec.Struct, frozen=True, gc=False):
     """`w`: a piece of the stream. `wal_start` is where its record lies; `payload` is what the output plugin wrote."""
 
     wal_start: LSN

@@ -77,7 +77,7 @@ class Replication:
             message = protocol.parse(data)
             if self._recode and type(message) is XLogData:
                 payload = bytes(message.payload).decode(self._recode).encode()
-                return message._replace(payload=memoryview(payload))
+                return XLogData(message.wal_start, message.wal_end, memoryview(payload))
             return message
         if size == 0:
             return None

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import string
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from decimal import Decimal
+from operator import attrgetter
 from typing import Any, Final
+
+import msgspec
 
 from cdc_worker.changes import Change, Operation, Row, Value
 from cdc_worker.errors import ProfileError, UnknownValueError
@@ -22,21 +25,38 @@ class Absent:
 
 ABSENT = Absent()
 
+MAX_CANDIDATES: Final = 1_000
+"""For so many combinations of changed columns a table remembers which rules may apply."""
 
-@dataclass(slots=True)
-class Event:
+
+class _NoRow(dict[str, Value]):
+    """The `row` of a truncate: all its columns are NULL."""
+
+    def __missing__(self, column: str) -> None:
+        return None
+
+
+_NO_ROW: Final = _NoRow()
+
+
+class Event(msgspec.Struct, gc=False):
     """A change as rules see it. `columns` are the changed columns that the rule at hand is about."""
 
     change: Change
     committed_at: datetime
     context: Mapping[str, Any]
+    old: Row
+    new: Row
+    row: Row
     facts: dict[str, Row | None]
-    columns: list[str] = field(default_factory=list)
+    columns: list[str] = []
 
-    @property
-    def row(self) -> Row | None:
-        """The new row, or the old one of a delete."""
-        return self.change.new if self.change.new is not None else self.change.old
+
+def event_of(change: Change, committed_at: datetime, context: Mapping[str, Any]) -> Event:
+    """What there is to see of a change."""
+    old, new = change.old, change.new
+    row = new if new is not None else old if old is not None else _NO_ROW
+    return Event(change, committed_at, context, old or {}, new or {}, row, {})
 
 
 Getter = Callable[[Event], Any]
@@ -85,7 +105,7 @@ class _Scope:
             return lambda event: event.context.get(column)
         if of in self.table.facts:
             self.used.add((of, column))
-            return lambda event: ABSENT if (row := event.facts[of]) is None else _of_row(row, column)
+            return lambda event: ABSENT if (row := event.facts[of]) is None else row.get(column)
         raise ValueError(f'{{{name}}}: there is no "{of}" here')
 
     def column(self, of: str, column: str) -> Getter:
@@ -98,31 +118,26 @@ class _Scope:
 
     def _real_column(self, of: str, column: str) -> Getter:
         self.used.add(("row", column))
-        if of == "row":
-            return lambda event: None if event.row is None else _of_row(event.row, column)
         if self.operation in _WITHOUT.get(of, ()):
             raise ValueError(f"{{{of}.{column}}}: there is no {of} row at {self.operation}")
-        if of == "old":
-            return lambda event: _of_row(event.change.old, column)
-        return lambda event: _of_row(event.change.new, column)
+        row: Callable[[Event], Row] = attrgetter(of)
+
+        def read(event: Event) -> Value:
+            try:
+                return row(event)[column]
+            except KeyError:
+                raise UnknownValueError(f'the change does not carry the column "{column}"') from None
+
+        return read
 
     def _changes(self, event: Event) -> dict[str, dict[str, Value]]:
-        old, new = event.change.old or {}, event.change.new or {}
-        return {name: {"old": self._short(old.get(name)), "new": self._short(new.get(name))} for name in event.columns}
+        short, old, new = self._short, event.old, event.new
+        return {name: {"old": short(old.get(name)), "new": short(new.get(name))} for name in event.columns}
 
     def _short(self, value: Value) -> Value:
         if isinstance(value, str) and len(value) > self.text_length:
             return value[: self.text_length] + "…"
         return value
-
-
-def _of_row(row: Row | None, column: str) -> Value:
-    if row is None:
-        raise UnknownValueError("the change has no such row")
-    try:
-        return row[column]
-    except KeyError:
-        raise UnknownValueError(f'the change does not carry the column "{column}"') from None
 
 
 def _template(source: str | bool | int, scope: _Scope) -> Getter:
@@ -154,13 +169,13 @@ def _constant(value: Any) -> Getter:
 
 
 def _formatted(getter: Getter, spec: str) -> Getter:
+    if not spec:
+        return lambda event: value if type(value := getter(event)) is str else text(value)
     # Without a presentation type, Decimal would take to exponents.
     decimal_spec = spec if spec[-1:] in "eEfFgGn%" else spec + "f"
 
     def part(event: Event) -> str:
         value = getter(event)
-        if not spec:
-            return value if type(value) is str else text(value)
         if value is None or value is ABSENT:
             return ""
         if isinstance(value, bool):
@@ -199,6 +214,20 @@ class Rule:
     _metadata: tuple[tuple[str, Getter], ...]
     _fields: tuple[tuple[str, Getter], ...]
     _actor: Getter
+
+    def may_apply(self, changed: Sequence[str], claimed: set[str]) -> bool:
+        """Whether the rule can be about an update that changed these columns, of which some are claimed for certain."""
+        if self._changed == ("*",):
+            return True
+        if self._changed == ("unclaimed",):
+            return not claimed.issuperset(changed)
+        return any(column in changed for column in (*self._changed, *(column for column, _, _ in self._compared)))
+
+    def claims(self, changed: Sequence[str]) -> set[str]:
+        """Which of the changed columns it claims whatever their values, if it may apply at all."""
+        if self._to or self._compared:
+            return set()
+        return set(changed) if self._changed in (("*",), ("unclaimed",)) else set(changed).intersection(self._changed)
 
     def columns(self, event: Event, claimed: set[str]) -> list[str] | None:
         """The changed columns that this rule is about, or None when it doesn't apply to the change."""
@@ -248,6 +277,27 @@ class Table:
     facts: Mapping[str, Fact]
     tells: tuple[tuple[tuple[str, str], Fact], ...]
     columns: frozenset[str]
+    _candidates: dict[tuple[str, ...], tuple[Rule, ...]] = field(default_factory=dict)
+
+    def candidates(self, change: Change) -> tuple[Rule, ...]:
+        """The rules that may apply to a change. For updates, what the names of their columns tell is remembered."""
+        if change.operation != "update":
+            return self.rules[change.operation]
+        found = self._candidates.get(change.changed)
+        if found is None:
+            if len(self._candidates) >= MAX_CANDIDATES:
+                self._candidates.clear()
+            found = self._candidates[change.changed] = self._narrowed(change.changed)
+        return found
+
+    def _narrowed(self, changed: tuple[str, ...]) -> tuple[Rule, ...]:
+        claimed: set[str] = set()
+        rules = []
+        for rule in self.rules["update"]:
+            if rule.may_apply(changed, claimed):
+                rules.append(rule)
+                claimed |= rule.claims(changed)
+        return tuple(rules)
 
     @property
     def needs_old_rows(self) -> bool:

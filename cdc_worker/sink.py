@@ -356,30 +356,36 @@ def _divided(
 
 def _encoder(target: Target, columns: dict[str, str], zone: ZoneInfo) -> Callable[[Activity], bytes]:
     """A function that writes an activity as a line of COPY's text format. Manual: "COPY", File Formats."""
-    fields = list(target.columns.values())
     constants = "".join(f"\t{_text(value)}" for value in target.constants.values()) + "\n"
-    naive = {f for column, f in target.columns.items() if columns[column] == "timestamp without time zone"}
+    names = list(target.columns.values())
+    local = [columns[column] == "timestamp without time zone" for column in target.columns]
 
     def encode(activity: Activity) -> bytes:
-        values = {**activity.fields, "change_key": activity.change_key}
-        for name in naive:
-            if isinstance(moment := values.get(name), datetime):
-                values[name] = moment.astimezone(zone).replace(tzinfo=None)
-        return ("\t".join([_text(values.get(name)) for name in fields]) + constants).encode()
+        fields = {**activity.fields, "change_key": activity.change_key}
+        values = []
+        for name, without_zone in zip(names, local, strict=True):
+            value = fields.get(name)
+            if without_zone and isinstance(value, datetime):
+                value = value.astimezone(zone).replace(tzinfo=None)
+            values.append(_text(value))
+        return ("\t".join(values) + constants).encode()
 
     return encode
 
 
 def _text(value: Any) -> str:
+    kind = type(value)
+    if kind is str:
+        return str(value).replace("\\", "\\\\").replace("\t", "\\t").replace("\n", "\\n").replace("\r", "\\r")
     if value is None:
         return "\\N"
-    if isinstance(value, bool):
+    if kind is bool:
         return "t" if value else "f"
-    if isinstance(value, datetime):
-        return value.isoformat(" ")
-    if isinstance(value, Decimal):
-        return f"{value:f}"
-    if isinstance(value, int | float):
+    if kind is int or kind is float:
         return str(value)
-    plain = value if isinstance(value, str) else _json.encode(value).decode()
-    return plain.replace("\\", "\\\\").replace("\t", "\\t").replace("\n", "\\n").replace("\r", "\\r")
+    if kind is dict:
+        return _json.encode(value).decode().replace("\\", "\\\\")  # JSON has no control characters
+    if kind is Decimal:
+        return f"{value:f}"
+    assert isinstance(value, datetime), value  # noqa: S101
+    return value.isoformat(" ")

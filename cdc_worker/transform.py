@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import pickle
+import zlib
 from collections import defaultdict, deque
-from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Final
 
@@ -12,7 +13,7 @@ import msgspec
 from cdc_worker.activities import Activity, DeadLetter, change_key, key_prefix
 from cdc_worker.changes import Change, Message, Row, Transaction, Value
 from cdc_worker.errors import UnknownValueError
-from cdc_worker.rules import Event, Rule, Rules, Table
+from cdc_worker.rules import Event, Rule, Rules, Table, event_of
 
 CONTEXT_PREFIX: Final = "cdc_worker.context"
 """Prefix of the logical messages in which an application says who changes what follows."""
@@ -20,27 +21,53 @@ CONTEXT_PREFIX: Final = "cdc_worker.context"
 FACT_DISTANCE: Final = 10_000
 """How many changes of the same transaction may lie between a change and the fact that completes it."""
 
+HELD_TEXT: Final = 16 << 20
+"""So many characters of row values wait for facts at most; then the oldest goes without."""
+
 Outcome = Activity | DeadLetter
-
-
-def _plain(value: Any) -> bool:
-    return "\0" not in value if isinstance(value, str) else not isinstance(value, (dict, list))
-
 
 _FactKey = tuple[tuple[str, str], str, tuple[Value, ...]]
 
 
-@dataclass(slots=True, eq=False)
-class _Waiting:
-    """An activity that the facts which are `missing` may still complete."""
+class _Held(msgspec.Struct, eq=False):
+    """An outcome that waits for its turn; or, with a `rule`, the event of one that facts may still complete.
 
-    event: Event
-    rule: Rule
-    table: Table
-    key: str
+    It is kept packed: thousands may wait at once, and a change's two rows are nearly the same text.
+    """
+
     index: int
-    missing: list[_FactKey] = field(default_factory=list)
-    outcome: Outcome | None = None
+    size: int
+    packed: bytes
+    rule: Rule | None = None
+    key: str = ""
+    missing: set[_FactKey] = set()
+    facts: dict[str, Row | None] = {}
+
+    def outcome(self) -> Outcome:
+        """What it comes to, with the facts that have been found."""
+        value = pickle.loads(zlib.decompress(self.packed))  # noqa: S301  # nobody but us has packed it
+        if self.rule is None:
+            outcome: Outcome = value
+            return outcome
+        event: Event = value
+        event.facts = self.facts
+        return _build(event, self.rule, self.key, self.index)
+
+
+def _packed(value: Outcome | Event) -> bytes:
+    return zlib.compress(pickle.dumps(value, pickle.HIGHEST_PROTOCOL), 1)
+
+
+def _size(change: Change) -> int:
+    """Characters in the values of a change, the same from any decoder."""
+    return sum(len(value) for row in (change.old, change.new) if row for value in row.values() if type(value) is str)
+
+
+def _build(event: Event, rule: Rule, key: str, index: int) -> Outcome:
+    try:
+        return Activity(key, rule.fields(event), event.change, index)
+    except (UnknownValueError, ValueError, TypeError, ArithmeticError) as error:
+        return DeadLetter(key, "rule_failed", str(error), event.change, index, event.committed_at)
 
 
 class Transformer:
@@ -58,8 +85,9 @@ class Transformer:
         self._context: dict[str, Any] = {}
         self._ordinals: defaultdict[tuple[str, str], int] = defaultdict(int)
         self._facts: dict[_FactKey, tuple[int, Row]] = {}
-        self._waiting: defaultdict[_FactKey, list[_Waiting]] = defaultdict(list)
-        self._held: deque[Outcome | _Waiting] = deque()
+        self._waiting: defaultdict[_FactKey, list[tuple[str, _Held]]] = defaultdict(list)
+        self._held: deque[_Held] = deque()
+        self._held_size = 0
         self._out: list[Outcome] = []
         self._index = 0
 
@@ -70,17 +98,16 @@ class Transformer:
 
     def feed(self, transaction: Transaction) -> list[Outcome]:
         """The outcomes that are certain now. After the last slice of a commit, that is all of them."""
-        if transaction.index == 0:
+        if transaction.first:
             self._start(transaction)
         out = self._out = []
-        rules = self._rules
         messages = iter(transaction.messages)
         until, message = next(messages, (-1, None))
         for number, change in enumerate(transaction.changes):
             while until == number and message is not None:
                 self._hear(message)
                 until, message = next(messages, (-1, None))
-            table = rules.get((change.schema, change.table))
+            table = self._rules.get((change.schema, change.table))
             if table is not None:
                 self._take(change, table, transaction.committed_at)
         while message is not None:
@@ -97,6 +124,7 @@ class Transformer:
         self._facts.clear()
         self._waiting.clear()
         self._held.clear()
+        self._held_size = 0
         self._index = 0
 
     def _hear(self, message: Message) -> None:
@@ -119,18 +147,18 @@ class Transformer:
             self._learn(change.new, table, index)
             self._release(index)
         self._index = index + 1
-        if change.operation == "update" and (not change.changed or not table.rules["update"]):
-            return
-        prefix = self._prefix
-        if change.operation == "update" and change.old_row_unknown:
-            key = change_key(prefix, *table.name, ordinal, "*")
-            reason = "the change carries no old row: the table needs REPLICA IDENTITY FULL"
-            self._put(DeadLetter(key, "old_values_unknown", reason, change, index, committed_at))
-            return
+        if change.operation == "update":
+            if not change.changed or not table.rules["update"]:
+                return
+            if change.old_row_unknown:
+                key = change_key(self._prefix, *table.name, ordinal, "*")
+                reason = "the change carries no old row: the table needs REPLICA IDENTITY FULL"
+                self._put(DeadLetter(key, "old_values_unknown", reason, change, index, committed_at))
+                return
         claimed: set[str] = set()
-        for rule in table.rules[change.operation]:
-            event = Event(change, committed_at, self._context, {})
-            key = change_key(prefix, *table.name, ordinal, rule.name)
+        for rule in table.candidates(change):
+            event = event_of(change, committed_at, self._context)
+            key = change_key(self._prefix, *table.name, ordinal, rule.name)
             try:
                 columns = rule.columns(event, claimed)
             except UnknownValueError as error:
@@ -140,22 +168,22 @@ class Transformer:
                 continue
             claimed.update(columns)
             event.columns = columns
-            waiting = _Waiting(event, rule, table, key, index)
-            if rule.facts and not self._find(waiting):
-                self._hold(waiting)
+            if rule.facts and (missing := self._find(event, rule, table, index)):
+                self._hold(event, rule, key, index, missing)
             else:
-                self._put(self._build(waiting))
+                self._put(_build(event, rule, key, index))
 
     def _put(self, outcome: Outcome) -> None:
-        # Behind one that waits, all wait: the order of the changes is the order of what comes out.
-        (self._held if self._held else self._out).append(outcome)
+        if self._held:
+            # Behind one that waits, all wait: the order of the changes is the order of what comes out.
+            self._held.append(self._kept(outcome))
+        else:
+            self._out.append(outcome)
 
-    def _build(self, of: _Waiting) -> Outcome:
-        change = of.event.change
-        try:
-            return Activity(of.key, of.rule.fields(of.event), change, of.index)
-        except (UnknownValueError, ValueError, TypeError, ArithmeticError) as error:
-            return DeadLetter(of.key, "rule_failed", str(error), change, of.index, of.event.committed_at)
+    def _kept(self, outcome: Outcome) -> _Held:
+        size = _size(outcome.change)
+        self._held_size += size
+        return _Held(outcome.index, size, _packed(outcome))
 
     # Facts: rows of the same transaction that complete an activity, before it or after it.
 
@@ -164,65 +192,64 @@ class Transformer:
         for other, fact in table.tells:
             key = (other, fact.name, fact.key(row, fact.theirs))
             if None in key[2]:
-                continue
+                continue  # as in SQL, NULL matches nothing
             facts.pop(key, None)
             facts[key] = (index, {column: row[column] for column in fact.columns if column in row})
-            for waiting in self._waiting.pop(key, ()):
-                waiting.event.facts[fact.name] = facts[key][1]
-                waiting.missing.remove(key)
-                if not waiting.missing:
-                    waiting.outcome = self._build(waiting)
+            for name, held in self._waiting.pop(key, ()):
+                held.facts[name] = facts[key][1]
+                held.missing.discard(key)
         while facts and next(iter(facts.values()))[0] + FACT_DISTANCE < index:
             del facts[next(iter(facts))]
 
-    def _find(self, waiting: _Waiting) -> bool:
-        """Whether no fact that the rule needs may still come; notes what is known and what is missing."""
-        for name in waiting.rule.facts:
-            fact = waiting.table.facts[name]
-            key = (waiting.table.name, name, fact.key(waiting.event.row or {}, fact.ours))
-            index, row = self._facts.get(key, (0, None))
-            if row is not None and index + FACT_DISTANCE < waiting.index:
-                row = None
-            waiting.event.facts[name] = row
-            if row is None and None not in key[2]:  # as in SQL, NULL matches nothing
-                waiting.missing.append(key)
-        return not waiting.missing
+    def _find(self, event: Event, rule: Rule, table: Table, index: int) -> dict[_FactKey, str]:
+        """Note in the event which facts are known; returns those that may still come."""
+        missing = {}
+        for name in rule.facts:
+            fact = table.facts[name]
+            key = (table.name, name, fact.key(event.row, fact.ours))
+            at, row = self._facts.get(key, (0, None))
+            event.facts[name] = row if at + FACT_DISTANCE >= index else None
+            if event.facts[name] is None and None not in key[2]:
+                missing[key] = name
+        return missing
 
-    def _hold(self, waiting: _Waiting) -> None:
+    def _hold(self, event: Event, rule: Rule, key: str, index: int, missing: dict[_FactKey, str]) -> None:
         if not self._held:
-            self._take_back(waiting.index)
-        self._held.append(waiting)
-        for key in waiting.missing:
-            self._waiting[key].append(waiting)
+            self._take_back(index)
+        size = _size(event.change)
+        self._held_size += size
+        held = _Held(index, size, _packed(event), rule, key, set(missing), event.facts)
+        self._held.append(held)
+        for fact_key, name in missing.items():
+            self._waiting[fact_key].append((name, held))
 
     def _take_back(self, index: int) -> None:
         """Keep the outcomes of a change together: `done` counts whole changes."""
         while self._out and self._out[-1].index == index:
-            self._held.appendleft(self._out.pop())
+            self._held.appendleft(self._kept(self._out.pop()))
 
     def _release(self, index: int) -> None:
         """Let go of what need not wait any longer at the change `index`."""
-        held = self._held
-        while held:
-            head = held[0]
-            if isinstance(head, _Waiting):
-                if head.outcome is None:
-                    if head.index + FACT_DISTANCE >= index:
-                        self._take_back(head.index)
-                        return
-                    for key in head.missing:
-                        self._forget(key, head)
-                    head.outcome = self._build(head)
-                self._out.append(head.outcome)
-            else:
-                self._out.append(head)
-            held.popleft()
+        while self._held:
+            head = self._held[0]
+            if head.missing:
+                if head.index + FACT_DISTANCE >= index and self._held_size <= HELD_TEXT:
+                    self._take_back(head.index)
+                    return
+                for key in head.missing:
+                    self._forget(key, head)
+            self._out.append(head.outcome())
+            self._held.popleft()
+            self._held_size -= head.size
 
-    def _forget(self, key: _FactKey, waiting: _Waiting) -> None:
-        others = self._waiting[key]
-        others.remove(waiting)
-        if not others:
-            del self._waiting[key]
+    def _forget(self, key: _FactKey, held: _Held) -> None:
+        others = [waiting for waiting in self._waiting.pop(key) if waiting[1] is not held]
+        if others:
+            self._waiting[key] = others
+
+
+def _plain(value: Any) -> bool:
+    return "\0" not in value if isinstance(value, str) else not isinstance(value, (dict, list))
 
 
 def transform(rules: Rules, transactions: list[Transaction], *, worker: str, system_identifier: str) -> list[Outcome]:

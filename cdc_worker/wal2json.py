@@ -65,7 +65,7 @@ class _Begin(msgspec.Struct, tag_field="action", tag="B", gc=False):
 
 
 class _Commit(msgspec.Struct, tag_field="action", tag="C", gc=False):
-    nextlsn: str
+    nextlsn: str  # said already by the begin
 
 
 class _Insert(msgspec.Struct, tag_field="action", tag="I", gc=False):
@@ -104,6 +104,8 @@ _decoder = msgspec.json.Decoder(_Line, float_hook=Decimal)  # a float would lose
 
 _INTEGER_DIGITS: Final = 4_300
 """More than these int() doesn't read; a numeric may have 131,072."""
+
+_COMMIT: Final = Commit()
 
 _FLOAT_OIDS: Final = frozenset((700, 701))
 
@@ -145,7 +147,7 @@ def decode(payload: bytes | memoryview) -> Begin | Change | Message | Commit:
             committed_at = datetime.fromisoformat(line.timestamp)
             return Begin(line.xid, LSN.parse(line.lsn), LSN.parse(line.nextlsn), committed_at)
         if type(line) is _Commit:
-            return Commit(LSN.parse(line.nextlsn))
+            return _COMMIT
         if type(line) is _Insert:
             return Change("insert", line.schema, line.table, None, _row(line.columns))
         if type(line) is _Delete:

@@ -113,7 +113,7 @@ def assembled(
             size = Assembler.MAX_BYTES if number in cuts else 1
             number += 1
         slices.append(assembler.feed(message, size))
-    slices.append(assembler.feed(Commit(first.end_lsn), 1))
+    slices.append(assembler.feed(Commit(), 1))
     return [transaction for transaction in slices if transaction is not None]
 
 

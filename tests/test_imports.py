@@ -13,7 +13,7 @@ CORE = ["errors", "lsn", "protocol", "changes", "wal2json", "pgoutput", "activit
 
 EDGES = [
     *("config", "log", "metrics", "postgres", "checkpoint", "slot", "replication", "backfill", "replay", "sink"),
-    *("setup", "status", "worker", "doctor", "binaries", "cluster", "shadow", "demo", "cli"),
+    *("setup", "status", "worker", "doctor", "binaries", "cluster", "shadow", "sales_day", "demo", "cli"),
 ]
 
 DOORS = ["__init__", "__main__"]
@@ -24,8 +24,8 @@ ORDER = [*CORE, *EDGES, *DOORS]
 OUTSIDE = frozenset(
     {
         *("__future__", "bisect", "collections", "contextlib", "copy", "dataclasses", "datetime", "decimal", "enum"),
-        *("functools", "heapq", "itertools", "json", "math", "operator", "re", "string", "struct", "types", "typing"),
-        *("msgspec", "pydantic"),
+        *("functools", "heapq", "itertools", "json", "math", "operator", "pickle", "re", "string", "struct", "types"),
+        *("typing", "zlib", "msgspec", "pydantic"),
     }
 )
 """What the core may import from elsewhere: nothing here knows a file, a socket, a clock, a log or an environment."""

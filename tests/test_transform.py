@@ -545,11 +545,10 @@ def test_a_delete_that_carries_only_its_key_is_a_dead_letter_of_the_rule() -> No
 
 
 FAILING = """
-[tables.lead]
-mapped.kind = { column = "gone", map = {} }
 [[tables.lead.rules]]
 on = "update"
-changed = "kind"
+changed = "b"
+to = { gone = 1 }
 type = "never"
 description = ""
 [[tables.lead.rules]]

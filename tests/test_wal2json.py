@@ -52,7 +52,7 @@ def test_the_frame_of_a_transaction() -> None:
     ) == Begin(734, LSN(0x15417E8), LSN(0x1541818), datetime(2026, 11, 21, 21, 44, 39, 861984, tzinfo=UTC))
     assert decode(
         b'{"action":"C","xid":734,"timestamp":"2026-11-21 21:44:39.861984+00","lsn":"0/15417E8","nextlsn":"0/1541818"}'
-    ) == Commit(LSN(0x1541818))
+    ) == Commit()
 
 
 @pytest.mark.parametrize(
@@ -248,7 +248,6 @@ def test_text_that_looks_like_a_number_stays_text() -> None:
         b'{"action":1}',
         b'{"action":"B"}',
         b'{"action":"C","nextlsn":5}',
-        b'{"action":"C","nextlsn":"nonsense"}',
         b'{"action":"B","xid":1,"timestamp":"yesterday","lsn":"0/1","nextlsn":"0/2"}',
         b'{"action":"B","xid":1,"timestamp":"2026-01-01 00:00:00+00","lsn":"0/1"}',
         b'{"action":"I","schema":"s","table":"t"}',

@@ -1,0 +1,1 @@
+"""Measurements, side by side on the machine they run on."""
