@@ -6,24 +6,19 @@ from CDC_TEST_SEED.
 
 from __future__ import annotations
 
-import itertools
 import os
 import random
 from collections.abc import Iterator
 from pathlib import Path
 
 import hypothesis
-import psycopg
 import pytest
-from psycopg import sql
-from support import Crm, leadfi
+from support import Crm, crm_on, make_crm
 
 from cdc_worker.cluster import Binaries, Cluster, find_binaries
 
 hypothesis.settings.register_profile("suite", deadline=None, print_blob=True)
 hypothesis.settings.load_profile("suite")
-
-_numbers = itertools.count(1)
 
 
 @pytest.fixture(scope="session")
@@ -39,39 +34,11 @@ def server(binaries: Binaries) -> Iterator[Cluster]:
         yield cluster
 
 
-def _make(server: Cluster, directory: Path) -> Crm:
-    number = next(_numbers)
-    name = f"crm_{number}"
-    with psycopg.connect(server.dsn(), autocommit=True) as connection:
-        connection.execute(sql.SQL("CREATE DATABASE {}").format(sql.Identifier(name)))
-    crm = Crm(server.dsn(name), f"slot_{number}", directory)
-    leadfi(crm.connection)
-    return crm
-
-
-def _drop(server: Cluster, crm: Crm) -> None:
-    name = crm.connection.info.dbname
-    crm.close()
-    with psycopg.connect(server.dsn(), autocommit=True) as connection:
-        connection.execute(
-            "SELECT pg_terminate_backend(active_pid, 10000) FROM pg_replication_slots"
-            " WHERE database = %s AND active_pid IS NOT NULL",
-            (name,),
-        )
-        connection.execute(
-            "SELECT pg_drop_replication_slot(slot_name) FROM pg_replication_slots WHERE database = %s", (name,)
-        )
-        connection.execute(sql.SQL("DROP DATABASE {} WITH (FORCE)").format(sql.Identifier(name)))
-
-
 @pytest.fixture
 def bare_crm(server: Cluster, tmp_path: Path) -> Iterator[Crm]:
     """A database with LeadFi's tables, not set up."""
-    crm = _make(server, tmp_path)
-    try:
+    with crm_on(server, tmp_path) as crm:
         yield crm
-    finally:
-        _drop(server, crm)
 
 
 @pytest.fixture
@@ -91,7 +58,7 @@ def own_server(binaries: Binaries) -> Iterator[Cluster]:
 @pytest.fixture
 def own_crm(own_server: Cluster, tmp_path: Path) -> Iterator[Crm]:
     """A database with LeadFi's tables on a server of the test's own, set up for the worker."""
-    crm = _make(own_server, tmp_path)
+    crm = make_crm(own_server, tmp_path)
     crm.setup()
     try:
         yield crm

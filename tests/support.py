@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, LiteralString, Self, TypeVar
 
 import psycopg
+from psycopg import sql
 from psycopg.rows import TupleRow, dict_row
 
+from cdc_worker.cluster import Cluster
 from cdc_worker.setup import schema
 
 T = TypeVar("T")
@@ -174,3 +178,42 @@ class Crm:
 def leadfi(connection: psycopg.Connection[TupleRow]) -> None:
     """Make LeadFi's tables."""
     connection.execute(schema("leadfi.sql").encode())
+
+
+_numbers = itertools.count(1)
+
+
+def make_crm(server: Cluster, directory: Path) -> Crm:
+    """A new database with LeadFi's tables."""
+    number = next(_numbers)
+    name = f"crm_{number}"
+    with psycopg.connect(server.dsn(), autocommit=True) as connection:
+        connection.execute(sql.SQL("CREATE DATABASE {}").format(sql.Identifier(name)))
+    crm = Crm(server.dsn(name), f"slot_{number}", directory)
+    leadfi(crm.connection)
+    return crm
+
+
+@contextmanager
+def crm_on(server: Cluster, directory: Path) -> Iterator[Crm]:
+    """A new database with LeadFi's tables, which is dropped afterwards, and its slots with it."""
+    crm = make_crm(server, directory)
+    try:
+        yield crm
+    finally:
+        _drop(server, crm)
+
+
+def _drop(server: Cluster, crm: Crm) -> None:
+    name = crm.connection.info.dbname
+    crm.close()
+    with psycopg.connect(server.dsn(), autocommit=True) as connection:
+        connection.execute(
+            "SELECT pg_terminate_backend(active_pid, 10000) FROM pg_replication_slots"
+            " WHERE database = %s AND active_pid IS NOT NULL",
+            (name,),
+        )
+        connection.execute(
+            "SELECT pg_drop_replication_slot(slot_name) FROM pg_replication_slots WHERE database = %s", (name,)
+        )
+        connection.execute(sql.SQL("DROP DATABASE {} WITH (FORCE)").format(sql.Identifier(name)))
