@@ -12,6 +12,7 @@ import click
 import psycopg
 
 from cdc_worker import __version__, config, log, profile
+from cdc_worker import demo as playing
 from cdc_worker import setup as setting_up
 from cdc_worker import status as state
 from cdc_worker.config import Settings
@@ -115,3 +116,19 @@ def status(settings: Settings, as_json: bool) -> None:
     """
     found = state.status(settings)
     click.echo(found.model_dump_json(indent=2) if as_json else "\n".join(state.lines(found)))
+
+
+@main.command()
+@click.option("--keep", is_flag=True, help="Leave server and worker up, until Ctrl-C.")
+def demo(keep: bool) -> None:
+    """Play a sales day against a private PostgreSQL, and check every activity.
+
+    \b
+    Example: cdc-worker demo --keep
+    """
+    try:
+        right = playing.demo(keep=keep)
+    except (CdcWorkerError, psycopg.Error) as error:
+        raise _Failure(error, 1) from error
+    if not right:
+        sys.exit(1)
