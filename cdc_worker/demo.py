@@ -34,6 +34,9 @@ RUSH_PAUSE: Final = 0.45
 PATIENCE: Final = 20.0
 """How long the worker may need for anything; it needs a fraction of a second."""
 
+SHOWN: Final = 10
+"""So many faults are printed."""
+
 _CHANGE: Final = "UPDATE lead SET status = '6. closed won' WHERE full_name LIKE 'Nora%'"
 
 _WATCH: Final = (
@@ -268,20 +271,23 @@ class Day:
 
 def _verdict(claim: str, wrong: Sequence[str]) -> None:
     say(f"check     {click.style('WRONG', fg='red') if wrong else click.style('ok', fg='green')}: {claim}")
-    for line in wrong[:20]:
+    for line in wrong[:SHOWN]:
         say(f"            {line}")
+    if len(wrong) > SHOWN:
+        say("            … and more")
 
 
 def _keep(dsn: str, binaries: Binaries, worker: WorkerProcess, timeline: Timeline) -> None:
     """Leave everything up until Ctrl-C."""
     library_path = f"LD_LIBRARY_PATH={shlex.quote(binaries.library_path)} " if binaries.library_path else ""
     psql = f"{library_path}{shlex.quote(binaries.program('psql'))} {shlex.quote(dsn)}"
+    command = sys.argv[0] if Path(sys.argv[0]).name == "cdc-worker" else f"{sys.executable} -m cdc_worker"
     say(f"""
 Everything is still up. Connect, and change something: its activity appears below.
   connect   {psql}
   change    {_CHANGE};
   watch     echo {shlex.quote(_WATCH)} | {psql}
-  status    cdc-worker status --dsn {shlex.quote(dsn)}
+  status    {command} status --dsn {shlex.quote(dsn)}
   log       tail -f {worker.log}
 Ctrl-C stops and removes everything.
 """)
