@@ -89,9 +89,10 @@ def _set_up(cluster: Cluster) -> str:
     dsn = cluster.dsn("leadfi")
     with psycopg.connect(dsn, autocommit=True) as connection:
         connection.execute(setting_up.schema("leadfi.sql").encode())
-        done = [*setting_up.setup(config.load(flags={"dsn": dsn}), profile.load("leadfi"))]
+        done = setting_up.setup(config.load(flags={"dsn": dsn}), profile.load("leadfi"))
+        slot = next(line for line in [*done] if line.startswith("slot "))
         shadow.install(connection)
-    say(f"setup     LeadFi's tables; {done[-2]}; shadow triggers")
+    say(f"setup     LeadFi's tables; {slot}; shadow triggers")
     return dsn
 
 
