@@ -13,6 +13,7 @@ from pathlib import Path
 
 import hypothesis
 import pytest
+from containers import ContainerServer
 from support import Crm, crm_on, make_crm
 
 from cdc_worker.cluster import Binaries, Cluster, find_binaries
@@ -27,11 +28,22 @@ def binaries() -> Binaries:
     return find_binaries()
 
 
+def _a_server(request: pytest.FixtureRequest) -> Cluster:
+    """A private cluster, or a container where CDC_TEST_SERVER=docker: that needs no server programs on this machine."""
+    match os.environ.get("CDC_TEST_SERVER"):
+        case "docker":
+            return ContainerServer()
+        case None | "":
+            return Cluster(request.getfixturevalue("binaries"))
+        case other:
+            raise ValueError(f'CDC_TEST_SERVER is "{other}": leave it out, or make it docker')
+
+
 @pytest.fixture(scope="session")
-def server(binaries: Binaries) -> Iterator[Cluster]:
+def server(request: pytest.FixtureRequest) -> Iterator[Cluster]:
     """The server that most tests share: none may restart it or change its settings."""
-    with Cluster(binaries) as cluster:
-        yield cluster
+    with _a_server(request) as server:
+        yield server
 
 
 @pytest.fixture
@@ -49,10 +61,10 @@ def crm(bare_crm: Crm) -> Crm:
 
 
 @pytest.fixture
-def own_server(binaries: Binaries) -> Iterator[Cluster]:
+def own_server(request: pytest.FixtureRequest) -> Iterator[Cluster]:
     """A server that a test may crash, stop and set as it likes."""
-    with Cluster(binaries) as cluster:
-        yield cluster
+    with _a_server(request) as server:
+        yield server
 
 
 @pytest.fixture
