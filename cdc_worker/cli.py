@@ -55,6 +55,8 @@ def _settings(command: Callable[P, None]) -> Callable[..., None]:
         try:
             settings = config.load(given.pop("config"), flags)
             log.configure(settings.log_level, settings.log_format)
+            for variable in config.unknown_variables():
+                log.get().warning("setting_unknown", variable=variable)
             command(settings, **given)  # type: ignore[arg-type]
         except SettingsError as error:
             raise _Failure(error, error.exit_code) from error

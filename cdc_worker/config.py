@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -86,10 +87,16 @@ def load(config: Path | None = None, flags: dict[str, Any] | None = None) -> Set
     return settings
 
 
+def unknown_variables() -> list[str]:
+    """Variables that look like settings and are none: a misspelling, or what Kubernetes tells of a service."""
+    known = {f"{PREFIX}{name}".upper() for name in Settings.model_fields}
+    return sorted(name for name in os.environ if name.upper().startswith(PREFIX) and name.upper() not in known)
+
+
 def _fault(fault: Any, given: dict[str, Any], config: Path | None) -> str:
     name = str(fault["loc"][0])
-    variable = f"{PREFIX}{name.upper()}"
-    source = f"--{name.replace('_', '-')}" if name in given else variable if variable in os.environ else str(config)
+    variable = next((v for v in os.environ if v.upper() == f"{PREFIX}{name}".upper()), None)
+    source = f"--{name.replace('_', '-')}" if name in given else variable or str(config)
     # What is no setting of ours may be anything, a password too.
     value = f" = {fault['input']!r}" if name in Settings.model_fields and name != "dsn" else ""
     return f"  {name}{value} ({source}): {fault['msg']}"
@@ -106,11 +113,16 @@ def _check_file(path: Path) -> None:
 
 
 def _check_dsn(dsn: str) -> None:
+    # libpq's message would repeat what it stumbled over, which may be the password.
     try:
-        conninfo_to_dict(dsn)
+        parts = conninfo_to_dict(dsn)
     except Exception:
-        # libpq's message repeats what it stumbled over, which may be the password.
         raise ConnectionStringError(
             f"{PREFIX}DSN is not a connection string",
             hint='write "postgresql://user@host/database" or "host=… user=… dbname=…"',
         ) from None
+    if "@" in str(parts.get("host", ""))[1:] or not re.fullmatch(r"[\d,]*", str(parts.get("port", ""))):
+        raise ConnectionStringError(
+            f"{PREFIX}DSN has no proper host and port",
+            hint='in a URL write "@" and "/" of a password as "%40" and "%2F", or use "host=… password=…"',
+        )
