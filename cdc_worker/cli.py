@@ -11,7 +11,7 @@ from typing import Any, ParamSpec
 import click
 import psycopg
 
-from cdc_worker import __version__, config, log, profile
+from cdc_worker import __version__, config, log, postgres, profile
 from cdc_worker import demo as playing
 from cdc_worker import setup as setting_up
 from cdc_worker import status as state
@@ -25,12 +25,13 @@ _FLAGS = ("dsn", "slot", "name", "profile", "time_zone", "log_level", "log_forma
 
 
 class _Failure(click.ClickException):
-    """An error of ours, told as click tells its own: on stderr, without a traceback."""
+    """An error, told as click tells its own: on stderr, without a traceback."""
 
-    def __init__(self, error: CdcWorkerError | psycopg.Error, exit_code: int) -> None:
-        hint = error.hint if isinstance(error, CdcWorkerError) else None
-        super().__init__(f"{error}\nhint: {hint}" if hint else str(error).strip())
-        self._exit_code = exit_code
+    def __init__(self, error: CdcWorkerError | psycopg.Error, exit_code: int | None = None) -> None:
+        """Without an `exit_code` it is the error's own."""
+        known = postgres.failure(error) if isinstance(error, psycopg.Error) else error
+        super().__init__(f"{known}\nhint: {known.hint}" if known.hint else str(known))
+        self._exit_code = known.exit_code if exit_code is None else exit_code
 
     def show(self, file: Any = None) -> None:
         click.echo(f"error: {self.message}", err=True)
@@ -59,11 +60,9 @@ def _settings(command: Callable[P, None]) -> Callable[..., None]:
                 log.get().warning("setting_unknown", variable=variable)
             command(settings, **given)  # type: ignore[arg-type]
         except SettingsError as error:
-            raise _Failure(error, error.exit_code) from error
-        except CdcWorkerError as error:
-            raise _Failure(error, error.exit_code if run else 1) from error
-        except psycopg.Error as error:
-            raise _Failure(error, 1) from error
+            raise _Failure(error) from error
+        except (CdcWorkerError, psycopg.Error) as error:
+            raise _Failure(error, None if run else 1) from error
 
     return wrapped
 

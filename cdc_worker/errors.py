@@ -3,8 +3,8 @@
 CdcWorkerError
 ├── SettingsError            2   a setting is wrong: mend it
 ├── ProfileError             3   the profile can't be read: mend the file
-├── ConnectionStringError    4   the DSN can't be parsed: mend it
-├── AuthenticationError      5   the server refuses role, password or host: mend credentials or pg_hba.conf
+├── ConnectionStringError    4   the DSN can't be used: mend it
+├── AuthenticationError      5   the server refuses role, password or host, or isn't trusted: mend the one or the other
 ├── DatabaseMissingError     6   no such database: mend the DSN
 ├── WalLevelError            7   wal_level is not logical: change it and restart the server
 ├── PluginMissingError       8   the server has no wal2json: install it
@@ -26,7 +26,7 @@ CdcWorkerError
 ├── ClusterError             1   the demo's private cluster can't be had: install what it names
 └── ServerError              1   any other answer of the server to a one-shot command
 
-A service manager must not restart into 12 and 14 to 16: each is a gap or a mix-up that a person has to look at.
+A service manager must not restart into 11, 12 and 14 to 16: each is a gap or a mix-up that a person has to look at.
 """
 
 from __future__ import annotations
@@ -57,13 +57,13 @@ class ProfileError(CdcWorkerError):
 
 
 class ConnectionStringError(CdcWorkerError):
-    """The DSN can't be parsed."""
+    """The DSN can't be used: libpq or the server doesn't understand it."""
 
     exit_code = 4
 
 
 class AuthenticationError(CdcWorkerError):
-    """The server refuses the role, its password or this host."""
+    """The server refuses the role, its password or this host, or its certificate isn't trusted."""
 
     exit_code = 5
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 from typing import Any, Final, LiteralString
 
 import psycopg
+from psycopg import sql
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from psycopg.rows import TupleRow
 
@@ -37,8 +39,11 @@ _KEEPALIVES: Final = {"keepalives_idle": 30, "keepalives_interval": 10, "keepali
 
 def _connect(dsn: str, worker: str, pinned: dict[str, str], **parameters: Any) -> Connection:
     own = conninfo_to_dict(dsn)
-    options = " ".join([str(own.get("options") or ""), *(f"-c {name}={value}" for name, value in pinned.items())])
+    options = str(own.get("options") or os.environ.get("PGOPTIONS", ""))
+    options = " ".join([options, *(f"-c {name}={value}" for name, value in pinned.items())])
     defaults = {name: value for name, value in _KEEPALIVES.items() if name not in own}
+    if "PGCONNECT_TIMEOUT" in os.environ:
+        defaults.pop("connect_timeout", None)
     try:
         return psycopg.connect(
             make_conninfo(dsn, **defaults),
@@ -47,7 +52,7 @@ def _connect(dsn: str, worker: str, pinned: dict[str, str], **parameters: Any) -
             options=options.strip(),
             **parameters,
         )
-    except psycopg.OperationalError as error:
+    except psycopg.Error as error:
         raise _connection_error(error) from error
 
 
@@ -66,25 +71,86 @@ def connect_replication(dsn: str, worker: str) -> Connection:
     return _connect(dsn, worker, {**_PINNED, "timezone": "UTC"}, replication="database")
 
 
-def _connection_error(error: psycopg.OperationalError) -> CdcWorkerError | psycopg.OperationalError:
+_MEND_CREDENTIALS: Final = "mend user and password (CDC_WORKER_DSN, ~/.pgpass) or pg_hba.conf"
+
+_REFUSALS: Final[tuple[tuple[str, type[CdcWorkerError], str], ...]] = (
+    (
+        r"FATAL:  (database .* does not exist)",
+        errors.DatabaseMissingError,
+        "name another database in the DSN, or create it",
+    ),
+    (
+        r"FATAL:  (password authentication failed .*|role .* does not exist|role .* is not permitted to log in|"
+        r".* authentication failed .*|no pg_hba.conf entry .*|pg_hba.conf rejects .*|.* valid client certificate)",
+        errors.AuthenticationError,
+        _MEND_CREDENTIALS,
+    ),
+    (r"(no password supplied)", errors.AuthenticationError, _MEND_CREDENTIALS),
+    (
+        r"FATAL:  (permission denied for database .*)",
+        errors.AuthenticationError,
+        "as its owner: GRANT CONNECT ON DATABASE {db} TO {user}",
+    ),
+    (
+        r"FATAL:  (must be superuser or replication role .*|permission denied to start WAL sender)",
+        errors.AuthenticationError,
+        "as a superuser: ALTER ROLE {user} REPLICATION",
+    ),
+    (
+        r"(server does not support SSL.*|.*certificate verify failed.*|server certificate for .* does not match .*|"
+        r"root certificate file .* does not exist)",
+        errors.AuthenticationError,
+        "mend sslmode and sslrootcert, or the server's certificate",
+    ),
+    (
+        r"FATAL:  (unrecognized configuration parameter .*|invalid value for parameter .*|permission denied to set .*|"
+        r"invalid command-line argument .*)",
+        errors.ConnectionStringError,
+        "mend the options in CDC_WORKER_DSN or PGOPTIONS",
+    ),
+    (
+        r"(unsupported startup parameter.*)",
+        errors.ConnectionStringError,
+        "name the server itself, no pooler: replication needs a connection of its own",
+    ),
+    # What psycopg and libpq find wrong before they have asked anybody.
+    (
+        r"^(could not match .*|bad value for .*)|^connection is bad: (?!connection to server|could not|no error)(.*)",
+        errors.ConnectionStringError,
+        "mend CDC_WORKER_DSN, or the service or variable of libpq that it relies on",
+    ),
+)
+
+
+def _connection_error(error: psycopg.Error) -> CdcWorkerError | psycopg.Error:
     """What a failed connection asks of the operator; the error itself when it may heal.
 
     libpq has no SQLSTATE for a connection that failed, only text.
     """
-    text = str(error)
-    if match := re.search(r"FATAL:\s+(database .* does not exist)", text):
-        return errors.DatabaseMissingError(match[1], hint="name another database in the DSN, or create it")
-    if match := re.search(
-        r"FATAL:\s+(password authentication failed .*|role .* does not exist|no pg_hba.conf entry .*|"
-        r"role .* is not permitted to log in|.* authentication failed .*|must be superuser or replication role .*)",
-        text,
-    ):
-        return errors.AuthenticationError(
-            match[1], hint="mend user and password (CDC_WORKER_DSN, ~/.pgpass) or pg_hba.conf"
-        )
-    if "no password supplied" in text:
-        return errors.AuthenticationError("the server wants a password", hint="give it in CDC_WORKER_DSN or ~/.pgpass")
+    for pattern, kind, hint in _REFUSALS:
+        if match := re.search(pattern, str(error)):
+            names = (error.pgconn.user, error.pgconn.db) if error.pgconn else (b"", b"")
+            user, db = (sql.Identifier(name.decode(errors="replace")).as_string() for name in names)
+            return kind(match[match.lastindex or 0], hint=hint.format(user=user, db=db))
     return error
+
+
+_HINTS: Final = {
+    "42501": "give the role this right, or name one that has it",
+    "55P03": "run it again when whoever holds the lock has ended",
+    "25006": "let the database be written, or name the primary in CDC_WORKER_DSN",
+}
+
+
+def failure(error: psycopg.Error) -> CdcWorkerError:
+    """What an error of the server that no other place has foreseen asks of the operator."""
+    state = error.sqlstate
+    if state is None:
+        return errors.ServerError(" ".join(str(error).split()), hint="see that the server is up and can be reached")
+    said = None if is_about_the_row(state) else error.diag.message_primary
+    kind = errors.TargetUnusableError if state[:2] == "42" or state in ("25006", "0A000") else errors.ServerError
+    hint = _HINTS.get(state, "the server's log tells more")
+    return kind(f"the server refused: {said or 'a row'} (SQLSTATE {state})", hint=hint)
 
 
 def error(sqlstate: str, what: str) -> psycopg.Error:
@@ -171,9 +237,14 @@ def matches_standby(synchronous_standby_names: str, application_name: str) -> bo
     Manual: "Replication", synchronous_standby_names. Names match without regard to case, `*` matches all.
     """
     names = re.sub(r"^\s*(?:(?:FIRST|ANY)\s+)?\d+\s*\((.*)\)\s*$", r"\1", synchronous_standby_names, flags=re.I | re.S)
-    listed = [name.strip() for name in re.findall(r'"(?:[^"]|"")*"|[^,]+', names)]
-    unquoted = [n[1:-1].replace('""', '"') if n.startswith('"') else n for n in listed]
-    return any(name == "*" or name.lower() == application_name.lower() for name in unquoted if name)
+    return any(name == "*" or name.lower() == application_name.lower() for name in listed(names))
+
+
+def listed(setting: str) -> list[str]:
+    """The elements of a setting that is a list of names."""
+    names = [name.strip() for name in re.findall(r'"(?:[^"]|"")*"|[^,]+', setting)]
+    unquoted = [name[1:-1].replace('""', '"') if name.startswith('"') else name for name in names]
+    return [name for name in unquoted if name]
 
 
 _COLUMNS: Final = """

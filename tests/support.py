@@ -17,6 +17,7 @@ from typing import Any, LiteralString, Self, TypeVar
 
 import psycopg
 from psycopg import sql
+from psycopg.conninfo import make_conninfo
 from psycopg.rows import TupleRow, dict_row
 
 from cdc_worker.cluster import Cluster
@@ -170,9 +171,32 @@ class Crm:
             count,
         )
 
+    def reconnect(self) -> None:
+        """Connect anew, after the server was away."""
+        self.connection.close()
+        self.connection = psycopg.connect(self.dsn, autocommit=True)
+
     def close(self) -> None:
         """End the connection."""
         self.connection.close()
+
+
+GRANTS = (
+    "ALTER ROLE {role} LOGIN REPLICATION",
+    "GRANT USAGE ON SCHEMA cdc_worker TO {role}",
+    "GRANT SELECT, UPDATE ON cdc_worker.checkpoint TO {role}",
+    "GRANT SELECT, INSERT ON cdc_worker.dead_letter TO {role}",
+    "GRANT INSERT, SELECT (change_key) ON activity TO {role}",
+    "GRANT USAGE ON SEQUENCE activity_activity_id_seq TO {role}",
+)
+"""All that a role needs to run the worker, after setup."""
+
+
+def grant(crm: Crm, role: str) -> None:
+    """Give a new role all that it needs, and let the commands use it."""
+    for statement in ("CREATE ROLE {role}", *GRANTS):
+        crm.connection.execute(sql.SQL(statement).format(role=sql.Identifier(role)))
+    crm.settings["dsn"] = make_conninfo(crm.dsn, user=role)
 
 
 def leadfi(connection: psycopg.Connection[TupleRow]) -> None:

@@ -211,6 +211,15 @@ def test_variables_of_libpq(untouched: Crm, monkeypatch: pytest.MonkeyPatch) -> 
     recorded(untouched, monkeypatch, "", **{name: str(value) for name, value in variables.items()}, **credentials)
 
 
+def test_options_of_libpq_reach_the_server(untouched: Crm, monkeypatch: pytest.MonkeyPatch) -> None:
+    dsn = make_conninfo(untouched.dsn, user="cdc", password=CANARY)
+    untouched.execute("ALTER ROLE cdc SET role = 'pg_monitor'")
+    try:
+        recorded(untouched, monkeypatch, dsn, PGOPTIONS="-c role=none")
+    finally:
+        untouched.execute("ALTER ROLE cdc RESET role")
+
+
 def test_a_service_and_a_password_file(untouched: Crm, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     of = conninfo_to_dict(untouched.dsn)
     services, passwords = tmp_path / "pg_service.conf", tmp_path / "pgpass"
