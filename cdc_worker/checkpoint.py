@@ -66,6 +66,19 @@ def create(
     connection.execute(_CREATE, (worker, slot, plugin, system_identifier, str(position), str(position)))
 
 
+_READER: Final = "SELECT worker FROM cdc_worker.checkpoint WHERE slot = %s"
+
+
+def check_unclaimed(connection: Connection, slot: str) -> None:
+    """Raise if the slot is some worker's already."""
+    row = connection.execute(_READER, (slot,)).fetchone()
+    if row is not None:
+        raise errors.SlotMismatchError(
+            f'slot "{slot}" is the slot of the worker "{row[0]}"',
+            hint=f"name another slot in CDC_WORKER_SLOT, or set CDC_WORKER_NAME to {row[0]}",
+        )
+
+
 def check(checkpoint: Checkpoint, *, slot: str, system_identifier: str, wal_end: LSN) -> None:
     """Raise unless the checkpoint speaks of this slot on this cluster, at a point that its WAL has reached."""
     if checkpoint.slot != slot:
@@ -77,16 +90,21 @@ def check(checkpoint: Checkpoint, *, slot: str, system_identifier: str, wal_end:
         raise errors.ClusterMismatchError(
             f"the checkpoint is of the cluster {checkpoint.system_identifier}, and this is {system_identifier}: "
             "the database was restored or copied here",
-            hint="positions mean nothing here; delete the row of cdc_worker.checkpoint and the slot, "
-            "then: cdc-worker setup",
+            hint="its positions mean nothing here, and what was not recorded there by then is not recorded here; "
+            f"to go on: {_forget(checkpoint.worker)}; then: cdc-worker setup",
         )
     if checkpoint.position.lsn > wal_end:
         raise errors.ClusterMismatchError(
             f"the checkpoint is at {checkpoint.position.lsn}, and the server's WAL ends at {wal_end}: "
             "the server was set back to an earlier state",
-            hint="changes up to that position would be skipped; delete the row of cdc_worker.checkpoint and the slot, "
-            "then: cdc-worker setup",
+            hint="changes up to that position would be skipped; to go on from where the slot is: "
+            f"{_forget(checkpoint.worker)}; then: cdc-worker setup",
         )
+
+
+def _forget(worker: str) -> str:
+    statement = sql.SQL("DELETE FROM cdc_worker.checkpoint WHERE worker = {}")
+    return statement.format(worker).as_string()
 
 
 _BACKEND_ALIVE: Final = "SELECT count(*) FROM pg_stat_activity WHERE pid = %s AND backend_start = %s"

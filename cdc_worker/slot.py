@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from typing import Final
 
 import psycopg
+from psycopg import sql
 
 from cdc_worker import errors, wal2json
 from cdc_worker.lsn import LSN
-from cdc_worker.postgres import APPLICATION_NAME, Connection, Server, fetch_one
+from cdc_worker.postgres import APPLICATION_NAME, Connection, Server, fetch_one, listed
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,10 +65,32 @@ def require(slot: Slot | None, *, name: str, checkpoint: LSN) -> Slot:
     """The slot, if it is there. Raises SlotMissingError."""
     if slot is None:
         raise errors.SlotMissingError(
-            f'slot "{name}" does not exist',
-            hint=f"what was committed since {checkpoint} is not kept; find out who dropped it, then: cdc-worker setup",
+            f'slot "{name}" does not exist: changes from {checkpoint} on are not kept',
+            hint=f"find out who dropped it; to go on without them: {_forget(name)}; then: cdc-worker setup",
         )
     return slot
+
+
+def _forget(name: str) -> str:
+    """The statement after which setup takes the slot as it is, or makes one."""
+    statement = sql.SQL("DELETE FROM cdc_worker.checkpoint WHERE slot = {}")
+    return statement.format(name).as_string()
+
+
+def check_unread(slot: Slot, *, database: str) -> LSN:
+    """Raise unless this slot can be a new worker's; returns where it begins."""
+    check(slot, name=slot.name, database=database, checkpoint=slot.confirmed_flush_lsn)
+    if slot.active_pid is not None:
+        raise taken(slot)
+    return slot.confirmed_flush_lsn
+
+
+def taken(slot: Slot) -> errors.SlotTakenError:
+    """Something reads the slot that should not."""
+    return errors.SlotTakenError(
+        f'slot "{slot.name}" is read by process {slot.active_pid} ({slot.holder or "no name"})',
+        hint=f"stop that process, or: SELECT pg_terminate_backend({slot.active_pid})",
+    )
 
 
 def check(slot: Slot | None, *, name: str, database: str, checkpoint: LSN) -> Slot:
@@ -75,8 +98,10 @@ def check(slot: Slot | None, *, name: str, database: str, checkpoint: LSN) -> Sl
     slot = require(slot, name=name, checkpoint=checkpoint)
     if slot.plugin != wal2json.PLUGIN:
         raise errors.SlotMismatchError(
-            f'slot "{name}" is of the plugin "{slot.plugin}", not {wal2json.PLUGIN}',
-            hint="name another slot in CDC_WORKER_SLOT",
+            f'slot "{name}" is of the plugin "{slot.plugin}", not {wal2json.PLUGIN}'
+            if slot.plugin
+            else f'slot "{name}" is a physical one',
+            hint="name another slot in CDC_WORKER_SLOT, then: cdc-worker setup",
         )
     if slot.database != database:
         raise errors.SlotMismatchError(
@@ -85,14 +110,17 @@ def check(slot: Slot | None, *, name: str, database: str, checkpoint: LSN) -> Sl
         )
     if slot.wal_status == "lost":
         raise errors.SlotLostError(
-            f'slot "{name}" is lost: the server discarded WAL that it needed (max_slot_wal_keep_size)',
-            hint=f"changes from {checkpoint} to {slot.wal_end} are not recorded; drop the slot, then: cdc-worker setup",
+            f'slot "{name}" is lost: the server discarded WAL that it needed (max_slot_wal_keep_size), '
+            f"changes from {checkpoint} to {slot.wal_end} are not recorded",
+            hint=f"to go on without them: SELECT pg_drop_replication_slot('{name}'); {_forget(name)}; "
+            "then: cdc-worker setup",
         )
     if slot.confirmed_flush_lsn > checkpoint:
         raise errors.SlotAheadError(
             f'slot "{name}" is at {slot.confirmed_flush_lsn}, ahead of the checkpoint at {checkpoint}: '
             f"changes between {checkpoint} and {slot.confirmed_flush_lsn} would be lost",
-            hint="the slot was advanced or made anew by someone; find out by whom before you set up again",
+            hint="find out who advanced it or made it anew; to go on without them: "
+            f"{_forget(name)}; then: cdc-worker setup",
         )
     return slot
 
@@ -113,17 +141,30 @@ def committed_so_far(connection: Connection) -> LSN:
     return LSN.parse(fetch_one(connection, _COMMITTED)[0])
 
 
-def create(connection: Connection, name: str, server: Server) -> LSN:
+_HOLDERS: Final = """
+SELECT coalesce('process ' || l.pid, 'prepared transaction ' || quote_literal(p.gid))
+FROM pg_locks l
+LEFT JOIN pg_stat_activity a USING (pid)
+LEFT JOIN pg_prepared_xacts p ON p.transaction = l.transactionid
+WHERE l.locktype = 'transactionid' AND l.mode = 'ExclusiveLock' AND l.granted
+    AND coalesce(a.xact_start, '-infinity') < clock_timestamp() - make_interval(secs => %s)
+ORDER BY age(l.transactionid) DESC
+"""
+
+
+def create(connection: Connection, name: str, server: Server, *, timeout: float = 30) -> LSN:
     """Make the slot and return its first position. Waits until the transactions that run now have ended."""
-    connection.execute("SET statement_timeout = '30s'")
+    connection.execute(sql.SQL("SET statement_timeout = {}").format(round(timeout * 1000)))
     try:
         (position,) = fetch_one(
             connection, "SELECT lsn FROM pg_create_logical_replication_slot(%s, %s)", name, wal2json.PLUGIN
         )
     except psycopg.errors.QueryCanceled as error:
+        # pg_locks, for pg_stat_activity shows other roles' transactions to superusers only.
+        holders = ", ".join(holder for (holder,) in connection.execute(_HOLDERS, (timeout,)))
         raise errors.ServerError(
-            f'slot "{name}" could not be made: transactions of the processes {_writers(connection)} hold it up',
-            hint="end them, then run setup again",
+            f'slot "{name}" could not be made within {timeout:g} s: it waits for open transactions ({holders})',
+            hint="end them, then again: cdc-worker setup",
         ) from error
     except psycopg.Error as error:
         raise plugin_error(error, server) from error
@@ -132,36 +173,22 @@ def create(connection: Connection, name: str, server: Server) -> LSN:
     return LSN.parse(position)
 
 
-def _writers(connection: Connection) -> str:
-    rows = connection.execute(
-        "SELECT pid FROM pg_stat_activity WHERE backend_xid IS NOT NULL AND pid <> pg_backend_pid() ORDER BY xact_start"
-    )
-    return ", ".join(str(pid) for (pid,) in rows)
-
-
 def plugin_error(error: psycopg.Error, server: Server) -> Exception:
     """What the server's refusal to decode with the plugin asks of the operator; the error itself if it is another."""
-    allowed = server.output_plugin_libraries
+    allowed = listed(server.output_plugin_libraries) if server.output_plugin_libraries is not None else None
+    role = sql.Identifier(server.role).as_string()
     if error.sqlstate == "58P01":
         return errors.PluginMissingError(
             f"the server has no output plugin {wal2json.PLUGIN}",
             hint=f"install it there, for example: apt-get install postgresql-{server.version // 10000}-wal2json",
         )
-    if error.sqlstate == "42501" and allowed is not None and wal2json.PLUGIN not in _listed(allowed):
+    if error.sqlstate == "42501" and allowed is not None and wal2json.PLUGIN not in allowed:
+        libraries = ", ".join(sql.Identifier(library).as_string() for library in [*allowed, wal2json.PLUGIN])
         return errors.PluginRefusedError(
-            f"the server refuses the output plugin {wal2json.PLUGIN}: output_plugin_libraries is {allowed}",
-            hint=f'as a superuser: ALTER ROLE "{server.role}" SET output_plugin_libraries = '
-            f"{', '.join([*_listed(allowed), wal2json.PLUGIN])}",
-        )
-    if error.sqlstate == "42501":
-        return errors.ServerError(
-            f'role "{server.role}" may not use replication slots',
-            hint=f'as a superuser: ALTER ROLE "{server.role}" REPLICATION',
+            f"the server refuses the output plugin {wal2json.PLUGIN}: "
+            f"output_plugin_libraries is {server.output_plugin_libraries}",
+            hint=f"as a superuser: ALTER ROLE {role} SET output_plugin_libraries = {libraries}",
         )
     if error.sqlstate == "53400":
         return errors.ServerError("all replication slots of the server are taken", hint="raise max_replication_slots")
     return error
-
-
-def _listed(libraries: str) -> list[str]:
-    return [name.strip().strip('"') for name in libraries.split(",") if name.strip()]

@@ -5,7 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
+from subprocess import DEVNULL, Popen
 
 import psycopg
 import pytest
@@ -14,7 +16,7 @@ from psycopg.conninfo import make_conninfo
 from support import Crm, crm_on, eventually, grant
 
 from cdc_worker import errors
-from cdc_worker.cluster import Binaries, Cluster
+from cdc_worker.cluster import Binaries, Cluster, find_binaries
 from cdc_worker.errors import CdcWorkerError
 
 CANARY = "c4n4ry"
@@ -240,6 +242,273 @@ def test_a_server_that_is_down_fails_what_runs_once_and_is_waited_for_by_run(spa
         if not spare.is_running:
             spare.start()
         spare_crm.reconnect()
+
+
+# What the server must be able to do
+
+
+def test_no_wal_level(binaries: Binaries, tmp_path: Path) -> None:
+    with Cluster(binaries, settings={"wal_level": "replica"}) as server, crm_on(server, tmp_path) as crm:
+        said, hint = refused(crm, errors.WalLevelError, "setup")
+        assert said == 'wal_level is "replica"'
+        follow(crm, hint)
+        server.restart()
+        crm.reconnect()
+        crm.setup()
+        add(crm, "Ann")
+        crm.record()
+        assert names(crm) == ["Ann"]
+
+
+@contextmanager
+def without_wal2json(server: Cluster) -> Iterator[None]:
+    with having(server, dynamic_library_path="/nowhere"):
+        yield
+
+
+def test_no_wal2json_on_a_server_that_never_had_it(binaries: Binaries, tmp_path: Path) -> None:
+    bare = Cluster(replace(binaries, plugin_dir=None), settings={"dynamic_library_path": "/nowhere"})
+    with bare as server, crm_on(server, tmp_path) as crm:
+        said, hint = one_error(crm, ["setup"], 1)
+        assert said == "the server has no output plugin wal2json"
+        assert hint.endswith(f"apt-get install postgresql-{binaries.version.split('.')[0]}-wal2json")
+
+
+def test_wal2json_is_gone(spare: Cluster, spare_crm: Crm) -> None:
+    add(spare_crm, "Ann")
+    with without_wal2json(spare):
+        said, _ = refused(spare_crm, errors.PluginMissingError)
+        assert said == "the server has no output plugin wal2json"
+    spare_crm.record()
+    assert names(spare_crm) == ["Ann"]
+
+
+@pytest.fixture(scope="module")
+def newest() -> Iterator[Cluster]:
+    """A server that refuses wal2json unless it is told to allow it, and isn't."""
+    binaries = find_binaries(newest=True)
+    assert binaries.plugin_list, f"{binaries.origin} is too old to refuse a plugin"
+    with Cluster(binaries, allow_plugins=False) as server:
+        yield server
+
+
+def test_wal2json_is_refused_to_setup(newest: Cluster, tmp_path: Path) -> None:
+    with crm_on(newest, tmp_path) as crm, role(crm, "SUPERUSER", granted=False):
+        said, hint = one_error(crm, ["setup"], 1)
+        assert said == (
+            "the server refuses the output plugin wal2json: output_plugin_libraries is pgoutput, test_decoding"
+        )
+        follow(crm, hint)
+        crm.setup()
+        add(crm, "Ann")
+        crm.record()
+        assert names(crm) == ["Ann"]
+
+
+@pytest.mark.parametrize("libraries", ["pgoutput", '"pgoutput, wal2json"', "''"])
+def test_wal2json_is_refused_after_an_upgrade_of_the_server(newest: Cluster, tmp_path: Path, libraries: str) -> None:
+    """The second is one name with a comma in it: the mistake that is easiest to make with ALTER SYSTEM."""
+    with crm_on(newest, tmp_path) as crm:
+        crm.execute("ALTER ROLE postgres SET output_plugin_libraries = wal2json")
+        crm.setup()
+        add(crm, "Ann")
+        crm.connection.execute(f"ALTER ROLE postgres SET output_plugin_libraries = {libraries}".encode())
+        try:
+            said, hint = refused(crm, errors.PluginRefusedError)
+            assert said.startswith("the server refuses the output plugin wal2json")
+            follow(crm, hint)
+            crm.record()
+            assert names(crm) == ["Ann"]
+        finally:
+            crm.execute("ALTER ROLE postgres RESET output_plugin_libraries")
+
+
+def test_a_worker_that_would_be_a_synchronous_standby(spare: Cluster, spare_crm: Crm) -> None:
+    add(spare_crm, "Ann")
+    with having(spare, synchronous_standby_names="*"):
+        said, hint = refused(spare_crm, errors.SynchronousStandbyError, "setup")
+        assert said.startswith('synchronous_standby_names is "*"')
+        assert "name the real standbys" in hint
+    spare_crm.record()
+    assert names(spare_crm) == ["Ann"]
+
+
+# Slot and checkpoint
+
+
+def test_not_set_up(bare_crm: Crm) -> None:
+    said, hint = refused(bare_crm, errors.NotSetUpError, "status")
+    assert (said, hint) == ("the database has no tables of cdc-worker", "run: cdc-worker setup")
+    bare_crm.setup()
+    said, hint = refused(bare_crm, errors.NotSetUpError, "status", name="another")
+    assert (said, hint) == ('there is no checkpoint of the worker "another"', "run: cdc-worker setup")
+
+
+def test_the_slot_is_missing(crm: Crm) -> None:
+    add(crm, "Ann")
+    crm.record()
+    add(crm, "Bob")
+    crm.execute("SELECT pg_drop_replication_slot(%s)", crm.slot)
+    said, hint = refused(crm, errors.SlotMissingError, "setup", "status")
+    assert said == f'slot "{crm.slot}" does not exist: changes from {checkpoint(crm)} on are not kept'
+    follow(crm, hint)
+    crm.setup()
+    add(crm, "Cid")
+    crm.record()
+    assert names(crm) == ["Ann", "Cid"]
+
+
+def test_the_slot_is_another_plugins(crm: Crm) -> None:
+    crm.execute("SELECT pg_drop_replication_slot(%s)", crm.slot)
+    crm.execute("SELECT pg_create_logical_replication_slot(%s, 'test_decoding')", crm.slot)
+    said, hint = refused(crm, errors.SlotMismatchError, "setup")
+    assert said == f'slot "{crm.slot}" is of the plugin "test_decoding", not wal2json'
+    assert hint == "name another slot in CDC_WORKER_SLOT, then: cdc-worker setup"
+    crm.settings["slot"] = f"{crm.slot}_other"
+    crm.setup()
+    add(crm, "Ann")
+    crm.record()
+    assert names(crm) == ["Ann"]
+
+
+def test_the_slot_is_a_physical_one(bare_crm: Crm) -> None:
+    bare_crm.execute("SELECT pg_create_physical_replication_slot(%s)", bare_crm.slot)
+    try:
+        said, _ = one_error(bare_crm, ["setup"], 1)
+        assert said == f'slot "{bare_crm.slot}" is a physical one'
+    finally:
+        bare_crm.execute("SELECT pg_drop_replication_slot(%s)", bare_crm.slot)
+
+
+def test_the_slot_is_another_databases(server: Cluster, crm: Crm) -> None:
+    """As in a copy of the database, made for a rehearsal."""
+    add(crm, "Ann")
+    name = f"{crm.connection.info.dbname}_copy"
+    database = crm.connection.info.dbname
+    crm.close()
+    server.createdb(name, template=database)
+    crm.reconnect()
+    copy = Crm(server.dsn(name), crm.slot, crm.directory)
+    try:
+        said, hint = refused(copy, errors.SlotMismatchError, "setup")
+        assert said == f'slot "{crm.slot}" belongs to the database "{database}", not to "{name}"'
+        assert "CDC_WORKER_SLOT" in hint
+    finally:
+        copy.close()
+        crm.connection.execute(sql.SQL("DROP DATABASE {}").format(sql.Identifier(name)))
+    crm.record()
+    assert names(crm) == ["Ann"]
+
+
+def test_the_slot_is_taken_by_a_stranger(server: Cluster, crm: Crm) -> None:
+    add(crm, "Ann")
+    program = [server.binaries.program("pg_recvlogical"), "--slot", crm.slot, "--start", "--file", "-", "--no-loop"]
+    stranger = Popen(
+        [*program, "--dbname", crm.connection.info.dbname], env=server.environment(), stdout=DEVNULL, stderr=DEVNULL
+    )
+    try:
+        pid = eventually(
+            lambda: crm.value("SELECT active_pid FROM pg_replication_slots WHERE slot_name = %s", crm.slot)
+        )
+        said, hint = refused(crm, errors.SlotTakenError)
+        assert said == f'slot "{crm.slot}" is read by process {pid} (pg_recvlogical)'
+        follow(crm, hint)
+        stranger.wait()
+    finally:
+        stranger.kill()
+        stranger.wait()
+    crm.record()
+    assert names(crm) == ["Ann"]
+
+
+def test_the_slot_is_lost(binaries: Binaries, tmp_path: Path) -> None:
+    server = Cluster(binaries, settings={"max_slot_wal_keep_size": "1MB"})
+    with server, crm_on(server, tmp_path) as crm:
+        crm.setup()
+        add(crm, "Ann")
+        crm.record()
+        add(crm, "Bob")
+        for _ in range(3):
+            crm.execute("SELECT pg_logical_emit_message(false, 'traffic', 'x'), pg_switch_wal()")
+        crm.execute("CHECKPOINT")
+        said, hint = refused(crm, errors.SlotLostError, "setup")
+        assert said.startswith(
+            f'slot "{crm.slot}" is lost: the server discarded WAL that it needed (max_slot_wal_keep_size), '
+            f"changes from {checkpoint(crm)} to "
+        )
+        assert "lost" in crm.succeed("status")
+        follow(crm, hint)
+        crm.setup()
+        add(crm, "Cid")
+        crm.record()
+        assert names(crm) == ["Ann", "Cid"]
+
+
+@pytest.mark.parametrize("how", ["advanced", "made anew"])
+def test_the_slot_is_ahead_of_the_checkpoint(crm: Crm, how: str) -> None:
+    add(crm, "Ann")
+    crm.record()
+    add(crm, "Bob")
+    if how == "advanced":
+        crm.execute("SELECT pg_replication_slot_advance(%s, pg_current_wal_lsn())", crm.slot)
+    else:
+        crm.execute("SELECT pg_drop_replication_slot(%s)", crm.slot)
+        crm.execute("SELECT pg_create_logical_replication_slot(%s, 'wal2json')", crm.slot)
+    add(crm, "Cid")
+    at = crm.value("SELECT confirmed_flush_lsn FROM pg_replication_slots WHERE slot_name = %s", crm.slot)
+    said, hint = refused(crm, errors.SlotAheadError, "setup")
+    assert f"changes between {checkpoint(crm)} and {at} would be lost" in said
+    follow(crm, hint)
+    crm.setup()
+    crm.record()
+    assert names(crm) == ["Ann", "Cid"]
+
+
+def test_the_checkpoint_is_another_clusters(server: Cluster, spare: Cluster, crm: Crm, tmp_path: Path) -> None:
+    add(crm, "Ann")
+    crm.record()
+    database, dump = crm.connection.info.dbname, tmp_path / "dump.sql"
+    server.run("pg_dump", "--no-owner", "--file", str(dump), database)
+    spare.createdb(f"{database}_restored")
+    spare.run("psql", "--quiet", "--file", str(dump), f"{database}_restored")
+    restored = Crm(spare.dsn(f"{database}_restored"), crm.slot, tmp_path)
+    try:
+        ours, theirs = (c.value("SELECT system_identifier::text FROM pg_control_system()") for c in (restored, crm))
+        said, hint = refused(restored, errors.ClusterMismatchError, "setup")
+        assert f"the checkpoint is of the cluster {theirs}, and this is {ours}" in said
+        follow(restored, hint)
+        restored.setup()
+        add(restored, "Bob")
+        restored.record()
+        assert names(restored) == ["Ann", "Bob"]
+    finally:
+        restored.execute("SELECT pg_drop_replication_slot(slot_name) FROM pg_replication_slots")
+        restored.close()
+
+
+def test_the_checkpoint_is_beyond_the_end_of_the_wal(crm: Crm) -> None:
+    add(crm, "Ann")
+    crm.execute("UPDATE cdc_worker.checkpoint SET lsn = 'FF/0'")
+    said, hint = refused(crm, errors.ClusterMismatchError, "setup")
+    assert "the checkpoint is at FF/0, and the server's WAL ends at" in said
+    follow(crm, hint)
+    crm.setup()
+    crm.record()
+    assert names(crm) == ["Ann"]
+
+
+def test_the_worker_reads_another_slot(crm: Crm) -> None:
+    add(crm, "Ann")
+    said, hint = refused(crm, errors.SlotMismatchError, "setup", slot="another", name=crm.slot)
+    assert said == f'the worker "{crm.slot}" reads the slot "{crm.slot}", not "another"'
+    assert "CDC_WORKER_SLOT" in hint
+    crm.record()
+    assert names(crm) == ["Ann"]
+
+
+def checkpoint(crm: Crm) -> str:
+    """The position of the worker's checkpoint."""
+    return str(crm.value("SELECT lsn FROM cdc_worker.checkpoint WHERE worker = %s", crm.slot))
 
 
 # The profile
