@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
+from typing import Final
 
 import psycopg
 from psycopg import sql
@@ -23,6 +24,12 @@ def schema(name: str) -> str:
     return (installed if installed.is_file() else Path(__file__).parent.parent / "schema" / name).read_text("utf-8")
 
 
+LOCK_TIMEOUT: Final = "5s"
+"""A statement that waits for a lock on a table of the application makes all others wait behind it."""
+
+_ONE_AT_A_TIME: Final = "SELECT pg_advisory_lock(hashtext('cdc-worker setup'))"
+
+
 def setup(settings: Settings, profile: Profile) -> Iterator[str]:
     """Set up what is missing; yields a line for each thing done. May be repeated, also after an interruption."""
     rules = compile_rules(profile)
@@ -31,18 +38,19 @@ def setup(settings: Settings, profile: Profile) -> Iterator[str]:
         with postgres.connect(dsn, worker) as connection:
             server = postgres.server(connection)
             postgres.check_server(server, worker)
+            connection.execute(_ONE_AT_A_TIME)
+            connection.execute("SELECT set_config('lock_timeout', %s, false)", (LOCK_TIMEOUT,))
             yield from _tables(connection, profile)
             postgres.check_catalog(connection, profile, rules)
             for table in rules.values():
                 if table.needs_old_rows:
                     yield from _identity(connection, table.name)
+            connection.execute("SET lock_timeout = 0")
             yield from _slot(connection, settings, server)
-    except psycopg.Error as error:
-        if error.sqlstate is None:
-            raise
+    except psycopg.errors.InsufficientPrivilege as error:
         raise errors.ServerError(
             f"the server refused: {error.diag.message_primary} (SQLSTATE {error.sqlstate})",
-            hint="set up as the owner of the tables, or as a superuser" if error.sqlstate == "42501" else None,
+            hint="set up as the owner of the tables, or as a superuser",
         ) from error
 
 
@@ -86,8 +94,8 @@ def _slot(connection: Connection, settings: Settings, server: postgres.Server) -
         yield f'slot "{name}" created at {position}'
     else:
         # Made by an administrator, or by a set-up that was interrupted here: nothing has been read from it yet.
-        position = found.confirmed_flush_lsn
-        slot.check(found, name=name, database=connection.info.dbname, checkpoint=position)
+        checkpoint.check_unclaimed(connection, name)
+        position = slot.check_unread(found, database=connection.info.dbname)
     checkpoint.create(
         connection,
         worker,
