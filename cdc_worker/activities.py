@@ -88,7 +88,7 @@ class Batch:
     `size` is in bytes of the stream.
     """
 
-    MAX_OUTCOMES: ClassVar[int] = 5_000
+    MAX_OUTCOMES: ClassVar[int] = 1_000
     MAX_SIZE: ClassVar[int] = 2 << 20
 
     end: Position
@@ -103,14 +103,18 @@ class Batch:
         """Whether it should be written before more is taken."""
         return len(self.outcomes) >= self.MAX_OUTCOMES or self.size >= self.MAX_SIZE
 
-    def add(self, outcomes: Sequence[Activity | DeadLetter], transaction: Transaction, done: int) -> None:
-        """Take what has come of a slice of a transaction, of which `done` changes have all their outcomes out."""
+    def add(
+        self, outcomes: Sequence[Activity | DeadLetter], transaction: Transaction, *, done: int, complete: bool
+    ) -> None:
+        """Take what has come of a slice of a transaction: all there is of the commit if `complete`, else of `done`
+        changes.
+        """
         before = self.end.lsn
         if outcomes:
             self._slices.append(_Slice(len(self.outcomes), before, transaction.commit_lsn))
             self.outcomes.extend(outcomes)
         self.committed_at = transaction.committed_at
-        if transaction.last:
+        if complete:
             self.end = Position(transaction.end_lsn)
             self.transactions += 1
         else:

@@ -21,8 +21,11 @@ CONTEXT_PREFIX: Final = "cdc_worker.context"
 FACT_DISTANCE: Final = 10_000
 """How many changes of the same transaction may lie between a change and the fact that completes it."""
 
-HELD_TEXT: Final = 16 << 20
-"""So many characters of row values wait for facts at most; then the oldest goes without."""
+FACT_TEXT: Final = 16 << 20
+"""How many characters of row values may lie between them: large rows must not fill the memory."""
+
+MAX_OUTCOMES: Final = 500
+"""So many outcomes that have waited come out at once."""
 
 Outcome = Activity | DeadLetter
 
@@ -36,12 +39,12 @@ class _Held(msgspec.Struct, eq=False):
     """
 
     index: int
-    size: int
     packed: bytes
     rule: Rule | None = None
     key: str = ""
-    missing: set[_FactKey] = set()
-    facts: dict[str, Row | None] = {}
+    text: int = 0  # the Transformer's count when it began to wait
+    missing: tuple[_FactKey, ...] = ()
+    facts: dict[str, Row] | None = None  # those that came later than the change
 
     def outcome(self) -> Outcome:
         """What it comes to, with the facts that have been found."""
@@ -50,7 +53,7 @@ class _Held(msgspec.Struct, eq=False):
             outcome: Outcome = value
             return outcome
         event: Event = value
-        event.facts = self.facts
+        event.facts |= self.facts or {}
         return _build(event, self.rule, self.key, self.index)
 
 
@@ -73,8 +76,8 @@ def _build(event: Event, rule: Rule, key: str, index: int) -> Outcome:
 class Transformer:
     """Turns transactions, fed in order and possibly in slices, into outcomes in the order of the changes.
 
-    What comes out depends on the transactions alone, never on where they were sliced. `worker` and
-    `system_identifier` are part of every change key.
+    What comes out depends on the transactions alone, never on where they were sliced. After each `feed`, `rest` has
+    more as long as `ready`. `worker` and `system_identifier` are part of every change key.
     """
 
     def __init__(self, rules: Rules, *, worker: str, system_identifier: str) -> None:
@@ -85,9 +88,10 @@ class Transformer:
         self._context: dict[str, Any] = {}
         self._ordinals: defaultdict[tuple[str, str], int] = defaultdict(int)
         self._facts: dict[_FactKey, tuple[int, Row]] = {}
-        self._waiting: defaultdict[_FactKey, list[tuple[str, _Held]]] = defaultdict(list)
+        self._waiting: dict[_FactKey, list[_Held]] = {}
         self._held: deque[_Held] = deque()
-        self._held_size = 0
+        self._open: deque[_Held] = deque()  # those of the held that wait for facts
+        self._text = 0
         self._out: list[Outcome] = []
         self._index = 0
 
@@ -97,10 +101,10 @@ class Transformer:
         return self._held[0].index if self._held else self._index
 
     def feed(self, transaction: Transaction) -> list[Outcome]:
-        """The outcomes that are certain now. After the last slice of a commit, that is all of them."""
+        """Outcomes that are certain now. With the last slice of a commit, all of them are."""
         if transaction.first:
             self._start(transaction)
-        out = self._out = []
+        self._out = []
         messages = iter(transaction.messages)
         until, message = next(messages, (-1, None))
         for number, change in enumerate(transaction.changes):
@@ -114,8 +118,20 @@ class Transformer:
             self._hear(message)
             until, message = next(messages, (-1, None))
         if transaction.last:
-            self._release(self._index + FACT_DISTANCE + 1)
-        return out
+            self._expire(self._index + FACT_DISTANCE + 1)
+        self._release()
+        return self._out
+
+    @property
+    def ready(self) -> bool:
+        """Whether more outcomes are certain than the last call has returned."""
+        return bool(self._held) and not (self._open and self._open[0].index <= self._held[0].index)
+
+    def rest(self) -> list[Outcome]:
+        """More of them."""
+        self._out = []
+        self._release()
+        return self._out
 
     def _start(self, transaction: Transaction) -> None:
         self._prefix = key_prefix(self._worker, self._system_identifier, transaction.commit_lsn)
@@ -124,7 +140,8 @@ class Transformer:
         self._facts.clear()
         self._waiting.clear()
         self._held.clear()
-        self._held_size = 0
+        self._open.clear()
+        self._text = 0
         self._index = 0
 
     def _hear(self, message: Message) -> None:
@@ -141,11 +158,11 @@ class Transformer:
         index = self._index
         ordinal = self._ordinals[table.name]
         self._ordinals[table.name] = ordinal + 1
-        if self._held:
-            self._release(index)
+        if self._open:
+            self._text += _size(change)
+            self._expire(index)
         if table.tells and change.new is not None:
             self._learn(change.new, table, index)
-            self._release(index)
         self._index = index + 1
         if change.operation == "update":
             if not change.changed or not table.rules["update"]:
@@ -176,14 +193,15 @@ class Transformer:
     def _put(self, outcome: Outcome) -> None:
         if self._held:
             # Behind one that waits, all wait: the order of the changes is the order of what comes out.
-            self._held.append(self._kept(outcome))
+            self._held.append(_Held(outcome.index, _packed(outcome)))
         else:
             self._out.append(outcome)
 
-    def _kept(self, outcome: Outcome) -> _Held:
-        size = _size(outcome.change)
-        self._held_size += size
-        return _Held(outcome.index, size, _packed(outcome))
+    def _release(self) -> None:
+        """Let go of what has waited and is certain, in whole changes."""
+        held, out = self._held, self._out
+        while self.ready and (len(out) < MAX_OUTCOMES or out[-1].index == held[0].index):
+            out.append(held.popleft().outcome())
 
     # Facts: rows of the same transaction that complete an activity, before it or after it.
 
@@ -195,55 +213,51 @@ class Transformer:
                 continue  # as in SQL, NULL matches nothing
             facts.pop(key, None)
             facts[key] = (index, {column: row[column] for column in fact.columns if column in row})
-            for name, held in self._waiting.pop(key, ()):
-                held.facts[name] = facts[key][1]
-                held.missing.discard(key)
+            for held in self._waiting.pop(key, ()):
+                held.facts = {**(held.facts or {}), fact.name: facts[key][1]}
+                held.missing = tuple(other for other in held.missing if other != key)
+            self._expire(index)
         while facts and next(iter(facts.values()))[0] + FACT_DISTANCE < index:
             del facts[next(iter(facts))]
 
-    def _find(self, event: Event, rule: Rule, table: Table, index: int) -> dict[_FactKey, str]:
+    def _find(self, event: Event, rule: Rule, table: Table, index: int) -> tuple[_FactKey, ...]:
         """Note in the event which facts are known; returns those that may still come."""
-        missing = {}
+        missing = []
         for name in rule.facts:
             fact = table.facts[name]
             key = (table.name, name, fact.key(event.row, fact.ours))
             at, row = self._facts.get(key, (0, None))
             event.facts[name] = row if at + FACT_DISTANCE >= index else None
             if event.facts[name] is None and None not in key[2]:
-                missing[key] = name
-        return missing
+                missing.append(key)
+        return tuple(missing)
 
-    def _hold(self, event: Event, rule: Rule, key: str, index: int, missing: dict[_FactKey, str]) -> None:
+    def _hold(self, event: Event, rule: Rule, key: str, index: int, missing: tuple[_FactKey, ...]) -> None:
         if not self._held:
-            self._take_back(index)
-        size = _size(event.change)
-        self._held_size += size
-        held = _Held(index, size, _packed(event), rule, key, set(missing), event.facts)
+            # `done` counts whole changes, so the outcomes of this one stay together.
+            while self._out and self._out[-1].index == index:
+                outcome = self._out.pop()
+                self._held.appendleft(_Held(index, _packed(outcome)))
+        held = _Held(index, _packed(event), rule, key, self._text, missing)
         self._held.append(held)
-        for fact_key, name in missing.items():
-            self._waiting[fact_key].append((name, held))
+        self._open.append(held)
+        for fact_key in missing:
+            self._waiting.setdefault(fact_key, []).append(held)
 
-    def _take_back(self, index: int) -> None:
-        """Keep the outcomes of a change together: `done` counts whole changes."""
-        while self._out and self._out[-1].index == index:
-            self._held.appendleft(self._kept(self._out.pop()))
-
-    def _release(self, index: int) -> None:
-        """Let go of what need not wait any longer at the change `index`."""
-        while self._held:
-            head = self._held[0]
+    def _expire(self, index: int) -> None:
+        """Let nothing wait any longer, at the change `index`, for facts that are found or too far away."""
+        while self._open:
+            head = self._open[0]
             if head.missing:
-                if head.index + FACT_DISTANCE >= index and self._held_size <= HELD_TEXT:
-                    self._take_back(head.index)
+                if head.index + FACT_DISTANCE >= index and self._text - head.text <= FACT_TEXT:
                     return
                 for key in head.missing:
                     self._forget(key, head)
-            self._out.append(head.outcome())
-            self._held.popleft()
-            self._held_size -= head.size
+                head.missing = ()
+            self._open.popleft()
 
     def _forget(self, key: _FactKey, held: _Held) -> None:
-        others = [waiting for waiting in self._waiting.pop(key) if waiting[1] is not held]
+        others = [other for other in self._waiting.pop(key) if other is not held]
         if others:
             self._waiting[key] = others
 
@@ -255,4 +269,9 @@ def _plain(value: Any) -> bool:
 def transform(rules: Rules, transactions: list[Transaction], *, worker: str, system_identifier: str) -> list[Outcome]:
     """All outcomes of some whole transactions."""
     transformer = Transformer(rules, worker=worker, system_identifier=system_identifier)
-    return [outcome for transaction in transactions for outcome in transformer.feed(transaction)]
+    outcomes = []
+    for transaction in transactions:
+        outcomes += transformer.feed(transaction)
+        while transformer.ready:
+            outcomes += transformer.rest()
+    return outcomes

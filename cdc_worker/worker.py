@@ -27,7 +27,7 @@ from psycopg.waiting import Ready, Wait
 from tenacity import RetryCallState, Retrying, retry_if_exception, stop_when_event_set, wait_random_exponential
 
 from cdc_worker import checkpoint, errors, postgres, slot, wal2json
-from cdc_worker.activities import Activity, Batch, Position
+from cdc_worker.activities import Activity, Batch, DeadLetter, Position
 from cdc_worker.changes import Assembler, Transaction
 from cdc_worker.config import Settings
 from cdc_worker.log import Logger
@@ -43,6 +43,7 @@ GRACE: Final = 0.8
 """So long a batch in hand may take to be written after a shutdown was requested; we exit in the rest of a second."""
 
 STATUS_INTERVAL: Final = 10.0
+STATUS_INTERVAL_BEHIND: Final = 0.5
 PROGRESS_INTERVAL: Final = 10.0
 SILENCE: Final = 60.0
 """After so long without a byte from the server, which was asked for one, the connection is given up."""
@@ -286,10 +287,11 @@ class _Stream:
         self._resumed = sink.position
         self._assembler = Assembler(sink.position.lsn)
         self._batch = Batch(sink.position)
+        self._unfinished: Transaction | None = None
         self._writing: Writing[Written] | None = None
         self._written: Batch = self._batch
         self._wants = Wait.R
-        self._wal_end = sink.position.lsn
+        self._wal_end = self._told = sink.position.lsn
         now = time.monotonic()
         self._heard_at = self._status_at = self._advanced_at = self._began_at = now
         self._progress_at = now
@@ -326,7 +328,7 @@ class _Stream:
     @property
     def _idle(self) -> bool:
         """Whether nothing is open, unwritten or being written."""
-        return not self._assembler.open and not self._batch.outcomes and self._writing is None
+        return not (self._assembler.open or self._unfinished or self._batch.outcomes or self._writing)
 
     @property
     def _complete(self) -> bool:
@@ -337,6 +339,10 @@ class _Stream:
         replication, assembler, batch = self._replication, self._assembler, self._batch
         if self._stop.is_set():
             return True
+        while self._unfinished is not None:
+            if batch.full:
+                return False
+            self._take(self._unfinished, self._transformer.rest())
         for _ in range(TURN):
             message = replication.receive()
             if message is None:
@@ -350,8 +356,8 @@ class _Stream:
                 batch.size += len(payload)
                 transaction = assembler.feed(wal2json.decode(payload), len(payload))
                 if transaction is not None:
-                    self._take(transaction)
-                    if batch.full:
+                    self._take(transaction, self._transformer.feed(transaction))
+                    if batch.full or self._unfinished is not None:
                         return False
             else:
                 self._wal_end = max(self._wal_end, message.wal_end)
@@ -360,13 +366,15 @@ class _Stream:
                     replication.send_status(written=message.wal_end)
         return False
 
-    def _take(self, transaction: Transaction) -> None:
-        outcomes, done = self._transformer.feed(transaction), self._transformer.done
+    def _take(self, transaction: Transaction, outcomes: list[Activity | DeadLetter]) -> None:
+        transformer = self._transformer
+        done = transformer.done
         if transaction.commit_lsn == self._resumed.commit_lsn:
             # A part of this commit was written before we came. It is read again for its messages and facts.
             outcomes = [outcome for outcome in outcomes if outcome.index >= self._resumed.changes]
             done = max(done, self._resumed.changes)
-        self._batch.add(outcomes, transaction, done)
+        self._batch.add(outcomes, transaction, done=done, complete=transaction.last and not transformer.ready)
+        self._unfinished = transaction if transformer.ready else None
 
     def _begin(self, now: float) -> None:
         """Start to write what has come together, or now and then where an otherwise quiet stream has got to."""
@@ -437,10 +445,19 @@ class _Stream:
             applied=self._received if self._idle else flushed,
             reply_requested=reply_requested,
         )
+        self._told = self._received
         self._status_at = time.monotonic()
 
+    @property
+    def _status_due(self) -> float:
+        # The position of our own last commit, which comes back empty, need not wait: without it there seems to be lag.
+        behind = self._told < self._received
+        return self._status_at + (
+            min(STATUS_INTERVAL_BEHIND, self._status_interval) if behind else self._status_interval
+        )
+
     def _tick(self, now: float) -> None:
-        if now >= self._status_at + self._status_interval:
+        if now >= self._status_due:
             silent = now - self._heard_at
             if silent > SILENCE and not self._batch.full:
                 raise psycopg.OperationalError(f"nothing was heard from the server for {silent:.0f} s")
@@ -455,7 +472,7 @@ class _Stream:
             self._progress_at, self._progress_from = now, activities
 
     def _next_tick(self, now: float) -> float:
-        due = [self._status_at + self._status_interval, self._advanced_at + self._settings.idle_advance_interval]
+        due = [self._status_due, self._advanced_at + self._settings.idle_advance_interval]
         return min(at for at in (*due, now + STATUS_INTERVAL) if at > now)
 
     def _wait(self, timeout: float) -> None:

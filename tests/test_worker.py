@@ -1,0 +1,203 @@
+"""The worker beside a living database: what it survives, what it leaves alone, and how it ends."""
+
+from __future__ import annotations
+
+import time
+
+import psycopg
+import pytest
+from support import Crm, eventually
+
+from cdc_worker import shadow
+from cdc_worker.cluster import Cluster
+
+WALSENDER = "SELECT active_pid FROM pg_replication_slots WHERE slot_name = %s"
+UPDATES = "SELECT n_tup_upd FROM pg_stat_user_tables WHERE relname = 'checkpoint'"
+
+
+def test_a_lock_on_the_target_costs_neither_the_stream_nor_a_row(crm: Crm) -> None:
+    """It is held for three times wal_sender_timeout, while changes go on."""
+    impatient = psycopg.conninfo.make_conninfo(crm.dsn, options="-c wal_sender_timeout=1000")
+    with crm.worker(dsn=impatient) as worker, psycopg.connect(crm.dsn) as locker:
+        worker.wait_for("replication_started")
+        walsender = crm.value(WALSENDER, crm.slot)
+        locker.execute("LOCK TABLE activity")
+        until = time.monotonic() + 3
+        while time.monotonic() < until:
+            crm.add_leads(50)
+            time.sleep(0.05)
+        assert crm.value(WALSENDER, crm.slot) == walsender
+        locker.rollback()
+        owed = crm.value("SELECT count(*) FROM lead")
+        eventually(lambda: crm.value("SELECT count(*) FROM activity") == owed)
+        assert worker.events("connection_lost") == []
+
+
+def test_an_idle_server_gets_no_writes(crm: Crm) -> None:
+    crm.add_leads(1)
+    with crm.worker(idle_advance_interval="0.05") as worker:
+        eventually(lambda: crm.types() == ["lead_created"])
+        walsender = crm.value(WALSENDER, crm.slot)
+        before = crm.execute("SELECT *, xmin FROM cdc_worker.checkpoint")
+        for _ in range(10):  # status updates are answered, and the interval passes many times
+            crm.value("SELECT pg_sleep(0.1)::text")
+        assert crm.execute("SELECT *, xmin FROM cdc_worker.checkpoint") == before
+        assert crm.value(WALSENDER, crm.slot) == walsender
+        assert worker.terminate() == 0
+
+
+def test_a_server_busy_with_other_tables_has_its_wal_released(crm: Crm) -> None:
+    crm.execute("CREATE TABLE other (filler text)")
+    confirmed = "SELECT confirmed_flush_lsn::text FROM pg_replication_slots WHERE slot_name = %s"
+    with crm.worker(idle_advance_interval="0.1", idle_advance_bytes=str(1 << 20)) as worker:
+        worker.wait_for("replication_started")
+        before = crm.value("SELECT pg_current_wal_lsn()::text")
+        for _ in range(8):
+            crm.execute("INSERT INTO other SELECT repeat('x', 1000) FROM generate_series(1, 1000)")
+        eventually(lambda: crm.value("SELECT %s::pg_lsn > %s::pg_lsn", crm.value(confirmed, crm.slot), before))
+    assert crm.types() == []
+
+
+def test_the_worker_does_not_feed_itself(crm: Crm) -> None:
+    """Its own commits come back as empty transactions. Were each answered with a write, it would never end."""
+    with crm.worker(idle_advance_interval="0.05") as worker:
+        worker.wait_for("replication_started")
+        for _ in range(20):
+            crm.add_leads(1)
+        eventually(lambda: len(crm.types()) == 20)
+        position = crm.value("SELECT lsn::text FROM cdc_worker.checkpoint")
+        for _ in range(10):
+            crm.value("SELECT pg_sleep(0.1)::text")
+        assert crm.value("SELECT lsn::text FROM cdc_worker.checkpoint") == position
+
+
+def test_sigterm_finishes_the_batch_in_hand(crm: Crm) -> None:
+    with crm.worker() as worker:
+        worker.wait_for("replication_started")
+        crm.add_leads(3)
+        eventually(lambda: len(crm.types()) == 3)
+        assert worker.terminate() == 0
+    assert [event["event"] for event in worker.events()][-1] == "worker_stopped"
+    confirmed = crm.value("SELECT confirmed_flush_lsn::text FROM pg_replication_slots WHERE slot_name = %s", crm.slot)
+    assert confirmed == crm.value("SELECT lsn::text FROM cdc_worker.checkpoint")
+
+
+def test_sigterm_rolls_back_what_a_lock_holds_up(crm: Crm) -> None:
+    with crm.worker() as worker, psycopg.connect(crm.dsn) as locker:
+        worker.wait_for("replication_started")
+        locker.execute("LOCK TABLE activity")
+        crm.add_leads(3)
+        waiting = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND application_name LIKE %s"
+        eventually(lambda: crm.value(waiting, f"%{crm.slot}"))
+        assert worker.terminate() == 0, "it ended while the lock was held"
+        eventually(lambda: not crm.value(waiting, f"%{crm.slot}"), what="its statement was cancelled")
+    assert worker.events("batch_rolled_back")
+    crm.record()
+    assert crm.types() == ["lead_created"] * 3
+
+
+def test_sigterm_ends_a_worker_that_waits_for_its_server(crm: Crm) -> None:
+    unreachable = psycopg.conninfo.make_conninfo(crm.dsn, port=1)
+    with crm.worker(dsn=unreachable) as worker:
+        worker.wait_for("connection_lost")
+        assert worker.terminate() == 0
+
+
+def test_a_worker_whose_checkpoint_has_another_owner_stops(crm: Crm) -> None:
+    with crm.worker() as worker:
+        worker.wait_for("replication_started")
+        crm.execute("UPDATE cdc_worker.checkpoint SET owner = gen_random_uuid()")
+        crm.add_leads(1)
+        assert worker.wait() == 18
+    assert crm.types() == []
+    crm.record()
+    assert crm.types() == ["lead_created"]
+
+
+def test_a_successor_ends_the_writing_of_its_predecessor_first(crm: Crm) -> None:
+    """The predecessor's backend hangs in a lock, with all of its batch sent: it must not commit later."""
+    with psycopg.connect(crm.dsn) as locker:
+        locker.execute("LOCK TABLE activity")
+        with crm.worker() as first:
+            first.wait_for("replication_started")
+            crm.add_leads(3)
+            waiting = (
+                "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND application_name LIKE %s"
+            )
+            eventually(lambda: crm.value(waiting, f"%{crm.slot}"))
+            backend = crm.value("SELECT backend_pid FROM cdc_worker.checkpoint")
+            first.kill()
+        with crm.worker() as second:
+            second.wait_for("replication_started")
+            assert crm.value("SELECT count(*) FROM pg_stat_activity WHERE pid = %s", backend) == 0
+            locker.rollback()
+            eventually(lambda: len(crm.types()) == 3)
+            assert second.terminate() == 0
+    assert crm.types() == ["lead_created"] * 3
+
+
+def test_what_is_there_already_is_done_already(crm: Crm) -> None:
+    """A checkpoint that was set back, with its slot, brings the same changes under the same keys."""
+    crm.execute("SELECT pg_copy_logical_replication_slot(%s, %s)", crm.slot, f"{crm.slot}_again")
+    position = crm.value("SELECT lsn::text FROM cdc_worker.checkpoint")
+    crm.add_leads(300)
+    crm.execute("UPDATE lead SET status = '7. lost', bd_in_charge = 'bob'")
+    crm.record()
+    before = crm.activities()
+    crm.execute("UPDATE cdc_worker.checkpoint SET lsn = %s::pg_lsn, slot = slot || '_again'", position)
+    crm.execute("UPDATE lead SET title = 'CTO'")
+    crm.record(slot=f"{crm.slot}_again", name=crm.slot)
+    assert crm.activities()[: len(before)] == before
+    assert crm.types()[len(before) :] == ["lead_updated"] * 300
+    assert crm.value("SELECT count(*) FROM cdc_worker.dead_letter") == 0
+
+
+@pytest.mark.parametrize("lagging", [False, True], ids=["caught up", "lagging"])
+def test_a_fast_shutdown_of_the_server_is_not_held_up(own_crm: Crm, own_server: Cluster, lagging: bool) -> None:
+    crm = own_crm
+    shadow.install(crm.connection)
+    with crm.worker() as worker:
+        worker.wait_for("replication_started")
+        locker = psycopg.connect(crm.dsn)
+        if lagging:
+            locker.execute("LOCK TABLE activity")
+        crm.add_leads(20_000)
+        if not lagging:
+            eventually(lambda: crm.value("SELECT count(*) FROM activity") == 20_000)
+        own_server.stop("fast")  # raises when it takes longer than its patience
+        locker.close()
+        own_server.start()
+        crm.reconnect()
+        eventually(lambda: crm.value("SELECT count(*) FROM activity") == 20_000)
+        assert worker.terminate() == 0
+    assert shadow.faults(crm.connection) == []
+
+
+def test_a_large_transaction_is_consumed_in_little_memory(bare_crm: Crm) -> None:
+    """500,000 updates in one transaction, at most 40 MB beyond what the idle process has."""
+    crm = bare_crm
+    crm.add_leads(500_000)
+    crm.setup()
+    with crm.worker() as worker:
+        worker.wait_for("replication_started")
+        crm.execute("UPDATE lead SET status = '2. proposal' WHERE lead_id = 1")
+        eventually(lambda: crm.value("SELECT count(*) FROM activity") == 1)
+        idle = worker.memory()
+        crm.execute("UPDATE lead SET status = '3. negotiation'")
+        eventually(lambda: crm.value("SELECT count(*) FROM activity") == 500_001, patience=300)
+        assert worker.memory() - idle < 40 << 20
+
+
+def test_conversions_without_a_contact_wait_in_little_memory(bare_crm: Crm) -> None:
+    """Each waits for its contact until the end of the commit, or for 10,000 changes."""
+    crm = bare_crm
+    crm.add_leads(50_000)
+    crm.setup()
+    with crm.worker() as worker:
+        worker.wait_for("replication_started")
+        crm.execute("UPDATE lead SET status = '2. proposal' WHERE lead_id = 1")
+        eventually(lambda: crm.value("SELECT count(*) FROM activity") == 1)
+        idle = worker.memory()
+        crm.execute("UPDATE lead SET is_converted = true")
+        eventually(lambda: crm.value("SELECT count(*) FROM activity") == 50_001, patience=300)
+        assert worker.memory() - idle < 40 << 20
