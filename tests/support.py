@@ -82,6 +82,11 @@ class WorkerProcess:
 
         return eventually(found, what=event)[0]
 
+    def memory(self) -> int:
+        """The most memory it has had so far, in bytes."""
+        status = Path(f"/proc/{self.process.pid}/status").read_text()
+        return int(status.split("VmHWM:")[1].split()[0]) * 1024
+
     def kill(self) -> None:
         """SIGKILL."""
         self.process.kill()

@@ -50,9 +50,10 @@ def test_the_frame_of_a_transaction() -> None:
     assert decode(
         b'{"action":"B","xid":734,"timestamp":"2026-11-21 21:44:39.861984+00","lsn":"0/15417E8","nextlsn":"0/1541818"}'
     ) == Begin(734, LSN(0x15417E8), LSN(0x1541818), datetime(2026, 11, 21, 21, 44, 39, 861984, tzinfo=UTC))
-    assert decode(
+    line = (
         b'{"action":"C","xid":734,"timestamp":"2026-11-21 21:44:39.861984+00","lsn":"0/15417E8","nextlsn":"0/1541818"}'
-    ) == Commit()
+    )
+    assert decode(line) == Commit()
 
 
 @pytest.mark.parametrize(
