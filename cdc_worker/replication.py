@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import select
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from datetime import UTC, datetime
 from types import TracebackType
 from typing import Final, Self
@@ -54,17 +54,39 @@ class Replication:
             / 1e3
         )
 
-    def start(self, slot: str, position: LSN, options: Mapping[str, str], *, encoding: str) -> None:
-        """START_REPLICATION. `encoding` is the server's: the plugin's output is not converted to the client's."""
+    def start(
+        self,
+        slot: str,
+        position: LSN,
+        options: Mapping[str, str],
+        *,
+        encoding: str,
+        optional: Collection[str] = (),
+    ) -> list[str]:
+        """START_REPLICATION, without those of the `optional` options that the plugin doesn't know; returns these.
+
+        `encoding` is the server's: the plugin's output is not converted to the client's.
+        """
         if encoding != "UTF8":
             self._connection.execute(sql.SQL("SET client_encoding = {}").format(sql.Literal(encoding)))
             self._recode = self._connection.info.encoding
-        pairs = sql.SQL(", ").join(
-            sql.SQL("{} {}").format(sql.Identifier(name), sql.Literal(value)) for name, value in options.items()
-        )
-        command = sql.SQL("START_REPLICATION SLOT {} LOGICAL {} ({})")
-        self._connection.execute(command.format(sql.Identifier(slot), sql.SQL(str(position)), pairs))
+        accepted, refused = dict(options), list[str]()
+        while True:
+            pairs = sql.SQL(", ").join(
+                sql.SQL("{} {}").format(sql.Identifier(name), sql.Literal(value)) for name, value in accepted.items()
+            )
+            command = sql.SQL("START_REPLICATION SLOT {} LOGICAL {} ({})")
+            try:
+                self._connection.execute(command.format(sql.Identifier(slot), sql.SQL(str(position)), pairs))
+                break
+            except psycopg.errors.InvalidParameterValue as error:
+                named = re.search(r'option "([^"]+)"', error.diag.message_primary or "")
+                if named is None or named[1] not in optional or named[1] not in accepted:
+                    raise
+                refused.append(named[1])
+                del accepted[named[1]]
         self._pgconn.nonblocking = 1
+        return refused
 
     def fileno(self) -> int:
         """The socket, for select."""

@@ -19,6 +19,9 @@ from cdc_worker.lsn import LSN
 
 PLUGIN: Final = "wal2json"
 
+OPTIONAL: Final = ("include-xids", "include-type-oids", "add-msg-prefixes")
+"""Options that an old wal2json may not know, and without which it can still be read."""
+
 _SPACES: Final = " \t\n\v\f\r"
 
 
@@ -53,15 +56,15 @@ def _askable(prefix: str) -> str:
 
 class _Column(msgspec.Struct, gc=False):
     name: str
-    typeoid: int
     value: Any  # a union with Decimal would read strings as numbers; see float_hook
+    typeoid: int = 0
 
 
 class _Begin(msgspec.Struct, tag_field="action", tag="B", gc=False):
-    xid: int
     timestamp: str
     lsn: str
     nextlsn: str
+    xid: int = 0
 
 
 class _Commit(msgspec.Struct, tag_field="action", tag="C", gc=False):

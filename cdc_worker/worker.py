@@ -31,7 +31,7 @@ from cdc_worker.activities import Activity, Batch, DeadLetter, Position
 from cdc_worker.changes import Assembler, Transaction
 from cdc_worker.config import Settings
 from cdc_worker.log import Logger
-from cdc_worker.lsn import INVALID, LSN
+from cdc_worker.lsn import LSN
 from cdc_worker.profile import Profile
 from cdc_worker.protocol import XLogData
 from cdc_worker.replication import Replication
@@ -185,26 +185,25 @@ class Worker:
             stack.callback(connection.close)
             server = postgres.server(connection)
             postgres.check_server(server, worker)
+            # In this order: another worker may still be at it, who writes the checkpoint first and confirms it then.
+            replica = slot.read(connection, settings.slot)
             found = checkpoint.read(connection, worker)
+            wal_end = slot.committed_so_far(connection)
             columns = postgres.check_catalog(connection, self._profile, self._rules)
             replication = Replication(postgres.connect_replication(dsn, worker), on_dropped=self._warn_of_dropped)
             stack.enter_context(replication)
-            replica = slot.read(connection, settings.slot)
-            wal_end = replica.wal_end if replica else INVALID
-            checkpoint.check(
-                found,
-                slot=settings.slot,
-                system_identifier=replication.system_identifier(),
-                wal_end=wal_end if replica else found.position.lsn,
-            )
-            replica = slot.check(
-                replica, name=settings.slot, database=connection.info.dbname, checkpoint=found.position.lsn
-            )
+            system_identifier = replication.system_identifier()
+            checkpoint.check(found, slot=settings.slot, system_identifier=system_identifier, wal_end=wal_end)
+            database = connection.info.dbname
+            slot.check(replica, name=settings.slot, database=database, checkpoint=found.position.lsn)
             if self._until is None and self._once:
-                self._until = slot.committed_so_far(connection)
+                self._until = wal_end
             timeout = replication.wal_sender_timeout()
             self._start(connection, replication, found.position.lsn, server)
             owner, position = checkpoint.take_over(connection, worker)
+            # While we waited for the slot it may have become another one.
+            replica = slot.read(connection, settings.slot)
+            replica = slot.check(replica, name=settings.slot, database=database, checkpoint=position.lsn)
             time_zone = settings.time_zone or server.time_zone
             sink = Sink(
                 connection,
@@ -237,7 +236,11 @@ class Worker:
         waiting = False
         while True:
             try:
-                replication.start(self._settings.slot, position, options, encoding=server.encoding)
+                refused = replication.start(
+                    self._settings.slot, position, options, encoding=server.encoding, optional=wal2json.OPTIONAL
+                )
+                for option in refused:
+                    self._log.warning("option_refused", option=option)
                 return
             except psycopg.errors.ObjectInUse:
                 holder = slot.read(connection, self._settings.slot)

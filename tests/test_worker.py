@@ -201,3 +201,29 @@ def test_conversions_without_a_contact_wait_in_little_memory(bare_crm: Crm) -> N
         crm.execute("UPDATE lead SET is_converted = true")
         eventually(lambda: crm.value("SELECT count(*) FROM activity") == 50_001, patience=300)
         assert worker.memory() - idle < 40 << 20
+
+
+def test_the_worker_waits_for_no_lock_of_the_application(crm: Crm) -> None:
+    """A foreign key from its rows would: here leads are deleted, and not yet committed, whose history it writes."""
+    crm.add_leads(3)
+    crm.execute("UPDATE lead SET status = '7. lost'")
+    with psycopg.connect(crm.dsn) as application:
+        application.execute("DELETE FROM lead")
+        crm.record()
+        assert crm.types() == ["lead_created"] * 3 + ["status_changed"] * 3
+    crm.record()
+    assert crm.types()[6:] == ["lead_deleted"] * 3
+
+
+def test_a_second_worker_waits_for_the_slot_and_goes_on_where_the_first_was_killed(crm: Crm) -> None:
+    with crm.worker() as first:
+        first.wait_for("replication_started")
+        with crm.worker() as second:
+            second.wait_for("waiting_for_slot")
+            crm.add_leads(3)
+            eventually(lambda: len(crm.types()) == 3)
+            first.kill()
+            crm.add_leads(2)
+            eventually(lambda: len(crm.types()) == 5)
+            assert second.process.poll() is None
+            assert second.terminate() == 0
