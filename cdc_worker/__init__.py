@@ -1,3 +1,42 @@
-"""Change data capture for PostgreSQL CRMs: every committed change becomes a system activity, exactly once."""
+"""Change data capture for PostgreSQL CRMs: every committed change becomes a system activity, exactly once.
+
+One loop: transactions of the slot are transformed into a batch, the sink writes the batch with its checkpoint in one
+database transaction, and only then the server is told that it may forget.
+
+    socket ─bytes─▶ protocol ─payload─▶ wal2json ─Begin|Change|Message|Commit─▶ Assembler ─Transaction─▶ Transformer
+       ▲                                                                                                   │ Activity |
+       └── standby status update ◀── position ◀── Sink ◀───────────────────── Batch ◀──────────────────────┘ DeadLetter
+
+In reading order. The core takes values and returns values:
+
+    errors      every way to fail, and what it asks of the operator
+    lsn         a position in the WAL
+    protocol    the messages inside COPY BOTH
+    changes     what happened in the database, and the transactions it adds up to
+    wal2json    the decoder
+    activities  what it meant: activities, dead letters, batches, positions, keys
+    profile     what a CRM's tables mean, as read from TOML
+    rules       a profile compiled into functions
+    transform   transactions to activities
+
+The edges each know one thing outside:
+
+    config      settings
+    log         structured logs
+    postgres    connections, SQLSTATEs, the catalog
+    checkpoint  how far a worker has written, and who may write
+    slot        the server's promise to keep WAL
+    replication the replication connection
+    sink        the writing connection
+    setup       tables, identities, slot
+    status      what a person on call asks
+    worker      the loop over both sockets, and what keeps it going
+    cli         the command line
+
+And for a look without a CRM: binaries and cluster (a private PostgreSQL), shadow (a second witness), sales_day,
+timeline and demo.
+
+As a library: `wal2json.decode`, `protocol` and `replication.Replication` are a wal2json client of their own.
+"""
 
 __version__ = "0.1.0"

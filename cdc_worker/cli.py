@@ -21,8 +21,6 @@ from cdc_worker.worker import Stop, Worker
 
 P = ParamSpec("P")
 
-_FLAGS = ("dsn", "slot", "name", "profile", "time_zone", "log_level", "log_format")
-
 
 class _Failure(click.ClickException):
     """An error, told as click tells its own: on stderr, without a traceback."""
@@ -42,16 +40,9 @@ def _settings(command: Callable[P, None]) -> Callable[..., None]:
     """Give a command the flags that all share, and the settings that come of them."""
 
     @click.option("--config", type=click.Path(path_type=Path), help="Settings file (TOML).")
-    @click.option("--dsn", help="libpq connection string or URL.")
-    @click.option("--slot", help="Replication slot. [default: cdc_worker]")
-    @click.option("--name", help="Name of this worker. [default: the slot's]")
-    @click.option("--profile", help="Shipped profile or a file. [default: leadfi]")
-    @click.option("--time-zone", help="Zone of timestamps without one. [default: the database's]")
-    @click.option("--log-level", help="debug, info, warning or error. [default: info]")
-    @click.option("--log-format", help="console or json. [default: console on a terminal]")
     @functools.wraps(command)
     def wrapped(**given: Any) -> None:
-        flags = {name: given.pop(name) for name in _FLAGS}
+        flags = {name: given.pop(name) for name in Settings.model_fields}
         run = click.get_current_context().info_name == "run"
         try:
             settings = config.load(given.pop("config"), flags)
@@ -64,6 +55,9 @@ def _settings(command: Callable[P, None]) -> Callable[..., None]:
         except (CdcWorkerError, psycopg.Error) as error:
             raise _Failure(error, None if run else 1) from error
 
+    for name, field in reversed(Settings.model_fields.items()):
+        default = f" [default: {field.default}]" if field.default is not None and name != "dsn" else ""
+        wrapped = click.option(f"--{name.replace('_', '-')}", help=f"{field.description}{default}")(wrapped)
     return wrapped
 
 

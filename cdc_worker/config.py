@@ -35,21 +35,29 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(env_prefix=PREFIX, extra="forbid", frozen=True)
 
-    dsn: SecretStr = Field(SecretStr(""), description="libpq connection string or URL; what it leaves out libpq finds")
-    slot: SlotName = Field("cdc_worker", description="replication slot")
+    dsn: SecretStr = Field(
+        SecretStr(""), description="Connection string or URL of libpq, which finds what it leaves out."
+    )
+    slot: SlotName = Field("cdc_worker", description="Replication slot.")
     name: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.-]{1,63}$")] | None = Field(
-        None, description="name of this worker, part of every change_key; the slot's if not given"
+        None, description="Name of this worker, part of every change_key; the slot's if not given."
     )
-    profile: str = Field("leadfi", description="shipped profile, or a file")
+    profile: str = Field("leadfi", description="Shipped profile, or a file.")
     time_zone: Annotated[str, AfterValidator(_time_zone)] | None = Field(
-        None, description="zone of timestamps without one in the target; the database's if not given"
+        None, description="Zone of timestamps without one in the target; the database's if not given."
     )
-    idle_advance_interval: Seconds = Field(10, description="at most so often the position of a quiet stream is written")
+    idle_advance_interval: Seconds = Field(
+        10, description="Seconds between two writes of the position of a stream without activities, at least."
+    )
     idle_advance_bytes: Annotated[int, Field(ge=1 << 16)] = Field(
-        1 << 20, description="so much WAL must have gone by before that happens"
+        1 << 20, description="Bytes of WAL that must have gone by before such a write."
     )
-    log_level: Literal["debug", "info", "warning", "error"] = "info"
-    log_format: Literal["console", "json"] | None = Field(None, description="console on a terminal, else json")
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        "info", description="debug, info, warning or error."
+    )
+    log_format: Literal["console", "json"] | None = Field(
+        None, description="console or json; console on a terminal if not given."
+    )
 
     @property
     def worker(self) -> str:
