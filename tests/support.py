@@ -20,8 +20,9 @@ from psycopg import sql
 from psycopg.conninfo import make_conninfo
 from psycopg.rows import TupleRow, dict_row
 
+from cdc_worker import config, profile
 from cdc_worker.cluster import Cluster
-from cdc_worker.setup import schema
+from cdc_worker.setup import schema, setup
 
 T = TypeVar("T")
 
@@ -141,8 +142,10 @@ class Crm:
         return done.stdout
 
     def setup(self) -> None:
-        """`cdc-worker setup`."""
-        self.succeed("setup")
+        """What `cdc-worker setup` does, in this process: most tests want no more than to have it done."""
+        settings = config.load(None, {"dsn": self.dsn, "slot": self.slot} | self.settings)
+        for _ in setup(settings, profile.load(settings.profile)):
+            pass
 
     def record(self, **settings: str) -> None:
         """`cdc-worker run --once`: all that is committed by now is recorded afterwards."""
