@@ -146,11 +146,17 @@ def failure(error: psycopg.Error) -> CdcWorkerError:
     """What an error of the server that no other place has foreseen asks of the operator."""
     state = error.sqlstate
     if state is None:
-        return errors.ServerError(" ".join(str(error).split()), hint="see that the server is up and can be reached")
-    said = None if is_about_the_row(state) else error.diag.message_primary
+        return errors.ServerError(
+            " ".join(str(error).split()),
+            hint="see that the server is up, can be reached, and has max_connections and max_wal_senders to spare",
+        )
+    said = f"the server refused: {error.diag.message_primary} (SQLSTATE {state})"
+    if is_about_the_row(state):  # the server's message holds values
+        said = f"the server refused a row (SQLSTATE {state})"
+    elif error.diag.message_primary is None:
+        said = str(error)
     kind = errors.TargetUnusableError if state[:2] == "42" or state in ("25006", "0A000") else errors.ServerError
-    hint = _HINTS.get(state, "the server's log tells more")
-    return kind(f"the server refused: {said or 'a row'} (SQLSTATE {state})", hint=hint)
+    return kind(said, hint=_HINTS.get(state, "the server's log tells more"))
 
 
 def error(sqlstate: str, what: str) -> psycopg.Error:
