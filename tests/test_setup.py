@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 
@@ -100,10 +101,14 @@ def state(crm: Crm) -> list[tuple[object, ...]]:
     ]
 
 
+def lines_of_setup(crm: Crm) -> Iterator[str]:
+    """Set up, line by line."""
+    return setup(config.load(None, {"dsn": crm.dsn, "slot": crm.slot}), LEADFI)
+
+
 def unfinished(crm: Crm, steps: int) -> None:
     """Set up, as far as this many lines of what it says."""
-    lines = setup(config.load(None, {"dsn": crm.dsn, "slot": crm.slot}), LEADFI)
-    assert len(list(islice(lines, steps))) == steps
+    assert len(list(islice(lines_of_setup(crm), steps))) == steps
 
 
 @pytest.mark.parametrize("steps", range(1, 7))
@@ -113,7 +118,7 @@ def test_setting_up_goes_on_where_it_was_interrupted(bare_crm: Crm, steps: int) 
     slots = bare_crm.execute("SELECT slot_name FROM pg_replication_slots WHERE slot_name = %s", bare_crm.slot)
     assert len(slots) == (steps >= 5)
     bare_crm.add_leads(1)
-    bare_crm.setup()
+    list(lines_of_setup(bare_crm))
     bare_crm.add_leads(1)
     bare_crm.record()
     assert len(bare_crm.activities()) == (2 if steps >= 5 else 1)
@@ -159,11 +164,10 @@ def test_a_locked_table_is_not_queued_for_until_nobody_gets_through(
     bare_crm: Crm, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("cdc_worker.setup.LOCK_TIMEOUT", "100ms")
-    settings = config.load(None, {"dsn": bare_crm.dsn, "slot": bare_crm.slot})
     with psycopg.connect(bare_crm.dsn) as other:
         other.execute("LOCK TABLE lead IN ACCESS SHARE MODE")
         with pytest.raises(psycopg.errors.LockNotAvailable) as caught:
-            list(setup(settings, LEADFI))
+            list(lines_of_setup(bare_crm))
     failure = postgres.failure(caught.value)
     assert str(failure) == "the server refused: canceling statement due to lock timeout (SQLSTATE 55P03)"
     assert failure.hint == "run it again when whoever holds the lock has ended"
@@ -201,6 +205,27 @@ def test_what_holds_up_the_slot_is_named_to_an_ordinary_role_too(bare_crm: Crm) 
 
 
 # Rights
+
+
+def test_the_owner_of_database_and_tables_can_set_up_with_the_right_to_replicate(bare_crm: Crm) -> None:
+    role = sql.Identifier(f"owner_{bare_crm.slot}")
+    database = sql.Identifier(bare_crm.connection.info.dbname)
+    for statement in (
+        "CREATE ROLE {role} LOGIN REPLICATION",
+        "ALTER DATABASE {database} OWNER TO {role}",
+        "ALTER SCHEMA public OWNER TO {role}",
+        *(f"ALTER TABLE {table} OWNER TO {{role}}" for table in ("lead", "customer", "contact")),
+    ):
+        bare_crm.connection.execute(sql.SQL(statement).format(role=role, database=database))
+    bare_crm.settings["dsn"] = psycopg.conninfo.make_conninfo(bare_crm.dsn, user=f"owner_{bare_crm.slot}")
+    try:
+        bare_crm.setup()
+        bare_crm.add_leads(1)
+        bare_crm.record()
+        assert names(bare_crm) == ["Lead 1"]
+    finally:
+        bare_crm.connection.execute(sql.SQL("REASSIGN OWNED BY {} TO postgres").format(role))
+        bare_crm.connection.execute(sql.SQL("DROP ROLE {}").format(role))
 
 
 def test_a_role_with_nothing_but_the_grants_records_everything(bare_crm: Crm) -> None:
