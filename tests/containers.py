@@ -12,6 +12,7 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, Final
 
+from docker.errors import DockerException  # type: ignore[import-untyped]
 from psycopg.pq import PGconn, Ping
 from testcontainers.core.container import DockerContainer
 from testcontainers.core.image import DockerImage
@@ -29,12 +30,18 @@ _SIGNALS: Final[dict[StopMode, str]] = {"smart": "SIGTERM", "fast": "SIGINT", "i
 def image() -> str:
     """The server's image, built once a run. It is left there, for the next run to build from."""
     base = os.environ.get("CDC_TEST_BASE_IMAGE") or "postgres:15"
-    built = DockerImage(
-        path=Path(__file__).parent.parent,
-        tag="cdc-worker-test-server:latest",
-        dockerfile_path="deploy/postgres.Dockerfile",
-        buildargs={"POSTGRES_IMAGE": base},
-    ).build()
+    try:
+        built = DockerImage(
+            path=Path(__file__).parent.parent,
+            tag="cdc-worker-test-server:latest",
+            dockerfile_path="deploy/postgres.Dockerfile",
+            buildargs={"POSTGRES_IMAGE": base},
+        ).build()
+    except DockerException as error:
+        raise ClusterError(
+            f"no image of a server can be built from {base}: {error}",
+            hint="start a Docker engine (without a registry: deploy/stand-ins/build) or unset CDC_TEST_SERVER",
+        ) from error
     return str(built)
 
 
