@@ -194,7 +194,10 @@ def fetch_one(connection: Connection, query: LiteralString, *parameters: Any) ->
 
 @dataclass(frozen=True, slots=True)
 class Server:
-    """What the worker needs to know of a server. `time_zone` is the database's, `version` server_version_num."""
+    """What the worker needs to know of a server. `time_zone` is the database's, `version` server_version_num.
+
+    `output_plugin_libraries` is None where there is no such setting, and for a role that may not see it.
+    """
 
     version: int
     wal_level: str
@@ -202,6 +205,7 @@ class Server:
     time_zone: str
     role: str
     synchronous_standby_names: str
+    may_replicate: bool
     output_plugin_libraries: str | None
 
 
@@ -213,7 +217,8 @@ SELECT current_setting('server_version_num')::int, current_setting('wal_level'),
                    AND s.setdatabase = (SELECT oid FROM pg_database WHERE datname = current_database())),
                 (SELECT reset_val FROM pg_settings WHERE name = 'TimeZone')),
        current_user::text, current_setting('synchronous_standby_names'),
-       current_setting('output_plugin_libraries', true)
+       (SELECT rolreplication OR rolsuper FROM pg_roles WHERE rolname = current_user),
+       CASE WHEN pg_has_role('pg_read_all_settings', 'USAGE') THEN current_setting('output_plugin_libraries', true) END
 """
 
 

@@ -175,18 +175,19 @@ def create(connection: Connection, name: str, server: Server, *, timeout: float 
 
 def plugin_error(error: psycopg.Error, server: Server) -> Exception:
     """What the server's refusal to decode with the plugin asks of the operator; the error itself if it is another."""
-    allowed = listed(server.output_plugin_libraries) if server.output_plugin_libraries is not None else None
+    known = server.output_plugin_libraries
+    allowed = listed(known) if known is not None else ["pgoutput"]
     role = sql.Identifier(server.role).as_string()
     if error.sqlstate == "58P01":
         return errors.PluginMissingError(
             f"the server has no output plugin {wal2json.PLUGIN}",
             hint=f"install it there, for example: apt-get install postgresql-{server.version // 10000}-wal2json",
         )
-    if error.sqlstate == "42501" and allowed is not None and wal2json.PLUGIN not in allowed:
+    if error.sqlstate == "42501" and server.may_replicate and wal2json.PLUGIN not in allowed:
         libraries = ", ".join(sql.Identifier(library).as_string() for library in [*allowed, wal2json.PLUGIN])
         return errors.PluginRefusedError(
-            f"the server refuses the output plugin {wal2json.PLUGIN}: "
-            f"output_plugin_libraries is {server.output_plugin_libraries}",
+            f"the server refuses the output plugin {wal2json.PLUGIN}: output_plugin_libraries "
+            + (f"is {known}" if known is not None else "doesn't name it"),
             hint=f"as a superuser: ALTER ROLE {role} SET output_plugin_libraries = {libraries}",
         )
     if error.sqlstate == "53400":

@@ -324,6 +324,23 @@ def test_wal2json_is_refused_after_an_upgrade_of_the_server(newest: Cluster, tmp
             crm.execute("ALTER ROLE postgres RESET output_plugin_libraries")
 
 
+def test_a_role_that_may_not_see_what_the_server_allows(newest: Cluster, tmp_path: Path) -> None:
+    """The setting is hidden from ordinary roles, which the worker's should be."""
+    with crm_on(newest, tmp_path) as crm:
+        crm.connection.execute("ALTER ROLE postgres SET output_plugin_libraries = pgoutput, wal2json")
+        try:
+            crm.setup()
+            grant(crm, "modest")
+            add(crm, "Ann")
+            said, hint = refused(crm, errors.PluginRefusedError)
+            assert said.endswith("output_plugin_libraries doesn't name it")
+            follow(crm, hint)
+            crm.record()
+            assert names(crm) == ["Ann"]
+        finally:
+            crm.connection.execute("ALTER ROLE postgres RESET output_plugin_libraries")
+
+
 def test_a_worker_that_would_be_a_synchronous_standby(spare: Cluster, spare_crm: Crm) -> None:
     add(spare_crm, "Ann")
     with having(spare, synchronous_standby_names="*"):
