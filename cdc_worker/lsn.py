@@ -20,7 +20,7 @@ class LSN(int):
         """Read `0/17FE4B8`. ValueError when it isn't one."""
         high, separator, low = text.partition("/")
         # int() would also read signs, underscores, spaces, 0x and the digits of other scripts.
-        if not separator or text.strip(_CHARACTERS) or not 1 <= len(high) <= 8 or not 1 <= len(low) <= 8:
+        if not separator or text.strip(_CHARACTERS) or not (0 < len(high) < 9 and 0 < len(low) < 9):
             raise ValueError(f"not an LSN: {text!r}")
         return cls(int(high, 16) << 32 | int(low, 16))
 

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from decimal import Decimal
-from operator import attrgetter
 from typing import Any, Final
 
 import msgspec
@@ -120,15 +119,12 @@ class _Scope:
         self.used.add(("row", column))
         if self.operation in _WITHOUT.get(of, ()):
             raise ValueError(f"{{{of}.{column}}}: there is no {of} row at {self.operation}")
-        row: Callable[[Event], Row] = attrgetter(of)
-
-        def read(event: Event) -> Value:
-            try:
-                return row(event)[column]
-            except KeyError:
-                raise UnknownValueError(f'the change does not carry the column "{column}"') from None
-
-        return read
+        # A column that the change doesn't carry is a KeyError, which `applies` and `fields` explain.
+        if of == "old":
+            return lambda event: event.old[column]
+        if of == "new":
+            return lambda event: event.new[column]
+        return lambda event: event.row[column]
 
     def _changes(self, event: Event) -> dict[str, dict[str, Value]]:
         short, old, new = self._short, event.old, event.new
@@ -144,24 +140,24 @@ def _template(source: str | bool | int, scope: _Scope) -> Getter:
     """Compile a template. It is parsed once and never again, so braces in a value stay text."""
     if not isinstance(source, str):
         return _constant(source)
-    parts: list[Getter] = []
     match list(string.Formatter().parse(source)):
         case [("", str(name), "", None)]:
             return scope.getter(name)  # a bare name keeps the value's type
         case [(str(literal), None, None, None)]:
             return _constant(literal)
         case parsed:
+            pattern, values = "", list[Getter]()
             for literal, field_name, spec, conversion in parsed:
-                if literal:
-                    parts.append(_constant(literal))
+                pattern += literal.replace("%", "%%")
                 if field_name is None:
                     continue
                 if conversion or "{" in (spec or ""):
                     raise ValueError(f"{source!r}: conversions and nested braces have no meaning here")
                 if field_name == "changes":
                     raise ValueError(f"{source!r}: {{changes}} is no text, it stands alone")
-                parts.append(_formatted(scope.getter(field_name), spec or ""))
-    return lambda event: "".join([part(event) for part in parts])
+                pattern += "%s"
+                values.append(_formatted(scope.getter(field_name), spec or ""))
+            return lambda event: pattern % tuple([value(event) for value in values])
 
 
 def _constant(value: Any) -> Getter:
@@ -183,6 +179,10 @@ def _formatted(getter: Getter, spec: str) -> Getter:
         return format(value, decimal_spec if isinstance(value, Decimal) else spec)
 
     return part
+
+
+def _unknown(error: KeyError) -> UnknownValueError:
+    return UnknownValueError(f'the change does not carry the column "{error.args[0]}"')
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,7 +213,7 @@ class Rule:
     _description: Getter
     _metadata: tuple[tuple[str, Getter], ...]
     _fields: tuple[tuple[str, Getter], ...]
-    _actor: Getter
+    _actor: Getter | None
 
     def may_apply(self, changed: Sequence[str], claimed: set[str]) -> bool:
         """Whether the rule can be about an update that changed these columns, of which some are claimed for certain."""
@@ -230,7 +230,16 @@ class Rule:
         return set(changed) if self._changed in (("*",), ("unclaimed",)) else set(changed).intersection(self._changed)
 
     def columns(self, event: Event, claimed: set[str]) -> list[str] | None:
-        """The changed columns that this rule is about, or None when it doesn't apply to the change."""
+        """The changed columns that this rule is about, or None when it doesn't apply to the change.
+
+        Raises UnknownValueError when that can't be told.
+        """
+        try:
+            return self._columns(event, claimed)
+        except KeyError as error:
+            raise _unknown(error) from None
+
+    def _columns(self, event: Event, claimed: set[str]) -> list[str] | None:
         change = event.change
         if change.operation != "update":
             return []
@@ -251,7 +260,14 @@ class Rule:
 
     def fields(self, event: Event) -> dict[str, Any]:
         """The fields of the activity. Raises UnknownValueError, ValueError or TypeError for data it can't read."""
-        actor = text(event.context.get("changed_by")) or text(self._actor(event))
+        try:
+            return self._build(event)
+        except KeyError as error:
+            raise _unknown(error) from None
+
+    def _build(self, event: Event) -> dict[str, Any]:
+        said = event.context.get("changed_by") if event.context else None
+        actor = text(said) or (text(self._actor(event)) if self._actor is not None else "")
         metadata = {key: value for key, get in self._metadata if (value := get(event)) is not ABSENT}
         if actor:
             metadata["changed_by"] = actor
@@ -400,7 +416,7 @@ def _rule(spec: RuleSpec, operation: Operation, scope: _Scope) -> Rule:
         _description=_template(spec.description, own),
         _metadata=tuple((key, _template(source, own)) for key, source in {**identity, **spec.metadata}.items()),
         _fields=tuple((name, _template(source, own)) for name, source in {**table.fields, **spec.fields}.items()),
-        _actor=_template(table.actor, own) if table.actor else _constant(None),
+        _actor=_template(table.actor, own) if table.actor else None,
     )
     scope.used.update(own.used)
     return replace(rule, facts=tuple(sorted({of for of, _ in own.used} - {"row"})))

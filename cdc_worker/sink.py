@@ -12,8 +12,9 @@ from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import datetime, timedelta
 from decimal import Decimal
+from functools import lru_cache
 from typing import Any, Final, TypeVar
 from zoneinfo import ZoneInfo
 
@@ -356,36 +357,52 @@ def _divided(
 
 def _encoder(target: Target, columns: dict[str, str], zone: ZoneInfo) -> Callable[[Activity], bytes]:
     """A function that writes an activity as a line of COPY's text format. Manual: "COPY", File Formats."""
-    constants = "".join(f"\t{_text(value)}" for value in target.constants.values()) + "\n"
     names = list(target.columns.values())
-    local = [columns[column] == "timestamp without time zone" for column in target.columns]
+    constants = "".join(_SEPARATOR + _text(value) for value in target.constants.values()) + _END
+    local = {field for column, field in target.columns.items() if columns[column] == "timestamp without time zone"}
+
+    # Offsets change at full quarters of an hour at most.
+    @lru_cache(maxsize=64)
+    def offset(quarter: int) -> timedelta:
+        return datetime.fromtimestamp(quarter * 900, zone).utcoffset() or timedelta(0)
 
     def encode(activity: Activity) -> bytes:
-        fields = {**activity.fields, "change_key": activity.change_key}
+        fields = activity.fields
         values = []
-        for name, without_zone in zip(names, local, strict=True):
-            value = fields.get(name)
-            if without_zone and isinstance(value, datetime):
-                value = value.astimezone(zone).replace(tzinfo=None)
-            values.append(_text(value))
-        return ("\t".join(values) + constants).encode()
+        for name in names:
+            value = activity.change_key if name == "change_key" else fields.get(name)
+            if name in local and isinstance(value, datetime):
+                shifted = value.replace(tzinfo=None) + offset(int(value.timestamp()) // 900)
+                values.append(shifted.isoformat(" "))
+            else:
+                values.append(value if type(value) is str else _text(value))
+        line = _SEPARATOR.join(values) + constants
+        return _escaped(line).encode()
 
     return encode
 
 
+# Text in Postgres has no NUL, so what begins with one stands for what must not be escaped with the values.
+_SEPARATOR: Final = "\0s"
+_NULL: Final = "\0n"
+_END: Final = "\0e"
+
+
+def _escaped(line: str) -> str:
+    line = line.replace("\\", "\\\\").replace("\t", "\\t").replace("\n", "\\n").replace("\r", "\\r")
+    return line.replace(_SEPARATOR, "\t").replace(_NULL, "\\N").replace(_END, "\n")
+
+
 def _text(value: Any) -> str:
-    kind = type(value)
-    if kind is str:
-        return str(value).replace("\\", "\\\\").replace("\t", "\\t").replace("\n", "\\n").replace("\r", "\\r")
     if value is None:
-        return "\\N"
+        return _NULL
+    kind = type(value)
+    if kind is dict:
+        return _json.encode(value).decode()
     if kind is bool:
         return "t" if value else "f"
-    if kind is int or kind is float:
-        return str(value)
-    if kind is dict:
-        return _json.encode(value).decode().replace("\\", "\\\\")  # JSON has no control characters
     if kind is Decimal:
         return f"{value:f}"
-    assert isinstance(value, datetime), value  # noqa: S101
-    return value.isoformat(" ")
+    if kind is datetime:
+        return str(value.isoformat(" "))
+    return str(value)
