@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 
 import msgspec
 
-from cdc_worker.changes import Change, Transaction
+from cdc_worker.changes import Change, Payload, Transaction
 from cdc_worker.lsn import INVALID, LSN
 
 
@@ -38,6 +38,21 @@ class Activity(msgspec.Struct, frozen=True):
     fields: dict[str, Any]
     change: Change
     index: int
+
+
+class Line(msgspec.Struct, frozen=True, gc=False):
+    """An activity as a line of COPY, ready to be written.
+
+    Its change is kept as it was received where that is known: rows that are no longer touched would crowd out of the
+    processor's cache what is.
+    """
+
+    change_key: str
+    type: str
+    text: bytes
+    change: Change | Payload
+    index: int
+    committed_at: datetime
 
 
 DeadLetterKind = Literal["old_values_unknown", "rule_failed", "refused"]
@@ -92,7 +107,7 @@ class Batch:
     MAX_SIZE: ClassVar[int] = 2 << 20
 
     end: Position
-    outcomes: list[Activity | DeadLetter] = field(default_factory=list)
+    outcomes: list[Line | DeadLetter] = field(default_factory=list)
     committed_at: datetime | None = None
     transactions: int = 0
     size: int = 0
@@ -104,15 +119,13 @@ class Batch:
         return len(self.outcomes) >= self.MAX_OUTCOMES or self.size >= self.MAX_SIZE
 
     def add(
-        self, outcomes: Sequence[Activity | DeadLetter], transaction: Transaction, *, done: int, complete: bool
+        self, outcomes: Sequence[Line | DeadLetter], transaction: Transaction, *, done: int, complete: bool
     ) -> None:
-        """Take what has come of a slice of a transaction: all there is of the commit if `complete`, else of `done`
-        changes.
-        """
+        """Take what came of a slice of a commit: of all of it if `complete`, else of its first `done` changes."""
         before = self.end.lsn
         if outcomes:
             self._slices.append(_Slice(len(self.outcomes), before, transaction.commit_lsn))
-            self.outcomes.extend(outcomes)
+            self.outcomes += outcomes
         self.committed_at = transaction.committed_at
         if complete:
             self.end = Position(transaction.end_lsn)

@@ -17,6 +17,9 @@ Value = None | bool | int | float | Decimal | str
 Row = dict[str, Value]
 """Column name to value, in the table's order. A column that is absent is *unknown*, which is not NULL."""
 
+Payload = bytes | memoryview
+"""A message as the output plugin wrote it."""
+
 Operation = Literal["insert", "update", "delete", "truncate"]
 
 
@@ -73,7 +76,8 @@ class Transaction(msgspec.Struct, frozen=True):
     """The changes of one commit, or a slice of them when there are many.
 
     `index` counts the changes of the same commit that came in earlier slices, of which there is none before `first`.
-    `messages` are the logical messages, each with the number of this slice's changes that came before it.
+    `messages` are the logical messages, each with the number of this slice's changes that came before it; `payloads`
+    are the changes as they were received.
     """
 
     xid: int
@@ -82,6 +86,7 @@ class Transaction(msgspec.Struct, frozen=True):
     committed_at: datetime
     changes: list[Change]
     messages: list[tuple[int, Message]]
+    payloads: list[Payload]
     index: int
     first: bool
     last: bool
@@ -102,6 +107,7 @@ class Assembler:
         self._begin: Begin | None = None
         self._changes: list[Change] = []
         self._messages: list[tuple[int, Message]] = []
+        self._payloads: list[Payload] = []
         self._first = True
         self._index = 0
         self._size = 0
@@ -111,8 +117,8 @@ class Assembler:
         """Whether a transaction has begun and not yet ended."""
         return self._begin is not None
 
-    def feed(self, message: Begin | Change | Message | Commit, size: int) -> Transaction | None:
-        """Take one message that was `size` bytes long; returns a transaction or a slice of one when it is complete."""
+    def feed(self, message: Begin | Change | Message | Commit, payload: Payload) -> Transaction | None:
+        """Take one message and what it was decoded from; returns a transaction or a slice of one when there is one."""
         begin = self._begin
         if type(message) is Begin:
             if begin is not None:
@@ -135,9 +141,10 @@ class Assembler:
             return None
         if type(message) is Change:
             self._changes.append(message)
+            self._payloads.append(payload)
         elif type(message) is Message and message.transactional:
             self._messages.append((len(self._changes), message))
-        self._size += size
+        self._size += len(payload)
         full = self._size >= self.MAX_BYTES or len(self._changes) + len(self._messages) >= self.MAX_CHANGES
         return self._cut(begin, last=False) if full else None
 
@@ -149,10 +156,12 @@ class Assembler:
             begin.committed_at,
             self._changes,
             self._messages,
+            self._payloads,
             self._index,
             self._first,
             last,
         )
         self._index += len(self._changes)
-        self._changes, self._messages, self._size, self._first = [], [], 0, False
+        self._changes, self._messages, self._payloads = [], [], []
+        self._size, self._first = 0, False
         return transaction

@@ -39,18 +39,29 @@ class PrimaryKeepalive(NamedTuple):
 
 def parse(data: memoryview) -> XLogData | PrimaryKeepalive:
     """Read one CopyData message. Raises MessageUnreadableError for a kind or length that the protocol doesn't have."""
+    if (of_plugin := payload(data)) is None:
+        return keepalive(data)
+    _, start, end, _ = _XLOG_DATA.unpack_from(data)
+    return XLogData(LSN(start), LSN(end), of_plugin)
+
+
+def payload(data: memoryview) -> memoryview | None:
+    """What the output plugin wrote, if this is XLogData: for those to whom its positions tell nothing more."""
+    return data[25:] if len(data) >= 25 and data[0] == 0x77 else None  # w
+
+
+def keepalive(data: memoryview) -> PrimaryKeepalive:
+    """Read a primary keepalive message. Raises MessageUnreadableError for anything else."""
+    kind = bytes(data[:1])
+    if kind not in (b"k", b"w", b""):
+        raise MessageUnreadableError(f"unknown kind of replication message: {kind!r}")
+    if kind != b"k" or len(data) != _KEEPALIVE.size:
+        raise MessageUnreadableError(f"a replication message of {len(data)} bytes has the wrong length")
+    _, end, sent_at, reply = _KEEPALIVE.unpack(data)
     try:
-        if data[0] == 0x77:  # w: nearly every message
-            _, start, end, _ = _XLOG_DATA.unpack_from(data)
-            return XLogData(LSN(start), LSN(end), data[_XLOG_DATA.size :])
-        if data[0] == 0x6B:  # k
-            _, end, sent_at, reply = _KEEPALIVE.unpack(data)
-            return PrimaryKeepalive(LSN(end), EPOCH + timedelta(microseconds=sent_at), bool(reply))
-    except (IndexError, struct.error) as error:
-        raise MessageUnreadableError(f"a replication message of {len(data)} bytes has the wrong length") from error
+        return PrimaryKeepalive(LSN(end), EPOCH + timedelta(microseconds=sent_at), bool(reply))
     except OverflowError as error:
         raise MessageUnreadableError("a keepalive was sent at a time beyond the calendar") from error
-    raise MessageUnreadableError(f"unknown kind of replication message: {bytes(data[:1])!r}")
 
 
 def standby_status_update(

@@ -13,9 +13,10 @@ import psycopg
 from psycopg import pq, sql
 
 from cdc_worker import protocol
+from cdc_worker.changes import Payload
 from cdc_worker.lsn import INVALID, LSN
 from cdc_worker.postgres import Connection, error, fetch_one
-from cdc_worker.protocol import PrimaryKeepalive, XLogData
+from cdc_worker.protocol import PrimaryKeepalive
 
 _DROPPED: Final = re.compile(r"no tuple identifier for (UPDATE|DELETE) in table (.*)")
 
@@ -92,15 +93,14 @@ class Replication:
         """The socket, for select."""
         return self._pgconn.socket
 
-    def receive(self) -> XLogData | PrimaryKeepalive | None:
-        """The next message that has already arrived, or None."""
+    def receive(self) -> Payload | PrimaryKeepalive | None:
+        """The next message that has already arrived, or None. Of XLogData it is the payload, in UTF-8."""
         size, data = self._pgconn.get_copy_data(1)
         if size > 0:
-            message = protocol.parse(data)
-            if self._recode and type(message) is XLogData:
-                payload = bytes(message.payload).decode(self._recode).encode()
-                return XLogData(message.wal_start, message.wal_end, memoryview(payload))
-            return message
+            payload = protocol.payload(data)
+            if payload is None:
+                return protocol.keepalive(data)
+            return bytes(payload).decode(self._recode).encode() if self._recode else payload
         if size == 0:
             return None
         result = self._pgconn.get_result()

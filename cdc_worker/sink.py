@@ -25,7 +25,8 @@ from psycopg.pq.abc import PGresult
 from psycopg.waiting import Ready, Wait
 
 from cdc_worker import checkpoint, errors, postgres
-from cdc_worker.activities import Activity, Batch, DeadLetter, Position
+from cdc_worker.activities import Activity, Batch, DeadLetter, Line, Position
+from cdc_worker.changes import Change, Payload
 from cdc_worker.postgres import Connection, is_about_the_row, is_transient
 from cdc_worker.profile import Target
 from cdc_worker.rules import qualified
@@ -83,15 +84,18 @@ class Sink:
         worker: str,
         owner: uuid.UUID,
         position: Position,
+        decode: Callable[[Payload], Any],
     ) -> None:
-        """`columns` are the target's, with their types."""
+        """`columns` are the target's, with their types; `decode` makes a change of what was received."""
         self.position = position
+        self._decode = decode
         self._connection = connection
         self._pgconn = connection.pgconn
         self._pgconn.nonblocking = 1
         self._worker = worker
         self._owner = owner
         self._encode = _encoder(target, columns, ZoneInfo(time_zone))
+        self._columns = (*target.columns, *target.constants)
         table = sql.Identifier(*qualified(target.table))
         names = sql.SQL(", ").join(map(sql.Identifier, (*target.columns, *target.constants)))
         key = sql.Identifier(next(column for column, field in target.columns.items() if field == "change_key"))
@@ -112,6 +116,12 @@ class Sink:
         self._pgconn.consume_input()
         if self._pgconn.status == pq.ConnStatus.BAD:
             raise psycopg.OperationalError("the server ended the writing connection")
+
+    def line(self, activity: Activity, change: Change | Payload) -> Line:
+        """An activity ready to be written, with its change in the form in which it is kept."""
+        fields = activity.fields
+        text = self._encode(activity)
+        return Line(activity.change_key, fields["type"], text, change, activity.index, fields["occurred_at"])
 
     def cancel(self) -> None:
         """Roll back what is being written. Best effort and brief: a successor makes sure of it in any case."""
@@ -139,7 +149,7 @@ class Sink:
         return written
 
     def _write_whole(self, batch: Batch, written: Written) -> Writing[None]:
-        lines = [self._encode(outcome) for outcome in batch.outcomes if type(outcome) is Activity]
+        lines = [outcome.text for outcome in batch.outcomes if type(outcome) is Line]
         written.activities = len(lines)
         written.dead_letters = [outcome for outcome in batch.outcomes if type(outcome) is DeadLetter]
         advance = self._advance(batch.end, batch.committed_at)
@@ -176,11 +186,11 @@ class Sink:
                     segments.appendleft((place + 1, end))
                     end = place + 1
             concerned = outcomes[place:end]
-            rows = [o for o in concerned if type(o) is Activity and o.change_key not in existing]
+            rows = [o for o in concerned if type(o) is Line and o.change_key not in existing]
             savepoints += 1
             try:
                 if rows:
-                    lines = [self._encode(row) for row in rows]
+                    lines = [row.text for row in rows]
                     yield from self._run(f"SAVEPOINT segment; {self._copy}; RELEASE segment", lines)
             except RefusedError as refusal:
                 self._must_be_about_a_row(refusal)
@@ -212,7 +222,7 @@ class Sink:
         written.already_there += len(existing)
         return place
 
-    def _refused(self, activity: Activity, refusal: RefusedError) -> DeadLetter:
+    def _refused(self, line: Line, refusal: RefusedError) -> DeadLetter:
         self._refused_in_a_row = self._refused_in_a_row + 1 if refusal.sqlstate == self._refused_with else 1
         self._refused_with = refusal.sqlstate
         if self._refused_in_a_row >= MAX_REFUSALS:
@@ -222,15 +232,15 @@ class Sink:
                 " ORDER BY dead_letter_id DESC LIMIT 5",
             )
         return DeadLetter(
-            activity.change_key,
+            line.change_key,
             "refused",
             f"the target refused the row {refusal.described}",
-            activity.change,
-            activity.index,
-            activity.fields["occurred_at"],
+            line.change if isinstance(line.change, Change) else self._decode(line.change),
+            line.index,
+            line.committed_at,
             refusal.sqlstate,
             refusal.constraint,
-            activity.fields,
+            dict(zip(self._columns, parsed(line.text), strict=True)),
         )
 
     def _must_be_about_a_row(self, refusal: RefusedError) -> None:
@@ -263,11 +273,18 @@ class Sink:
             for letter in dead_letters
         ]
         self._pgconn.send_query_params(_INSERT_DEAD_LETTERS, [_json.encode(rows)])
-        yield from self._results(())
+        try:
+            yield from self._results(())
+        except RefusedError as refusal:
+            if is_transient(refusal.sqlstate):
+                raise postgres.error(refusal.sqlstate, "writing failed") from refusal
+            raise errors.TargetUnusableError(
+                f"dead letters can't be written {refusal.described}", hint="mend the table cdc_worker.dead_letter"
+            ) from refusal
 
-    def _find_existing(self, activities: Sequence[Activity]) -> Writing[set[str]]:
-        """Which of the activities the target has already."""
-        keys = "{" + ",".join(f'"{activity.change_key}"' for activity in activities) + "}"
+    def _find_existing(self, lines: Sequence[Line]) -> Writing[set[str]]:
+        """The keys of those that the target has already."""
+        keys = "{" + ",".join(f'"{line.change_key}"' for line in lines) + "}"
         self._pgconn.send_query_params(self._existing.encode(), [keys.encode()])
         (result,) = yield from self._results(())
         return {(result.get_value(row, 0) or b"").decode() for row in range(result.ntuples)}
@@ -345,7 +362,7 @@ def _refused_error(result: PGresult) -> RefusedError:
 
 
 def _divided(
-    start: int, end: int, outcomes: Sequence[Activity | DeadLetter], rows: Sequence[Activity], line: int | None
+    start: int, end: int, outcomes: Sequence[Line | DeadLetter], rows: Sequence[Line], line: int | None
 ) -> list[tuple[int, int]]:
     """Smaller segments of a refused one: around the row that the server named, or its halves."""
     if line is not None and 1 <= line <= len(rows):
@@ -391,6 +408,15 @@ _END: Final = "\0e"
 def _escaped(line: str) -> str:
     line = line.replace("\\", "\\\\").replace("\t", "\\t").replace("\n", "\\n").replace("\r", "\\r")
     return line.replace(_SEPARATOR, "\t").replace(_NULL, "\\N").replace(_END, "\n")
+
+
+def parsed(line: bytes) -> list[str | None]:
+    """The values of a line of COPY's text format."""
+    unescaped = {"\\\\": "\\", "\\t": "\t", "\\n": "\n", "\\r": "\r"}
+    return [
+        None if value == "\\N" else re.sub(r"\\[\\tnr]", lambda found: unescaped[found[0]], value)
+        for value in line.decode().removesuffix("\n").split("\t")
+    ]
 
 
 def _text(value: Any) -> str:

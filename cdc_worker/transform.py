@@ -137,12 +137,13 @@ class Transformer:
         self._prefix = key_prefix(self._worker, self._system_identifier, transaction.commit_lsn)
         self._context = {}
         self._ordinals.clear()
-        self._facts.clear()
-        self._waiting.clear()
-        self._held.clear()
-        self._open.clear()
-        self._text = 0
         self._index = 0
+        if self._facts or self._held:
+            self._facts.clear()
+            self._waiting.clear()
+            self._held.clear()
+            self._open.clear()
+            self._text = 0
 
     def _hear(self, message: Message) -> None:
         if message.prefix != CONTEXT_PREFIX:

@@ -27,13 +27,13 @@ from psycopg.waiting import Ready, Wait
 from tenacity import RetryCallState, Retrying, retry_if_exception, stop_when_event_set, wait_random_exponential
 
 from cdc_worker import checkpoint, errors, postgres, slot, wal2json
-from cdc_worker.activities import Activity, Batch, DeadLetter, Position
+from cdc_worker.activities import Activity, Batch, DeadLetter, Line, Position
 from cdc_worker.changes import Assembler, Transaction
 from cdc_worker.config import Settings
 from cdc_worker.log import Logger
 from cdc_worker.lsn import LSN
 from cdc_worker.profile import Profile
-from cdc_worker.protocol import XLogData
+from cdc_worker.protocol import PrimaryKeepalive
 from cdc_worker.replication import Replication
 from cdc_worker.rules import compile_rules
 from cdc_worker.sink import Sink, Writing, Written
@@ -213,6 +213,7 @@ class Worker:
                 worker=worker,
                 owner=owner,
                 position=position,
+                decode=wal2json.decode,
             )
         self._started = True
         log.info("replication_started", lsn=str(position.lsn), plugin=replica.plugin, time_zone=time_zone)
@@ -354,10 +355,9 @@ class _Stream:
                 if message is None:
                     return True
                 self._heard_at = time.monotonic()
-            if isinstance(message, XLogData):
-                payload = message.payload
-                batch.size += len(payload)
-                transaction = assembler.feed(wal2json.decode(payload), len(payload))
+            if not isinstance(message, PrimaryKeepalive):
+                batch.size += len(message)
+                transaction = assembler.feed(wal2json.decode(message), message)
                 if transaction is not None:
                     self._take(transaction, self._transformer.feed(transaction))
                     if batch.full or self._unfinished is not None:
@@ -376,8 +376,15 @@ class _Stream:
             # A part of this commit was written before we came. It is read again for its messages and facts.
             outcomes = [outcome for outcome in outcomes if outcome.index >= self._resumed.changes]
             done = max(done, self._resumed.changes)
-        self._batch.add(outcomes, transaction, done=done, complete=transaction.last and not transformer.ready)
+        lines = [self._line(o, transaction) if isinstance(o, Activity) else o for o in outcomes]
+        self._batch.add(lines, transaction, done=done, complete=transaction.last and not transformer.ready)
         self._unfinished = transaction if transformer.ready else None
+
+    def _line(self, activity: Activity, transaction: Transaction) -> Line:
+        place = activity.index - transaction.index
+        if 0 <= place < len(transaction.changes) and transaction.changes[place] is activity.change:
+            return self._sink.line(activity, transaction.payloads[place])
+        return self._sink.line(activity, activity.change)  # of an earlier slice
 
     def _begin(self, now: float) -> None:
         """Start to write what has come together, or now and then where an otherwise quiet stream has got to."""
@@ -418,9 +425,7 @@ class _Stream:
         totals.dead_letters += len(refused)
         totals.already_there += written.already_there
         totals.activities.update(
-            outcome.fields["type"]
-            for outcome in batch.outcomes
-            if type(outcome) is Activity and outcome.change_key not in refused
+            outcome.type for outcome in batch.outcomes if type(outcome) is Line and outcome.change_key not in refused
         )
         for letter in written.dead_letters:
             self._log.warning(

@@ -106,14 +106,14 @@ def assembled(
     """One commit of these messages, in slices: cut after the changes whose numbers, from 0, are in `cuts`."""
     assembler, slices, number = Assembler(), [], 0
     first = begin(commit_lsn)
-    assembler.feed(first, 1)
+    assembler.feed(first, b"B")
     for message in messages:
         size = 1
         if isinstance(message, Change):
             size = Assembler.MAX_BYTES if number in cuts else 1
             number += 1
-        slices.append(assembler.feed(message, size))
-    slices.append(assembler.feed(Commit(), 1))
+        slices.append(assembler.feed(message, bytes(size)))
+    slices.append(assembler.feed(Commit(), b"C"))
     return [transaction for transaction in slices if transaction is not None]
 
 

@@ -15,7 +15,7 @@ def change(number: int) -> Change:
 
 
 def fed(assembler: Assembler, *messages: Begin | Change | Message | Commit) -> list[Transaction]:
-    return [transaction for message in messages if (transaction := assembler.feed(message, 1)) is not None]
+    return [transaction for message in messages if (transaction := assembler.feed(message, b"?")) is not None]
 
 
 SCRIPTS = st.lists(st.one_of(st.just("change"), st.just("message")), max_size=40).map(
@@ -60,7 +60,7 @@ def test_a_slice_is_cut_at_its_number_of_changes_and_at_its_number_of_bytes() ->
         (0, 2 * Assembler.MAX_CHANGES, True),
     ]
     fed(assembler, begin())
-    half = Assembler.MAX_BYTES // 2
+    half = bytes(Assembler.MAX_BYTES // 2)
     assert assembler.feed(change(0), half) is None
     cut = assembler.feed(change(1), half)
     assert cut is not None
@@ -73,7 +73,7 @@ def test_a_transaction_without_our_changes_is_none_and_leaves_nothing_behind() -
     assert fed(assembler, begin(0x100), said("{}"), Commit()) == []
     assert assembler.received == 0x130
     assert fed(assembler, begin(0x200), change(0), Commit()) == [
-        Transaction(700, LSN(0x200), LSN(0x230), begin().committed_at, [change(0)], [], 0, True, True)
+        Transaction(700, LSN(0x200), LSN(0x230), begin().committed_at, [change(0)], [], [b"?"], 0, True, True)
     ]
 
 

@@ -459,7 +459,7 @@ def test_a_recorded_day_becomes_the_activities_beside_it() -> None:
     transformer = Transformer(leadfi(), worker="cdc_worker", system_identifier="7000000000000000000")
     came = []
     for line in (RECORDINGS / "leadfi.jsonl").read_bytes().splitlines():
-        transaction = assembler.feed(wal2json.decode(line), len(line))
+        transaction = assembler.feed(wal2json.decode(line), line)
         if transaction is not None:
             came += transformer.feed(transaction)
     expected = json.loads((RECORDINGS / "leadfi.activities.json").read_text("utf-8"))

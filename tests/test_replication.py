@@ -12,7 +12,7 @@ from support import Crm, eventually
 from cdc_worker import postgres, wal2json
 from cdc_worker.changes import Begin, Change, Commit, Message
 from cdc_worker.lsn import LSN
-from cdc_worker.protocol import PrimaryKeepalive, XLogData
+from cdc_worker.protocol import PrimaryKeepalive
 from cdc_worker.replication import Replication
 
 OPTIONS = wal2json.options([("public", "lead")])
@@ -30,10 +30,10 @@ def messages(replication: Replication) -> Iterator[Begin | Change | Message | Co
         message = replication.receive()
         if message is None:
             replication.read()
-        elif isinstance(message, XLogData):
-            yield wal2json.decode(message.payload)
-        else:
+        elif isinstance(message, PrimaryKeepalive):
             yield message
+        else:
+            yield wal2json.decode(message)
 
 
 def test_changes_arrive_between_the_begin_and_the_commit_of_their_transaction(
