@@ -2,6 +2,8 @@
 
 Drain: two copies of one slot before the same backlog, in turn written to a file by pg_recvlogical with the worker's own
 options, and drained into `activity` by `cdc-worker run --once` with all guarantees on. Times are of whole processes.
+Connections are by TCP, as a worker in a container or on another machine has them; `--socket` takes a Unix socket, by
+which the server sends a row in half the time.
 
 Latency: from the commit's timestamp to the moment when another session sees the activity, which it asks for every
 millisecond; so what is printed is a little more than what it was.
@@ -49,8 +51,9 @@ FROM (SELECT change_key, metadata ->> 'old_status' AS old,
 class Bench:
     """A private server with LeadFi's tables and a base slot before what is to come."""
 
-    def __init__(self, cluster: Cluster, directory: Path) -> None:
+    def __init__(self, cluster: Cluster, directory: Path, *, socket: bool) -> None:
         self.cluster = cluster
+        self.dsn = cluster.socket_dsn() if socket else cluster.dsn()
         self.directory = directory
         self.connection = psycopg.connect(cluster.socket_dsn(), autocommit=True)
         self.connection.execute(schema("leadfi.sql").encode())
@@ -67,7 +70,7 @@ class Bench:
 
     def environment(self, slot: str) -> dict[str, str]:
         return os.environ | {
-            "CDC_WORKER_DSN": self.cluster.socket_dsn(),
+            "CDC_WORKER_DSN": self.dsn,
             "CDC_WORKER_SLOT": slot,
             "CDC_WORKER_LOG_LEVEL": "warning",
         }
@@ -111,13 +114,11 @@ class Bench:
         self.copy_slot(slot := f"recvlogical_{number}")
         options = wal2json.options(compile_rules(profile.load("leadfi")), (CONTEXT_PREFIX,))
         ((end,),) = self.connection.execute("SELECT pg_current_wal_flush_lsn()").fetchall()
-        arguments = ["--start", "--slot", slot, "--dbname", "postgres", "--endpos", end, "--no-loop"]
+        arguments = ["--start", "--slot", slot, "--dbname", self.dsn, "--endpos", end, "--no-loop"]
         arguments += [part for name, value in options.items() for part in ("--option", f"{name}={value}")]
         output = self.directory / "recvlogical"
         started = time.perf_counter()
-        self.cluster.run(
-            "pg_recvlogical", *arguments, "--file", str(output), "--host", str(self.cluster.socket_directory)
-        )
+        self.cluster.run("pg_recvlogical", *arguments, "--file", str(output))
         seconds = time.perf_counter() - started
         output.unlink()
         self.drop_slot(slot)
@@ -163,8 +164,13 @@ class Bench:
         found: list[float] = []
         command = [self.cluster.binaries.program("pgbench"), "-n", "-M", "prepared", "-c", "8", "-R", str(rate)]
         command += ["-T", str(seconds), "-f", str(script), "postgres"]
-        ((last,),) = self.connection.execute("SELECT max(activity_id) FROM activity").fetchall()
+        newest = "SELECT max(activity_id) FROM activity"
+        ((before,),) = self.connection.execute(newest).fetchall()
         with self.daemon(slot):
+            # The server reads its WAL from where the slot was copied, before it has anything to send.
+            self.connection.execute("UPDATE lead SET status = 'started' WHERE lead_id = 1")
+            while (last := self.connection.execute(newest).fetchall()[0][0]) == before:
+                time.sleep(0.01)
             load = subprocess.Popen(
                 command, env=self.cluster.environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
             )
@@ -196,7 +202,8 @@ def table(title: str, rows: Sequence[Sequence[object]]) -> None:
 @click.option("--rounds", default=5, show_default=True, help="Rounds of pg_recvlogical and worker in turn.")
 @click.option("--rate", default=500, show_default=True, help="Transactions a second while latency is measured.")
 @click.option("--seconds", default=20, show_default=True, help="How long latency is measured.")
-def main(count: int, rounds: int, rate: int, seconds: int) -> None:
+@click.option("--socket", is_flag=True, help="Connect by Unix socket.")
+def main(count: int, rounds: int, rate: int, seconds: int, socket: bool) -> None:
     """Measure drain and latency on a private server."""
     binaries = find_binaries()
     click.echo(binaries.origin)
@@ -205,7 +212,7 @@ def main(count: int, rounds: int, rate: int, seconds: int) -> None:
         tempfile.TemporaryDirectory() as directory,
         Cluster(binaries, settings={"timezone": zone, "max_wal_size": "8GB", "autovacuum": "off"}) as cluster,
     ):
-        bench = Bench(cluster, Path(directory))
+        bench = Bench(cluster, Path(directory), socket=socket)
         bench.updates(count)
         lines: list[Sequence[object]] = [("round", "pg_recvlogical /s", "worker /s", "ratio")]
         ratios = []

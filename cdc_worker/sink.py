@@ -12,9 +12,8 @@ from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from decimal import Decimal
-from functools import lru_cache
 from typing import Any, Final, TypeVar
 from zoneinfo import ZoneInfo
 
@@ -378,10 +377,16 @@ def _encoder(target: Target, columns: dict[str, str], zone: ZoneInfo) -> Callabl
     constants = "".join(_SEPARATOR + _text(value) for value in target.constants.values()) + _END
     local = {field for column, field in target.columns.items() if columns[column] == "timestamp without time zone"}
 
-    # Offsets change at full quarters of an hour at most.
-    @lru_cache(maxsize=64)
-    def offset(quarter: int) -> timedelta:
-        return datetime.fromtimestamp(quarter * 900, zone).utcoffset() or timedelta(0)
+    known = (datetime.min.replace(tzinfo=UTC), timedelta(0))  # since then the zone has had this offset
+
+    def at_home(moment: datetime) -> str:
+        nonlocal known
+        since, offset = known
+        if not since <= moment < since + _QUARTER:
+            since = datetime.fromtimestamp(moment.timestamp() // 900 * 900, UTC)
+            offset = since.astimezone(zone).utcoffset() or timedelta(0)
+            known = (since, offset)
+        return (moment + offset).isoformat(" ")[:-6]  # without +00:00
 
     def encode(activity: Activity) -> bytes:
         fields = activity.fields
@@ -389,8 +394,7 @@ def _encoder(target: Target, columns: dict[str, str], zone: ZoneInfo) -> Callabl
         for name in names:
             value = activity.change_key if name == "change_key" else fields.get(name)
             if name in local and isinstance(value, datetime):
-                shifted = value.replace(tzinfo=None) + offset(int(value.timestamp()) // 900)
-                values.append(shifted.isoformat(" "))
+                values.append(at_home(value))
             else:
                 values.append(value if type(value) is str else _text(value))
         line = _SEPARATOR.join(values) + constants
@@ -398,6 +402,9 @@ def _encoder(target: Target, columns: dict[str, str], zone: ZoneInfo) -> Callabl
 
     return encode
 
+
+_QUARTER: Final = timedelta(minutes=15)
+"""Zones change their offsets at full quarters of an hour at most."""
 
 # Text in Postgres has no NUL, so what begins with one stands for what must not be escaped with the values.
 _SEPARATOR: Final = "\0s"

@@ -45,6 +45,7 @@ GRACE: Final = 0.8
 STATUS_INTERVAL: Final = 10.0
 STATUS_INTERVAL_BEHIND: Final = 0.5
 PROGRESS_INTERVAL: Final = 10.0
+WRITING_INTERVAL: Final = 0.002
 SILENCE: Final = 60.0
 """After so long without a byte from the server, which was asked for one, the connection is given up."""
 
@@ -487,7 +488,10 @@ class _Stream:
         """Wait for one of the sockets, and let the sink use its own."""
         reading: list[Stop | Sink | Replication] = [self._stop]
         writing: list[Sink] = []
-        if not self._batch.full and not self._stop.is_set():
+        if self._writing is not None:
+            # What arrives now can't be written yet: let it come together, instead of waking up for each row of it.
+            timeout = min(timeout, WRITING_INTERVAL)
+        elif not self._batch.full and not self._stop.is_set():
             reading.append(self._replication)
         if self._writing is None or self._wants & Wait.R:
             reading.append(self._sink)
