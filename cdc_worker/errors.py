@@ -24,6 +24,7 @@ CdcWorkerError
 ├── TooManyRefusalsError    22   the target refuses row after row for the same reason: mend it
 ├── UnknownValueError        –   a rule lacks a value: the change becomes a dead letter, nothing stops
 ├── ClusterError             1   the demo's private cluster can't be had: install what it names
+├── DemoError                1   the demo can't go on: see its log
 └── ServerError              1   any other answer of the server to a one-shot command
 
 A service manager must not restart into 11, 12 and 14 to 16: each is a gap or a mix-up that a person has to look at.

@@ -42,10 +42,14 @@ from cdc_worker.transform import CONTEXT_PREFIX, Transformer
 GRACE: Final = 0.8
 """So long a batch in hand may take to be written after a shutdown was requested; we exit in the rest of a second."""
 
+# In seconds, as all that follows.
 STATUS_INTERVAL: Final = 10.0
 STATUS_INTERVAL_BEHIND: Final = 0.5
 PROGRESS_INTERVAL: Final = 10.0
 WRITING_INTERVAL: Final = 0.002
+WRITING_USUAL: Final = 0.1
+"""A batch that takes longer to write is held up, by a lock perhaps: there is no haste to read on."""
+
 SILENCE: Final = 60.0
 """After so long without a byte from the server, which was asked for one, the connection is given up."""
 
@@ -167,6 +171,9 @@ class Worker:
         except psycopg.Error:
             if not stop.is_set():
                 raise
+        except errors.CdcWorkerError as error:
+            log.error("worker_failed", error=type(error).__name__, exit_code=error.exit_code, **_summary(self.totals))
+            raise
         log.info("worker_stopped", **_summary(self.totals))
 
     def _may_heal(self, error: BaseException) -> bool:
@@ -300,7 +307,7 @@ class _Stream:
         now = time.monotonic()
         self._heard_at = self._status_at = self._advanced_at = self._began_at = now
         self._progress_at = now
-        self._progress_from = 0
+        self._progress_from = totals.activities.total()
 
     def run(self) -> None:
         """Read, transform, write, confirm."""
@@ -488,7 +495,7 @@ class _Stream:
         """Wait for one of the sockets, and let the sink use its own."""
         reading: list[Stop | Sink | Replication] = [self._stop]
         writing: list[Sink] = []
-        if self._writing is not None:
+        if self._writing is not None and time.monotonic() < self._began_at + WRITING_USUAL:
             # What arrives now can't be written yet: let it come together, instead of waking up for each row of it.
             timeout = min(timeout, WRITING_INTERVAL)
         elif not self._batch.full and not self._stop.is_set():

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from support import GRANTS
+
 from cdc_worker.config import PREFIX, Settings
 
 ROOT = Path(__file__).parent.parent
@@ -23,6 +25,11 @@ def settings_table() -> list[str]:
 def test_the_readme_lists_every_setting_with_its_default() -> None:
     readme = (ROOT / "README.md").read_text()
     assert "\n".join(settings_table()) in readme, "\n" + "\n".join(settings_table())
+
+
+def test_the_readme_lists_the_grants_with_which_the_suite_runs_the_worker() -> None:
+    readme = (ROOT / "README.md").read_text()
+    assert [grant for grant in GRANTS if f"    {grant.format(role='cdc')};" not in readme] == []
 
 
 def test_links_within_the_documents_lead_somewhere() -> None:
