@@ -137,14 +137,17 @@ class Sink:
         """
         written = Written()
         try:
-            yield from self._write_whole(batch, written)
+            try:
+                yield from self._write_whole(batch, written)
+            except RefusedError as refusal:
+                self._must_be_about_a_row(refusal)
+                yield from self._run("ROLLBACK")
+                written = Written()
+                place = 0
+                while place < len(batch.outcomes):
+                    place = yield from self._write_divided(batch, place, written)
         except RefusedError as refusal:
-            self._must_be_about_a_row(refusal)
-            yield from self._run("ROLLBACK")
-            written = Written()
-            place = 0
-            while place < len(batch.outcomes):
-                place = yield from self._write_divided(batch, place, written)
+            raise self._failure(refusal) from refusal
         return written
 
     def _write_whole(self, batch: Batch, written: Written) -> Writing[None]:
@@ -243,13 +246,17 @@ class Sink:
         )
 
     def _must_be_about_a_row(self, refusal: RefusedError) -> None:
+        if is_transient(refusal.sqlstate) or not is_about_the_row(refusal.sqlstate):
+            raise self._failure(refusal) from refusal
+
+    def _failure(self, refusal: RefusedError) -> psycopg.Error | errors.TargetUnusableError:
+        """What it means that something other than a row was refused."""
         if is_transient(refusal.sqlstate):
-            raise postgres.error(refusal.sqlstate, "writing failed") from refusal
-        if not is_about_the_row(refusal.sqlstate):
-            raise errors.TargetUnusableError(
-                f"the target {self._table} can't be written {refusal.described}",
-                hint="mend its grants or columns; what was not written comes again",
-            ) from refusal
+            return postgres.error(refusal.sqlstate, "writing failed")
+        return errors.TargetUnusableError(
+            f"the target {self._table}, or a table of cdc_worker, can't be written {refusal.described}",
+            hint="mend its grants or columns; what was not written comes again",
+        )
 
     def _advance(self, after: Position, committed_at: datetime | None) -> str:
         return checkpoint.advance(self._worker, self._owner, self.position, after, committed_at)
@@ -272,14 +279,7 @@ class Sink:
             for letter in dead_letters
         ]
         self._pgconn.send_query_params(_INSERT_DEAD_LETTERS, [_json.encode(rows)])
-        try:
-            yield from self._results(())
-        except RefusedError as refusal:
-            if is_transient(refusal.sqlstate):
-                raise postgres.error(refusal.sqlstate, "writing failed") from refusal
-            raise errors.TargetUnusableError(
-                f"dead letters can't be written {refusal.described}", hint="mend the table cdc_worker.dead_letter"
-            ) from refusal
+        yield from self._results(())
 
     def _find_existing(self, lines: Sequence[Line]) -> Writing[set[str]]:
         """The keys of those that the target has already."""

@@ -131,3 +131,17 @@ def test_a_target_that_refuses_every_write_stops_the_worker_without_a_dead_lette
     crm.record()
     assert crm.types() == ["lead_created"] * 3
     assert crm.value("SELECT count(*) FROM cdc_worker.dead_letter") == 0
+
+
+def test_a_dead_letter_that_cannot_be_written_stops_the_worker_and_loses_nothing(crm: Crm) -> None:
+    crm.connection.execute(BY_CHECK.encode())
+    crm.execute("ALTER TABLE cdc_worker.dead_letter ADD CONSTRAINT none CHECK (kind IS NULL)")
+    crm.add_leads(2)
+    crm.execute(POISON)
+    done = crm.command("run", "--once")
+    assert done.returncode == 21
+    assert "Traceback" not in done.stderr
+    crm.execute("ALTER TABLE cdc_worker.dead_letter DROP CONSTRAINT none")
+    crm.record()
+    assert crm.types() == ["lead_created"] * 2
+    assert crm.value("SELECT count(*) FROM cdc_worker.dead_letter") == 1
