@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from support import Crm
+from support import Crm, eventually
 
 POISON = "INSERT INTO lead (full_name, source, bd_in_charge, type) VALUES ('poison', 's', 'jane', 't')"
 
@@ -144,4 +144,27 @@ def test_a_dead_letter_that_cannot_be_written_stops_the_worker_and_loses_nothing
     crm.execute("ALTER TABLE cdc_worker.dead_letter DROP CONSTRAINT none")
     crm.record()
     assert crm.types() == ["lead_created"] * 2
+    assert crm.value("SELECT count(*) FROM cdc_worker.dead_letter") == 1
+
+
+def test_what_may_heal_while_a_batch_is_divided_is_tried_again(crm: Crm) -> None:
+    crm.connection.execute(BY_CHECK.encode())
+    crm.connection.execute(b"""
+        CREATE SEQUENCE attempt;
+        CREATE FUNCTION conflict() RETURNS trigger LANGUAGE plpgsql AS $$
+        BEGIN
+            IF NEW.metadata ->> 'lead_name' = 'Lead 1' AND nextval('attempt') IN (1, 2) THEN
+                RAISE EXCEPTION 'try again' USING ERRCODE = '40001';
+            END IF;
+            RETURN NULL;
+        END $$;
+        CREATE TRIGGER conflict AFTER INSERT ON activity FOR EACH ROW EXECUTE FUNCTION conflict();
+    """)
+    with crm.connection.transaction():
+        crm.execute(POISON)
+        crm.add_leads(2)
+    with crm.worker() as worker:
+        eventually(lambda: len(crm.types()) == 2)
+        assert {event["sqlstate"] for event in worker.events("connection_lost")} == {"40001"}
+        assert worker.terminate() == 0
     assert crm.value("SELECT count(*) FROM cdc_worker.dead_letter") == 1
