@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from itertools import pairwise
+from pathlib import Path
 
 import psycopg
 import pytest
@@ -87,3 +89,18 @@ def test_a_stream_that_the_server_ends_is_an_error_that_may_heal(crm: Crm, repli
     with pytest.raises(psycopg.Error) as caught:
         next(m for m in messages(replication) if isinstance(m, Change))
     assert postgres.is_transient(caught.value.sqlstate)
+
+
+def test_the_example_of_the_readme_prints_changes(crm: Crm) -> None:
+    class Enough(Exception):  # noqa: N818
+        pass
+
+    def show(message: object) -> None:
+        if isinstance(message, Change):
+            raise Enough(message.table)
+
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    (example,) = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    crm.add_leads(1)
+    with pytest.raises(Enough, match="lead"):
+        exec(example, {"dsn": crm.dsn, "slot": crm.slot, "print": show})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from typing import LiteralString
 
 import psycopg
 import pytest
@@ -173,33 +174,23 @@ def test_a_fast_shutdown_of_the_server_is_not_held_up(own_crm: Crm, own_server: 
     assert shadow.faults(crm.connection) == []
 
 
-def test_a_large_transaction_is_consumed_in_little_memory(bare_crm: Crm) -> None:
-    """500,000 updates in one transaction, at most 40 MB beyond what the idle process has."""
+@pytest.mark.parametrize(
+    ("rows", "change"),
+    [(500_000, "status = '3. negotiation'"), (50_000, "is_converted = true")],
+    ids=["updates", "conversions, each of which waits for its contact for 10,000 changes"],
+)
+def test_a_large_transaction_is_consumed_in_little_memory(bare_crm: Crm, rows: int, change: LiteralString) -> None:
+    """At most 40 MB beyond what the idle process has."""
     crm = bare_crm
-    crm.add_leads(500_000)
+    crm.add_leads(rows)
     crm.setup()
     with crm.worker() as worker:
         worker.wait_for("replication_started")
         crm.execute("UPDATE lead SET status = '2. proposal' WHERE lead_id = 1")
         eventually(lambda: crm.value("SELECT count(*) FROM activity") == 1)
         idle = worker.memory()
-        crm.execute("UPDATE lead SET status = '3. negotiation'")
-        eventually(lambda: crm.value("SELECT count(*) FROM activity") == 500_001, patience=300)
-        assert worker.memory() - idle < 40 << 20
-
-
-def test_conversions_without_a_contact_wait_in_little_memory(bare_crm: Crm) -> None:
-    """Each waits for its contact until the end of the commit, or for 10,000 changes."""
-    crm = bare_crm
-    crm.add_leads(50_000)
-    crm.setup()
-    with crm.worker() as worker:
-        worker.wait_for("replication_started")
-        crm.execute("UPDATE lead SET status = '2. proposal' WHERE lead_id = 1")
-        eventually(lambda: crm.value("SELECT count(*) FROM activity") == 1)
-        idle = worker.memory()
-        crm.execute("UPDATE lead SET is_converted = true")
-        eventually(lambda: crm.value("SELECT count(*) FROM activity") == 50_001, patience=300)
+        crm.execute("UPDATE lead SET " + change)
+        eventually(lambda: crm.value("SELECT count(*) FROM activity") == rows + 1, patience=300)
         assert worker.memory() - idle < 40 << 20
 
 
