@@ -188,7 +188,7 @@ def is_about_the_row(sqlstate: str) -> bool:
 def fetch_one(connection: Connection, query: LiteralString, *parameters: Any) -> tuple[Any, ...]:
     """The only row of a query that always has one."""
     row = connection.execute(query, parameters).fetchone()
-    assert row is not None  # noqa: S101
+    assert row is not None
     return row
 
 

@@ -100,7 +100,10 @@ class Replication:
             payload = protocol.payload(data)
             if payload is None:
                 return protocol.keepalive(data)
-            return bytes(payload).decode(self._recode).encode() if self._recode else payload
+            if self._recode is None:
+                return payload
+            # Bytes that mean nothing in the server's encoding stay as they are: the decoder knows what they spoil.
+            return bytes(payload).decode(self._recode, "surrogateescape").encode("utf-8", "surrogateescape")
         if size == 0:
             return None
         result = self._pgconn.get_result()

@@ -48,11 +48,10 @@ _json = msgspec.json.Encoder(decimal_format="number")
 class RefusedError(Exception):
     """The server refused a statement. `line` is the row of a COPY, from 1, where the server names it."""
 
-    def __init__(self, sqlstate: str, *, constraint: str | None, table: str | None, line: int | None) -> None:
+    def __init__(self, sqlstate: str, *, constraint: str | None, line: int | None) -> None:
         super().__init__(sqlstate)
         self.sqlstate = sqlstate
         self.constraint = constraint
-        self.table = table
         self.line = line
 
     @property
@@ -216,7 +215,7 @@ class Sink:
             place = end
         yield from self._insert(dead_letters)
         position = batch.end if place == len(outcomes) else batch.position_before(place)
-        assert position is not None  # noqa: S101
+        assert position is not None
         yield from self._run(f"{self._advance(position, batch.committed_at)}; COMMIT")
         self.position = position
         written.activities += activities
@@ -355,7 +354,6 @@ def _refused_error(result: PGresult) -> RefusedError:
     return RefusedError(
         said(pq.DiagnosticField.SQLSTATE) or "",
         constraint=said(pq.DiagnosticField.CONSTRAINT_NAME),
-        table=said(pq.DiagnosticField.TABLE_NAME),
         line=int(line[1]) if line else None,
     )
 

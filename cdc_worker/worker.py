@@ -82,11 +82,6 @@ class Stop:
         if self._interruptible:
             raise Stopped
 
-    def set(self) -> None:
-        """Request it from within."""
-        self._set = True
-        os.write(self._writer, b"\0")
-
     def is_set(self) -> bool:
         """Whether it has been requested."""
         return self._set
@@ -119,7 +114,6 @@ class Totals:
     activities: Counter[str] = field(default_factory=Counter)
     dead_letters: int = 0
     batches: int = 0
-    already_there: int = 0
 
 
 class Worker:
@@ -417,7 +411,7 @@ class _Stream:
 
     def _step(self, ready: Ready | None) -> None:
         """Go on writing, now that the socket is `ready`."""
-        assert self._writing is not None  # noqa: S101
+        assert self._writing is not None
         try:
             self._wants = self._writing.send(ready)  # type: ignore[arg-type]  # None starts it
         except StopIteration as stop:
@@ -431,7 +425,6 @@ class _Stream:
         totals.batches += 1
         totals.transactions += batch.transactions
         totals.dead_letters += len(refused)
-        totals.already_there += written.already_there
         totals.activities.update(
             outcome.type for outcome in batch.outcomes if type(outcome) is Line and outcome.change_key not in refused
         )
@@ -449,6 +442,7 @@ class _Stream:
             transactions=batch.transactions,
             activities=written.activities,
             dead_letters=len(refused),
+            already_there=written.already_there,
             lsn=str(self._sink.position),
             seconds=round(time.monotonic() - self._began_at, 4),
         )

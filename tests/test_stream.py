@@ -146,20 +146,22 @@ def test_the_time_zone_of_timestamps_can_be_set(crm: Crm) -> None:
     )
 
 
-def test_a_database_in_another_encoding_is_read_right(crm: Crm) -> None:
-    name = sql.Identifier(f"{crm.connection.info.dbname}_latin1")
-    crm.connection.execute(sql.SQL("CREATE DATABASE {} ENCODING 'LATIN1' LOCALE 'C' TEMPLATE template0").format(name))
+@pytest.mark.parametrize("encoding", ["LATIN1", "SQL_ASCII"])
+def test_a_database_in_another_encoding_is_read_right(crm: Crm, encoding: str) -> None:
+    name = sql.Identifier(f"{crm.connection.info.dbname}_other")
+    create = sql.SQL("CREATE DATABASE {} ENCODING {} LOCALE 'C' TEMPLATE template0")
+    crm.connection.execute(create.format(name, encoding))
     dsn = psycopg.conninfo.make_conninfo(crm.dsn, dbname=name.as_string().strip('"'), client_encoding="UTF8")
-    latin = Crm(dsn, f"{crm.slot}_latin1", crm.directory)
+    other = Crm(dsn, f"{crm.slot}_other", crm.directory)
     try:
-        leadfi(latin.connection)
-        latin.setup()
-        latin.execute("INSERT INTO lead (full_name, source, bd_in_charge, type) VALUES ('Jürgen é', 's', 'b', 't')")
-        latin.record()
-        assert latin.activities()[0]["metadata"]["lead_name"] == "Jürgen é"
+        leadfi(other.connection)
+        other.setup()
+        other.execute("INSERT INTO lead (full_name, source, bd_in_charge, type) VALUES ('Jürgen é', 's', 'b', 't')")
+        other.record()
+        assert other.activities()[0]["metadata"]["lead_name"] == "Jürgen é"
     finally:
-        latin.close()
-        crm.execute("SELECT pg_drop_replication_slot(%s)", latin.slot)
+        other.close()
+        crm.execute("SELECT pg_drop_replication_slot(%s)", other.slot)
         crm.connection.execute(sql.SQL("DROP DATABASE {}").format(name))
 
 
