@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, ClassVar, Literal, NamedTuple
@@ -70,6 +70,30 @@ class DeadLetter(msgspec.Struct, frozen=True):
     sqlstate: str | None = None
     constraint: str | None = None
     fields: dict[str, Any] | None = None
+
+
+Stretch = tuple[LSN, LSN | None]
+"""Commits from one LSN on up to another, which is not in it; None while there is no end."""
+
+
+class Scope(msgspec.Struct, frozen=True):
+    """Of what there are no activities although rules apply, or only blank ones.
+
+    `excluded`: by (schema, table), stretches in which something else recorded its changes, or in which it was not set
+    up. `erased`: by (field, key), persons to be forgotten, whose activities have that key in that field; each stretch
+    begins where the WAL was then, reaches back for ever, and ends where the key was given to somebody else.
+    """
+
+    excluded: Mapping[tuple[str, str], Sequence[Stretch]] = {}
+    erased: Mapping[tuple[str, str], Sequence[Stretch]] = {}
+
+    def excludes(self, commit_lsn: LSN) -> frozenset[tuple[str, str]]:
+        """The tables whose changes in this commit are not the worker's to record."""
+        return frozenset(
+            table
+            for table, stretches in self.excluded.items()
+            if any(begin <= commit_lsn and (end is None or commit_lsn < end) for begin, end in stretches)
+        )
 
 
 def key_prefix(worker: str, system_identifier: str, commit_lsn: LSN) -> str:

@@ -12,9 +12,10 @@ import psycopg
 from psycopg import sql
 
 from cdc_worker import errors
-from cdc_worker.activities import Position
+from cdc_worker.activities import Position, Scope, Stretch
 from cdc_worker.lsn import LSN
 from cdc_worker.postgres import Connection, fetch_one
+from cdc_worker.rules import qualified
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,11 +32,13 @@ class Checkpoint:
     written_at: datetime
     backend_pid: int | None
     backend_start: datetime | None
+    owner: uuid.UUID | None
+    nonce: uuid.UUID
 
 
 _READ: Final = """
 SELECT worker, slot, plugin, system_identifier, slot_created_at, lsn, commit_lsn, changes, committed_at, written_at,
-       backend_pid, backend_start
+       backend_pid, backend_start, owner, nonce
 FROM cdc_worker.checkpoint WHERE worker = %s
 """
 
@@ -46,6 +49,10 @@ def read(connection: Connection, worker: str) -> Checkpoint:
         row = connection.execute(_READ, (worker,)).fetchone()
     except (psycopg.errors.UndefinedTable, psycopg.errors.InvalidSchemaName) as error:
         raise errors.NotSetUpError("the database has no tables of cdc-worker", hint="run: cdc-worker setup") from error
+    except psycopg.errors.UndefinedColumn as error:
+        raise errors.NotSetUpError(
+            "the tables of cdc-worker are those of an earlier version", hint="run: cdc-worker setup"
+        ) from error
     if row is None:
         raise errors.NotSetUpError(f'there is no checkpoint of the worker "{worker}"', hint="run: cdc-worker setup")
     name, slot, plugin, system_identifier, created_at, lsn, commit_lsn, changes, *rest = row
@@ -107,6 +114,26 @@ def _forget(worker: str) -> str:
     return statement.format(worker).as_string()
 
 
+_SCOPE: Final = """
+SELECT table_name, from_lsn, until_lsn, NULL, NULL FROM cdc_worker.excluded WHERE worker = %(worker)s
+UNION ALL
+SELECT NULL, erased_lsn, until_lsn, field, key FROM cdc_worker.erased WHERE worker = %(worker)s
+"""
+
+
+def scope(connection: Connection, worker: str) -> Scope:
+    """What the worker leaves out and keeps silent about. Read it after the checkpoint, whose nonce it goes with."""
+    excluded: dict[tuple[str, str], list[Stretch]] = {}
+    erased: dict[tuple[str, str], list[Stretch]] = {}
+    for table, begin, end, field, key in connection.execute(_SCOPE, {"worker": worker}):
+        stretch = (LSN.parse(begin), None if end is None else LSN.parse(end))
+        if table is not None:
+            excluded.setdefault(qualified(table), []).append(stretch)
+        else:
+            erased.setdefault((field, key), []).append(stretch)
+    return Scope(excluded, erased)
+
+
 _BACKEND_ALIVE: Final = "SELECT count(*) FROM pg_stat_activity WHERE pid = %s AND backend_start = %s"
 
 _TAKE_OVER: Final = """
@@ -117,8 +144,8 @@ WHERE worker = %s
 """
 
 
-def take_over(connection: Connection, worker: str, *, timeout: float = 10) -> tuple[uuid.UUID, Position]:
-    """Become the process that may write; returns its token, and the position from which on.
+def take_over(connection: Connection, worker: str, *, timeout: float = 10) -> Checkpoint:
+    """Become the process that may write; returns the checkpoint, with its token as the owner's.
 
     The predecessor's writing backend is terminated first: what it has in hand is either in the position that is
     returned, or will never be.
@@ -134,22 +161,37 @@ def take_over(connection: Connection, worker: str, *, timeout: float = 10) -> tu
         time.sleep(0.01)
     owner = uuid.uuid4()
     connection.execute(_TAKE_OVER, (owner, worker))
-    return owner, read(connection, worker).position
+    after = read(connection, worker)
+    if after.owner != owner:
+        raise fenced(worker)
+    return after
 
 
-def advance(worker: str, owner: uuid.UUID, before: Position, after: Position, committed_at: datetime | None) -> str:
-    """The statement that moves the checkpoint, and touches no row if another process has become the owner."""
+def fenced(worker: str) -> errors.FencedError:
+    """Another process writes now."""
+    return errors.FencedError(
+        f'another process has taken over as the worker "{worker}"', hint="nothing to do: it goes on there"
+    )
+
+
+def advance(found: Checkpoint, before: Position, after: Position, committed_at: datetime | None) -> str:
+    """The statement that moves the checkpoint from `before` to `after`.
+
+    It touches no row if another process has become the owner, or if there is a cut-over or an erasure that this one
+    has not heard of: each makes a new nonce, in the transaction in which it happens.
+    """
     query = sql.SQL(
         "UPDATE cdc_worker.checkpoint SET lsn = {}, commit_lsn = {}, changes = {},"
         " committed_at = coalesce({}::timestamptz, committed_at), written_at = now()"
-        " WHERE worker = {} AND owner = {} AND lsn = {} AND commit_lsn = {} AND changes = {}"
+        " WHERE worker = {} AND owner = {} AND nonce = {} AND lsn = {} AND commit_lsn = {} AND changes = {}"
     ).format(
         str(after.lsn),
         str(after.commit_lsn),
         after.changes,
         committed_at and committed_at.isoformat(),
-        worker,
-        str(owner),
+        found.worker,
+        str(found.owner),
+        str(found.nonce),
         str(before.lsn),
         str(before.commit_lsn),
         before.changes,

@@ -7,7 +7,6 @@ the stream can be read meanwhile; `psycopg.waiting.wait` runs it to its end for 
 from __future__ import annotations
 
 import re
-import uuid
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from contextlib import suppress
@@ -26,6 +25,7 @@ from psycopg.waiting import Ready, Wait
 from cdc_worker import checkpoint, errors, postgres
 from cdc_worker.activities import Activity, Batch, DeadLetter, Line, Position
 from cdc_worker.changes import Change, Payload
+from cdc_worker.checkpoint import Checkpoint
 from cdc_worker.postgres import Connection, is_about_the_row, is_transient
 from cdc_worker.profile import Target
 from cdc_worker.rules import qualified
@@ -79,19 +79,19 @@ class Sink:
         *,
         columns: dict[str, str],
         time_zone: str,
-        worker: str,
-        owner: uuid.UUID,
-        position: Position,
+        checkpoint: Checkpoint,
         decode: Callable[[Payload], Any],
     ) -> None:
-        """`columns` are the target's, with their types; `decode` makes a change of what was received."""
-        self.position = position
+        """`columns` are the target's, with their types; `decode` makes a change of what was received.
+
+        `checkpoint` is the one that this process took over.
+        """
+        self.position = checkpoint.position
+        self._checkpoint = checkpoint
         self._decode = decode
         self._connection = connection
         self._pgconn = connection.pgconn
         self._pgconn.nonblocking = 1
-        self._worker = worker
-        self._owner = owner
         self._encode = _encoder(target, columns, ZoneInfo(time_zone))
         self._columns = (*target.columns, *target.constants)
         table = sql.Identifier(*qualified(target.table))
@@ -258,14 +258,14 @@ class Sink:
         )
 
     def _advance(self, after: Position, committed_at: datetime | None) -> str:
-        return checkpoint.advance(self._worker, self._owner, self.position, after, committed_at)
+        return checkpoint.advance(self._checkpoint, self.position, after, committed_at)
 
     def _insert(self, dead_letters: Sequence[DeadLetter]) -> Writing[None]:
         if not dead_letters:
             return
         rows = [
             {
-                "worker": self._worker,
+                "worker": self._checkpoint.worker,
                 "change_key": letter.change_key,
                 "kind": letter.kind,
                 "reason": letter.reason,
@@ -314,9 +314,7 @@ class Sink:
                 results.append(result)
                 fenced = fenced or result.command_status == b"UPDATE 0"
         if fenced:
-            raise errors.FencedError(
-                f'another process has taken over as the worker "{self._worker}"', hint="nothing to do: it goes on there"
-            )
+            raise checkpoint.fenced(self._checkpoint.worker)
         if refusal is not None:
             raise refusal
         return results

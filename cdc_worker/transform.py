@@ -10,7 +10,7 @@ from typing import Any, Final
 
 import msgspec
 
-from cdc_worker.activities import Activity, DeadLetter, change_key, key_prefix
+from cdc_worker.activities import Activity, DeadLetter, Scope, change_key, key_prefix
 from cdc_worker.changes import Change, Message, Row, Transaction, Value
 from cdc_worker.errors import UnknownValueError
 from cdc_worker.rules import Event, Rule, Rules, Table, event_of
@@ -73,6 +73,9 @@ def _build(event: Event, rule: Rule, key: str, index: int) -> Outcome:
         return DeadLetter(key, "rule_failed", str(error), event.change, index, event.committed_at)
 
 
+_EVERYTHING: Final = Scope()
+
+
 class Transformer:
     """Turns transactions, fed in order and possibly in slices, into outcomes in the order of the changes.
 
@@ -80,8 +83,10 @@ class Transformer:
     more as long as `ready`. `worker` and `system_identifier` are part of every change key.
     """
 
-    def __init__(self, rules: Rules, *, worker: str, system_identifier: str) -> None:
+    def __init__(self, rules: Rules, *, worker: str, system_identifier: str, scope: Scope = _EVERYTHING) -> None:
         self._rules = rules
+        self._scope = scope
+        self._excluded: frozenset[tuple[str, str]] = frozenset()
         self._worker = worker
         self._system_identifier = system_identifier
         self._prefix = ""
@@ -138,6 +143,7 @@ class Transformer:
         self._context = {}
         self._ordinals.clear()
         self._index = 0
+        self._excluded = self._scope.excludes(transaction.commit_lsn)
         if self._facts or self._held:
             self._facts.clear()
             self._waiting.clear()
@@ -165,6 +171,8 @@ class Transformer:
         if table.tells and change.new is not None:
             self._learn(change.new, table, index)
         self._index = index + 1
+        if table.name in self._excluded:
+            return
         if change.operation == "update":
             if not change.changed or not table.rules["update"]:
                 return
@@ -267,9 +275,16 @@ def _plain(value: Any) -> bool:
     return "\0" not in value if isinstance(value, str) else not isinstance(value, (dict, list))
 
 
-def transform(rules: Rules, transactions: list[Transaction], *, worker: str, system_identifier: str) -> list[Outcome]:
+def transform(
+    rules: Rules,
+    transactions: list[Transaction],
+    *,
+    worker: str,
+    system_identifier: str,
+    scope: Scope = _EVERYTHING,
+) -> list[Outcome]:
     """All outcomes of some whole transactions."""
-    transformer = Transformer(rules, worker=worker, system_identifier=system_identifier)
+    transformer = Transformer(rules, worker=worker, system_identifier=system_identifier, scope=scope)
     outcomes = []
     for transaction in transactions:
         outcomes += transformer.feed(transaction)

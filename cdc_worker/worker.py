@@ -15,9 +15,10 @@ import os
 import select
 import signal
 import time
+import uuid
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from types import FrameType
 from typing import Final
@@ -27,12 +28,13 @@ from psycopg.waiting import Ready, Wait
 from tenacity import RetryCallState, Retrying, retry_if_exception, stop_when_event_set, wait_random_exponential
 
 from cdc_worker import checkpoint, errors, postgres, slot, wal2json
-from cdc_worker.activities import Activity, Batch, DeadLetter, Line, Position
+from cdc_worker.activities import Activity, Batch, DeadLetter, Line, Position, Scope
 from cdc_worker.changes import Assembler, Transaction
 from cdc_worker.config import Settings
 from cdc_worker.log import Logger
 from cdc_worker.lsn import LSN
 from cdc_worker.profile import Profile
+from cdc_worker.profile import load as load_profile
 from cdc_worker.protocol import PrimaryKeepalive
 from cdc_worker.replication import Replication
 from cdc_worker.rules import compile_rules
@@ -62,9 +64,13 @@ class Stopped(BaseException):
 
 
 class Stop:
-    """A request to shut down, by signal: something to look at, to wait for, and to select on."""
+    """A request to shut down, by signal: something to look at, to wait for, and to select on.
+
+    A request to read the profile anew comes the same way; it is taken up at the next commit boundary.
+    """
 
     def __init__(self) -> None:
+        self.reload_requested = False
         self._set = False
         self._interruptible = False
         self._reader, self._writer = os.pipe()
@@ -72,12 +78,15 @@ class Stop:
         os.set_blocking(self._writer, False)
 
     def install(self) -> None:
-        """Let SIGTERM and SIGINT request it."""
+        """Let SIGTERM and SIGINT request it, and SIGHUP the other."""
         signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, self._handle)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGHUP:
+            self.reload_requested = True
+            return
         self._set = True
         if self._interruptible:
             raise Stopped
@@ -89,10 +98,16 @@ class Stop:
     def sleep(self, seconds: float) -> None:
         """Sleep, but not beyond a request."""
         select.select([self], [], [], seconds)
+        self.clear()
 
     def fileno(self) -> int:
-        """Readable once it has been requested."""
+        """Readable once something has been requested."""
         return self._reader
+
+    def clear(self) -> None:
+        """Make it unreadable until the next request."""
+        with suppress(BlockingIOError):
+            os.read(self._reader, 512)
 
     @contextmanager
     def interrupting(self) -> Iterator[None]:
@@ -128,6 +143,7 @@ class Worker:
         self._log = log
         self._once = once
         self._started = False
+        self._owner: uuid.UUID | None = None
         self._until: LSN | None = None
 
     def run(self) -> None:
@@ -151,15 +167,16 @@ class Worker:
             reraise=True,
         )
         try:
-            for attempt in attempts:
-                with attempt, ExitStack() as stack:
-                    stream = self._open(stack)
-                    since = self.totals.batches
-                    try:
-                        stream.run()
-                    finally:
-                        if self.totals.batches > since:
-                            attempt.retry_state.attempt_number = 1  # it worked: begin anew with short waits
+            again = True
+            while again:
+                for attempt in attempts:
+                    with attempt, ExitStack() as stack:
+                        since = self.totals.batches
+                        try:
+                            again = self._run(stack)
+                        finally:
+                            if self.totals.batches > since:
+                                attempt.retry_state.attempt_number = 1  # it worked: begin anew with short waits
         except Stopped:
             pass
         except psycopg.Error:
@@ -169,6 +186,36 @@ class Worker:
             log.error("worker_failed", error=type(error).__name__, exit_code=error.exit_code, **_summary(self.totals))
             raise
         log.info("worker_stopped", **_summary(self.totals))
+
+    def _run(self, stack: ExitStack) -> bool:
+        """Stream, until told to stop or to begin anew; returns whether it is the latter."""
+        stream = self._open(stack)
+        try:
+            stream.run()
+        except errors.FencedError:
+            with postgres.connect(self._settings.dsn.get_secret_value(), self._settings.worker) as connection:
+                if checkpoint.read(connection, self._settings.worker).owner != self._owner:
+                    raise
+            self._log.info("scope_changed")  # a cut-over or an erasure, while we were writing
+            return True
+        if not self._stop.reload_requested or self._stop.is_set():
+            return False
+        self._reload()
+        return True
+
+    def _reload(self) -> None:
+        """Read the profile anew; one that is wrong, or doesn't fit the database, changes nothing."""
+        try:
+            found = load_profile(self._settings.profile)
+            rules = compile_rules(found)
+            with postgres.connect(self._settings.dsn.get_secret_value(), self._settings.worker) as connection:
+                postgres.check_catalog(connection, found, rules)
+        except (errors.ProfileError, errors.CatalogMismatchError) as error:
+            self._log.error("profile_refused", reason=str(error))
+        else:
+            self._profile, self._rules = found, rules
+            self._log.info("profile_reloaded", profile=found.name, tables=sorted(map(".".join, rules)))
+        self._stop.reload_requested = False
 
     def _may_heal(self, error: BaseException) -> bool:
         if self._once:
@@ -202,7 +249,9 @@ class Worker:
                 self._until = wal_end
             timeout = replication.wal_sender_timeout()
             self._start(connection, replication, found.position.lsn, server)
-            owner, position = checkpoint.take_over(connection, worker)
+            found = checkpoint.take_over(connection, worker)
+            position = found.position
+            scope = checkpoint.scope(connection, worker)
             # While we waited for the slot it may have become another one.
             replica = slot.read(connection, settings.slot)
             replica = slot.check(replica, name=settings.slot, database=database, checkpoint=position.lsn)
@@ -212,14 +261,14 @@ class Worker:
                 self._profile.target,
                 columns=columns,
                 time_zone=time_zone,
-                worker=worker,
-                owner=owner,
-                position=position,
+                checkpoint=found,
                 decode=wal2json.decode,
             )
         self._started = True
+        self._owner = found.owner
         log.info("replication_started", lsn=str(position.lsn), plugin=replica.plugin, time_zone=time_zone)
-        transformer = Transformer(self._rules, worker=worker, system_identifier=found.system_identifier)
+        self._warn_of_excluded(scope)
+        transformer = Transformer(self._rules, worker=worker, system_identifier=found.system_identifier, scope=scope)
         return _Stream(
             replication,
             sink,
@@ -255,6 +304,11 @@ class Worker:
                 time.sleep(0.05)
             except psycopg.Error as error:
                 raise slot.plugin_error(error, server) from error
+
+    def _warn_of_excluded(self, scope: Scope) -> None:
+        waiting = sorted(".".join(table) for table, stretches in scope.excluded.items() if stretches[-1][1] is None)
+        if waiting:
+            self._log.warning("cutover_pending", tables=waiting, mend="cdc-worker cutover")
 
     def _warn_of_dropped(self, operation: str, table: str) -> None:
         self._log.warning(
@@ -312,7 +366,7 @@ class _Stream:
             if self._writing is None and (drained or self._batch.full):
                 self._begin(now)
             if self._writing is None:
-                if self._stop.is_set() or self._complete:
+                if self._stop.is_set() or self._complete or (self._reloading and self._idle):
                     break
             elif now > stopping_until:
                 self._log.info("batch_rolled_back", activities=len(self._written.outcomes))
@@ -337,13 +391,18 @@ class _Stream:
         return not (self._assembler.open or self._unfinished or self._batch.outcomes or self._writing)
 
     @property
+    def _reloading(self) -> bool:
+        """Whether nothing more is to be read before the profile has been."""
+        return self._stop.reload_requested and not self._assembler.open and self._unfinished is None
+
+    @property
     def _complete(self) -> bool:
         return self._until is not None and self._idle and self._received >= self._until
 
     def _receive(self) -> bool:
         """Take up to TURN messages. Returns whether that was all that has arrived."""
         replication, assembler, batch = self._replication, self._assembler, self._batch
-        if self._stop.is_set():
+        if self._stop.is_set() or self._reloading:
             return True
         while self._unfinished is not None:
             if batch.full:
@@ -362,7 +421,7 @@ class _Stream:
                 transaction = assembler.feed(wal2json.decode(message), message)
                 if transaction is not None:
                     self._take(transaction, self._transformer.feed(transaction))
-                    if batch.full or self._unfinished is not None:
+                    if batch.full or self._unfinished is not None or self._stop.reload_requested:
                         return False
             else:
                 self._wal_end = max(self._wal_end, message.wal_end)
@@ -492,15 +551,15 @@ class _Stream:
         if self._writing is not None and time.monotonic() < self._began_at + WRITING_USUAL:
             # What arrives now can't be written yet: let it come together, instead of waking up for each row of it.
             timeout = min(timeout, WRITING_INTERVAL)
-        elif not self._batch.full and not self._stop.is_set():
+        elif not self._batch.full and not self._stop.is_set() and not self._reloading:
             reading.append(self._replication)
         if self._writing is None or self._wants & Wait.R:
             reading.append(self._sink)
         if self._writing is not None and self._wants & Wait.W:
             writing.append(self._sink)
-        if self._stop.is_set():
-            reading.remove(self._stop)
         readable, writable, _ = select.select(reading, writing, [], max(timeout, 0))
+        if self._stop in readable:
+            self._stop.clear()
         ready = (Ready.R if self._sink in readable else 0) | (Ready.W if writable else 0)
         if self._writing is None:
             if ready:

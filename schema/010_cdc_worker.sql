@@ -21,6 +21,8 @@ CREATE TABLE IF NOT EXISTS cdc_worker.checkpoint (
     backend_start     timestamptz
 );
 
+ALTER TABLE cdc_worker.checkpoint ADD COLUMN IF NOT EXISTS nonce uuid NOT NULL DEFAULT gen_random_uuid();
+
 COMMENT ON TABLE cdc_worker.checkpoint IS 'How far each worker has written, one row a worker';
 COMMENT ON COLUMN cdc_worker.checkpoint.worker IS 'Name of the worker, part of every change_key';
 COMMENT ON COLUMN cdc_worker.checkpoint.system_identifier IS 'The cluster whose positions these are';
@@ -31,6 +33,58 @@ COMMENT ON COLUMN cdc_worker.checkpoint.changes IS 'How many changes of that com
 COMMENT ON COLUMN cdc_worker.checkpoint.committed_at IS 'When the last change written was committed';
 COMMENT ON COLUMN cdc_worker.checkpoint.owner IS 'Token of the process that may write';
 COMMENT ON COLUMN cdc_worker.checkpoint.backend_pid IS 'Its writing connection, which a successor terminates first';
+COMMENT ON COLUMN cdc_worker.checkpoint.nonce IS 'Made anew with each cut-over and erasure: who writes must know the last';
+
+CREATE TABLE IF NOT EXISTS cdc_worker.excluded (
+    worker      text NOT NULL,
+    table_name  text NOT NULL,
+    from_lsn    pg_lsn NOT NULL,
+    until_lsn   pg_lsn CHECK (until_lsn > from_lsn),
+    PRIMARY KEY (worker, table_name, from_lsn)
+);
+
+COMMENT ON TABLE cdc_worker.excluded IS
+    'Stretches of WAL in which the changes of a table are not the worker''s: its triggers recorded them, or it was not set up';
+COMMENT ON COLUMN cdc_worker.excluded.table_name IS 'Schema and table, as in lead of public: public.lead';
+COMMENT ON COLUMN cdc_worker.excluded.from_lsn IS 'Commits at or after it are left out';
+COMMENT ON COLUMN cdc_worker.excluded.until_lsn IS 'Commits at or after it are recorded; NULL until cut-over';
+
+CREATE TABLE IF NOT EXISTS cdc_worker.erased (
+    worker      text NOT NULL,
+    field       text NOT NULL,
+    key         text NOT NULL,
+    erased_lsn  pg_lsn NOT NULL,
+    until_lsn   pg_lsn,
+    erased_at   timestamptz NOT NULL DEFAULT now(),
+    PRIMARY KEY (worker, field, key, erased_lsn)
+);
+
+COMMENT ON TABLE cdc_worker.erased IS 'Persons of whom nothing may be told any more';
+COMMENT ON COLUMN cdc_worker.erased.field IS 'Field of the profile''s activities that links to the person: lead, customer';
+COMMENT ON COLUMN cdc_worker.erased.key IS 'Its value, as text';
+COMMENT ON COLUMN cdc_worker.erased.erased_lsn IS 'Where the WAL was at the time';
+COMMENT ON COLUMN cdc_worker.erased.until_lsn IS 'The commit that gave the key to somebody else; NULL if none did';
+
+CREATE TABLE IF NOT EXISTS cdc_worker.replaced (
+    kind         text NOT NULL CHECK (kind IN ('replica_identity', 'tracker', 'trigger')),
+    table_name   text NOT NULL,
+    name         text NOT NULL,
+    restore      text NOT NULL,
+    replaced_at  timestamptz NOT NULL DEFAULT now(),
+    PRIMARY KEY (kind, table_name, name)
+);
+
+COMMENT ON TABLE cdc_worker.replaced IS 'What setup found and changed, to be undone by cutover --back and teardown';
+COMMENT ON COLUMN cdc_worker.replaced.restore IS 'The statements that bring it back as it was';
+
+CREATE TABLE IF NOT EXISTS cdc_worker.schema_file (
+    name        text PRIMARY KEY,
+    checksum    text NOT NULL,
+    applied_at  timestamptz NOT NULL DEFAULT now()
+);
+
+COMMENT ON TABLE cdc_worker.schema_file IS 'The files of schema/ as setup last applied them';
+COMMENT ON COLUMN cdc_worker.schema_file.checksum IS 'SHA-256 of the file';
 
 CREATE TABLE IF NOT EXISTS cdc_worker.dead_letter (
     dead_letter_id  bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
