@@ -12,7 +12,7 @@ import cdc_worker
 CORE = ["errors", "lsn", "protocol", "changes", "wal2json", "pgoutput", "activities", "profile", "rules", "transform"]
 
 EDGES = [
-    *("config", "log", "metrics", "postgres", "checkpoint", "slot", "replication", "backfill", "replay", "sink"),
+    *("config", "log", "metrics", "postgres", "ddl", "checkpoint", "slot", "replication", "backfill", "replay", "sink"),
     *("setup", "status", "worker", "doctor", "binaries", "cluster", "shadow", "sales_day", "timeline", "demo", "cli"),
 ]
 

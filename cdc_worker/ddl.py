@@ -1,0 +1,160 @@
+"""Changes of a database's structure, in steps that wait for locks so briefly that the application doesn't notice.
+
+A step is a statement, or a query whose rows are the statements: what the catalog lacks, and nothing when nothing is
+missing. The files of `schema/` are made of such steps, and psql runs them as well: a query ends there with `\\gexec`.
+The comment right above a step says what it brings about and, after `lock:`, what it locks and whether it rewrites it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Final
+
+import psycopg
+from tenacity import RetryCallState, Retrying, retry_if_exception_type, stop_after_delay, wait_random_exponential
+
+from cdc_worker import log
+from cdc_worker.postgres import Connection, fetch_one
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """`text` is a statement, or a query for statements if it `generates`. `lock` is as "ACCESS EXCLUSIVE on lead".
+
+    One that is for an `administrator` needs more than the ownership of database and tables.
+    """
+
+    title: str
+    text: str
+    lock: str = ""
+    generates: bool = False
+    administrator: bool = False
+
+    def statements(self, connection: Connection) -> list[str]:
+        """What there is to do."""
+        if not self.generates:
+            return [self.text]
+        return [statement for (statement,) in connection.execute(self.text.encode()) if statement is not None]
+
+
+_TOKEN: Final = re.compile(
+    r"""--[^\n]*|/\*.*?\*/|\$(\w*)\$.*?\$\1\$|'(?:[^']|'')*'|"(?:[^"]|"")*"|(?P<end>;|\\gexec\b)""", re.DOTALL
+)
+
+
+def steps(script: str) -> Iterator[Step]:
+    """The steps of a file of `schema/`."""
+    start = 0
+    for token in _TOKEN.finditer(script):
+        end = token.lastgroup == "end" and token["end"]
+        if end:
+            yield _step(script[start : token.start()], generates=end != ";")
+            start = token.end()
+
+
+def _step(text: str, *, generates: bool) -> Step:
+    comment, statement = _comment_and_statement(text.strip())
+    lock = next((line.removeprefix("lock:").strip() for line in comment if line.startswith("lock:")), "")
+    title = " ".join(line for line in comment if not line.startswith("lock:")).split(". ")[0].removesuffix(".")
+    return Step(title, statement, lock, generates)
+
+
+def _comment_and_statement(text: str) -> tuple[list[str], str]:
+    paragraph: list[str] = []
+    lines = text.splitlines()
+    for number, line in enumerate(lines):
+        if line.startswith("--"):
+            paragraph.append(line.removeprefix("--").strip())
+        elif line.strip():
+            return paragraph, "\n".join(lines[number:]).rstrip()
+        else:
+            paragraph = []
+    return paragraph, ""
+
+
+def schema(name: str) -> str:
+    """A file of `schema/`, which lies beside the package in a checkout, and inside it once installed."""
+    installed = resources.files("cdc_worker") / "schema" / name
+    return (installed if installed.is_file() else Path(__file__).parent.parent / "schema" / name).read_text("utf-8")
+
+
+def checksum(script: str) -> str:
+    """What tells versions of a file apart: SHA-256."""
+    return hashlib.sha256(script.encode()).hexdigest()
+
+
+_LOCKED: Final = (psycopg.errors.LockNotAvailable, psycopg.errors.DeadlockDetected)
+
+PATIENCE: Final = 600.0
+"""Seconds in which a step must get its locks."""
+
+LOCKS_AT_ONCE: Final = 2
+"""So many tables a step locks at most."""
+
+
+def perform(connection: Connection, step: Step, *, patience: float = PATIENCE) -> list[str]:
+    """Do a step, again and again until it gets its locks; returns the statements that were executed.
+
+    Raises psycopg.errors.LockNotAvailable when it doesn't in so many seconds.
+    """
+    brief = _brief(connection)
+
+    def tell(state: RetryCallState) -> None:
+        log.get().warning("waiting_for_lock", step=step.title, lock=step.lock, attempt=state.attempt_number)
+
+    attempts = Retrying(
+        retry=retry_if_exception_type(_LOCKED),
+        wait=wait_random_exponential(multiplier=brief / 1000, max=10),
+        stop=stop_after_delay(patience),
+        before_sleep=tell,
+        reraise=True,
+    )
+    executed: list[str] = []
+    for attempt in attempts:
+        with attempt:
+            for statement in step.statements(connection):
+                # Whoever waits to build an index or to validate makes nobody else wait.
+                patient = re.search(r"\bCONCURRENTLY\b|^ALTER TABLE \S+ VALIDATE\b", statement)
+                connection.execute("SELECT set_config('lock_timeout', %s, false)", ("30s" if patient else str(brief),))
+                try:
+                    connection.execute(statement.encode())
+                except psycopg.Error:
+                    connection.execute("ROLLBACK")
+                    raise
+                executed.append(statement)
+    return executed
+
+
+def _brief(connection: Connection) -> int:
+    """How long to wait for one lock, in milliseconds: all that a step waits for, in less than half a deadlock_timeout.
+
+    So neither do others queue behind us for long, nor can it be one of them whom the server ends in a deadlock.
+    """
+    (milliseconds,) = fetch_one(connection, "SELECT setting::int FROM pg_settings WHERE name = 'deadlock_timeout'")
+    return max(1, int(milliseconds * 0.4 / LOCKS_AT_ONCE))
+
+
+_SIZES: Final = """
+SELECT relname::text, pg_size_pretty(pg_total_relation_size(c.oid))
+FROM pg_class c WHERE c.oid = ANY (SELECT to_regclass(name) FROM unnest(%s::text[]) name)
+"""
+
+
+def script(connection: Connection, step: Step) -> str:
+    """What a step would execute, as SQL with comments; empty when there is nothing to do."""
+    statements = step.statements(connection)
+    if not statements:
+        return ""
+    lines = [f"-- {step.title}"]
+    if step.lock:
+        tables = [
+            name for on in re.findall(r" on ([\w.\", ]+?)(?:;|$| and (?=[A-Z]))", step.lock) for name in on.split(", ")
+        ]
+        sizes = ", ".join(f"{name}: {size}" for name, size in connection.execute(_SIZES, (tables,)))
+        lines.append(f"-- lock: {step.lock}" + (f" ({sizes})" if sizes else ""))
+    return "\n".join([*lines, *(f"{statement.rstrip().removesuffix(';')};" for statement in statements)]) + "\n"
