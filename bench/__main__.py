@@ -28,8 +28,8 @@ import psycopg
 from cdc_worker import profile, wal2json
 from cdc_worker.binaries import find_binaries
 from cdc_worker.cluster import Cluster
+from cdc_worker.ddl import schema
 from cdc_worker.rules import compile_rules
-from cdc_worker.setup import schema
 from cdc_worker.transform import CONTEXT_PREFIX
 
 LEADS = 10_000

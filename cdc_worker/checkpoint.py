@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 import uuid
+from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Final
@@ -13,6 +14,7 @@ from psycopg import sql
 
 from cdc_worker import errors
 from cdc_worker.activities import Position, Scope, Stretch
+from cdc_worker.ddl import Step, transaction
 from cdc_worker.lsn import LSN
 from cdc_worker.postgres import Connection, fetch_one
 from cdc_worker.rules import qualified
@@ -60,17 +62,23 @@ def read(connection: Connection, worker: str) -> Checkpoint:
     return Checkpoint(name, slot, plugin, system_identifier, LSN.parse(created_at), position, *rest)
 
 
-_CREATE: Final = """
+_CREATE: Final = """\
 INSERT INTO cdc_worker.checkpoint (worker, slot, plugin, system_identifier, slot_created_at, lsn)
-VALUES (%s, %s, %s, %s, %s, %s)
-"""
+SELECT {}, slot_name, plugin, system_identifier, confirmed_flush_lsn, confirmed_flush_lsn
+FROM pg_replication_slots, pg_control_system() WHERE slot_name = {}"""
+
+_LEAVE: Final = """\
+INSERT INTO cdc_worker.excluded (worker, table_name, from_lsn)
+SELECT worker, {}, lsn FROM cdc_worker.checkpoint WHERE worker = {}"""
 
 
-def create(
-    connection: Connection, worker: str, *, slot: str, plugin: str, system_identifier: str, position: LSN
-) -> None:
-    """Write the first checkpoint: where the slot begins."""
-    connection.execute(_CREATE, (worker, slot, plugin, system_identifier, str(position), str(position)))
+def create(worker: str, slot: str, tracked: Iterable[tuple[str, str]]) -> Step:
+    """The first checkpoint: where the slot begins. What triggers record of the `tracked` tables is left to them."""
+    text = transaction(
+        sql.SQL(_CREATE).format(worker, slot),
+        *(sql.SQL(_LEAVE).format(".".join(table), worker) for table in sorted({*tracked})),
+    )
+    return Step(f'worker "{worker}" begins where the slot does', text)
 
 
 _READER: Final = "SELECT worker FROM cdc_worker.checkpoint WHERE slot = %s"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, ParamSpec
 
@@ -12,9 +12,11 @@ import click
 import psycopg
 
 from cdc_worker import __version__, config, log, postgres, profile
+from cdc_worker import cutover as cutting_over
 from cdc_worker import demo as playing
 from cdc_worker import setup as setting_up
 from cdc_worker import status as state
+from cdc_worker import teardown as tearing_down
 from cdc_worker.config import Settings
 from cdc_worker.errors import CdcWorkerError, SettingsError
 from cdc_worker.worker import Stop, Worker
@@ -88,16 +90,70 @@ def run(settings: Settings, once: bool) -> None:
     Worker(settings, profile.load(settings.profile), stop=stop, log=logger, once=once).run()
 
 
+_dry_run = click.option("--dry-run", is_flag=True, help="Print the SQL with its locks and rewrites, and do nothing.")
+
+
 @main.command()
+@_dry_run
+@click.option("--role", metavar="NAME", help="Role that the worker runs as: gets the grants it needs, and no more.")
+@click.option("--protect/--no-protect", default=True, help="Whether the worker's rows are read-only for others.")
+@click.option("--cutover/--no-cutover", default=True, help="Whether to take over from triggers that record already.")
+@click.option("--failover", is_flag=True, help="Make a failover slot (PostgreSQL 17 or later).")
 @_settings
-def setup(settings: Settings) -> None:
-    """Set up tables, replica identities, the slot and the first checkpoint. May be repeated.
+def setup(settings: Settings, dry_run: bool, **wishes: Any) -> None:
+    """Set up tables, replica identities, grants, slot and cut-over, beside a running application. May be repeated.
 
     \b
-    Example: cdc-worker setup --dsn "host=db user=owner dbname=crm"
+    Example: cdc-worker setup --dsn "host=db user=owner dbname=crm" --role cdc --dry-run
     """
-    for line in setting_up.setup(settings, profile.load(settings.profile)):
+    do = setting_up.plan if dry_run else setting_up.setup
+    _echo(do(settings, profile.load(settings.profile), setting_up.Wishes(**wishes)))
+
+
+def _echo(lines: Iterator[str]) -> None:
+    for line in filter(None, lines):
         click.echo(line)
+
+
+@main.command()
+@_dry_run
+@click.option("--back", is_flag=True, help="Bring the triggers back: from there on they record again.")
+@_settings
+def cutover(settings: Settings, dry_run: bool, back: bool) -> None:
+    """Take over from the triggers that recorded changes so far, exactly, while the application writes.
+
+    \b
+    Example: cdc-worker cutover --back
+    """
+    _echo(cutting_over.cut_over(settings, profile.load(settings.profile), to_triggers=back, dry_run=dry_run))
+
+
+@main.command()
+@_dry_run
+@click.option("--all", "everything", is_flag=True, help="Also all else that setup made; activities stay.")
+@click.option("--restore-triggers", is_flag=True, help="With --all: bring back the triggers that cut-over took away.")
+@click.option("--yes", is_flag=True, help="Don't ask.")
+@_settings
+def teardown(settings: Settings, dry_run: bool, everything: bool, restore_triggers: bool, yes: bool) -> None:
+    """Drop the slot, and if wished all that setup made.
+
+    \b
+    Example: cdc-worker teardown --all --restore-triggers
+    """
+    if restore_triggers and not everything:
+        raise click.UsageError("--restore-triggers is for --all; alone: cdc-worker cutover --back")
+    if not dry_run and not yes:
+        what = "and all that setup made" if everything else "and the checkpoint"
+        _confirm(f'Drop slot "{settings.slot}" {what}? What is committed from then on is not recorded.')
+    do = tearing_down.plan if dry_run else tearing_down.teardown
+    loaded = profile.load(settings.profile)
+    _echo(do(settings, loaded, everything=everything, restore_triggers=restore_triggers))
+
+
+def _confirm(question: str) -> None:
+    if not sys.stdin.isatty():
+        raise click.UsageError("there is no terminal to ask on: --yes does it, --dry-run shows it")
+    click.confirm(question, abort=True)
 
 
 @main.command()

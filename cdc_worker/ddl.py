@@ -9,16 +9,19 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Final
 
 import psycopg
+from psycopg import sql
 from tenacity import RetryCallState, Retrying, retry_if_exception_type, stop_after_delay, wait_random_exponential
 
-from cdc_worker import log
+from cdc_worker import errors, log, postgres
+from cdc_worker.config import Settings
 from cdc_worker.postgres import Connection, fetch_one
 
 
@@ -47,8 +50,10 @@ _TOKEN: Final = re.compile(
 )
 
 
-def steps(script: str) -> Iterator[Step]:
-    """The steps of a file of `schema/`."""
+def steps(script: str, variables: Mapping[str, str] | None = None) -> Iterator[Step]:
+    """The steps of a file of `schema/`, with psql's variables filled in where they stand as `:'name'`."""
+    for name, value in (variables or {}).items():
+        script = script.replace(f":'{name}'", sql.quote(value))
     start = 0
     for token in _TOKEN.finditer(script):
         end = token.lastgroup == "end" and token["end"]
@@ -77,6 +82,12 @@ def _comment_and_statement(text: str) -> tuple[list[str], str]:
     return paragraph, ""
 
 
+def transaction(*statements: sql.Composable | str) -> str:
+    """Statements as one transaction. Strings are taken as they are."""
+    texts = [part if isinstance(part, str) else part.as_string() for part in statements]
+    return ";\n".join(["BEGIN", *texts, "COMMIT"])
+
+
 def schema(name: str) -> str:
     """A file of `schema/`, which lies beside the package in a checkout, and inside it once installed."""
     installed = resources.files("cdc_worker") / "schema" / name
@@ -86,6 +97,26 @@ def schema(name: str) -> str:
 def checksum(script: str) -> str:
     """What tells versions of a file apart: SHA-256."""
     return hashlib.sha256(script.encode()).hexdigest()
+
+
+@contextmanager
+def connected(settings: Settings) -> Iterator[Connection]:
+    """A connection for changes of the structure, to a server that fits."""
+    try:
+        with postgres.connect(settings.dsn.get_secret_value(), settings.worker) as connection:
+            postgres.check_server(postgres.server(connection), settings.worker)
+            connection.execute("SET search_path = public")
+            yield connection
+    except psycopg.errors.InsufficientPrivilege as error:
+        raise errors.ServerError(
+            f"the server refused: {error.diag.message_primary} (SQLSTATE {error.sqlstate})",
+            hint="do it as the owner of the tables, or as a superuser",
+        ) from error
+
+
+def exists(connection: Connection, relation: str) -> bool:
+    """Whether there is such a table or view."""
+    return fetch_one(connection, "SELECT to_regclass(%s) IS NOT NULL", relation) == (True,)
 
 
 _LOCKED: Final = (psycopg.errors.LockNotAvailable, psycopg.errors.DeadlockDetected)
@@ -102,14 +133,14 @@ def perform(connection: Connection, step: Step, *, patience: float = PATIENCE) -
 
     Raises psycopg.errors.LockNotAvailable when it doesn't in so many seconds.
     """
-    brief = _brief(connection)
+    wait = brief(connection)
 
     def tell(state: RetryCallState) -> None:
         log.get().warning("waiting_for_lock", step=step.title, lock=step.lock, attempt=state.attempt_number)
 
     attempts = Retrying(
         retry=retry_if_exception_type(_LOCKED),
-        wait=wait_random_exponential(multiplier=brief / 1000, max=10),
+        wait=wait_random_exponential(multiplier=wait / 1000, max=10),
         stop=stop_after_delay(patience),
         before_sleep=tell,
         reraise=True,
@@ -120,7 +151,7 @@ def perform(connection: Connection, step: Step, *, patience: float = PATIENCE) -
             for statement in step.statements(connection):
                 # Whoever waits to build an index or to validate makes nobody else wait.
                 patient = re.search(r"\bCONCURRENTLY\b|^ALTER TABLE \S+ VALIDATE\b", statement)
-                connection.execute("SELECT set_config('lock_timeout', %s, false)", ("30s" if patient else str(brief),))
+                connection.execute("SELECT set_config('lock_timeout', %s, false)", ("30s" if patient else str(wait),))
                 try:
                     connection.execute(statement.encode())
                 except psycopg.Error:
@@ -130,7 +161,7 @@ def perform(connection: Connection, step: Step, *, patience: float = PATIENCE) -
     return executed
 
 
-def _brief(connection: Connection) -> int:
+def brief(connection: Connection) -> int:
     """How long to wait for one lock, in milliseconds: all that a step waits for, in less than half a deadlock_timeout.
 
     So neither do others queue behind us for long, nor can it be one of them whom the server ends in a deadlock.
@@ -150,7 +181,7 @@ def script(connection: Connection, step: Step) -> str:
     statements = step.statements(connection)
     if not statements:
         return ""
-    lines = [f"-- {step.title}"]
+    lines = [f"-- {step.title}"] if step.title else []
     if step.lock:
         tables = [
             name for on in re.findall(r" on ([\w.\", ]+?)(?:;|$| and (?=[A-Z]))", step.lock) for name in on.split(", ")

@@ -19,7 +19,7 @@ from typing import Final
 import click
 import psycopg
 
-from cdc_worker import config, profile, shadow
+from cdc_worker import config, ddl, profile, shadow
 from cdc_worker import setup as setting_up
 from cdc_worker.cluster import Binaries, Cluster, find_binaries
 from cdc_worker.errors import CdcWorkerError
@@ -88,7 +88,7 @@ def _set_up(cluster: Cluster) -> str:
     cluster.createdb("leadfi")
     dsn = cluster.dsn("leadfi")
     with psycopg.connect(dsn, autocommit=True) as connection:
-        connection.execute(setting_up.schema("leadfi.sql").encode())
+        connection.execute(ddl.schema("leadfi.sql").encode())
         done = setting_up.setup(config.load(flags={"dsn": dsn}), profile.load("leadfi"))
         slot = next(line for line in [*done] if line.startswith("slot "))
         shadow.install(connection)

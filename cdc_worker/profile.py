@@ -50,13 +50,13 @@ def _unless(faults: list[str], model: _M) -> _M:
 class Target(_Model):
     """The table that activities are written to. `columns` maps its columns to fields, `constants` to fixed values.
 
-    `prepare` names the file of `schema/` that setup runs to create or prepare the table.
+    `prepare` names the files of `schema/` that setup runs to create or prepare the table.
     """
 
     table: str
     columns: dict[str, Name]
     constants: dict[str, Constant] = {}
-    prepare: str | None = None
+    prepare: list[str] = []
 
     @model_validator(mode="after")
     def _key_is_written(self) -> Target:

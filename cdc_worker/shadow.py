@@ -10,7 +10,7 @@ from typing import Any, Final, LiteralString
 
 import psycopg
 
-from cdc_worker.setup import schema
+from cdc_worker.ddl import schema
 
 _DIFFERENCE: Final = """
 SELECT missing, activity_type, description, lead_id, customer_uid, bd_in_charge, created_by, metadata

@@ -85,6 +85,16 @@ def check_unread(slot: Slot, *, database: str) -> LSN:
     return slot.confirmed_flush_lsn
 
 
+def check_disposable(slot: Slot, *, database: str) -> None:
+    """Raise unless this slot is one that a worker for this database may have used."""
+    if (slot.plugin, slot.database) != (wal2json.PLUGIN, database):
+        raise errors.SlotMismatchError(
+            f'slot "{slot.name}" is of the plugin "{slot.plugin}" and the database "{slot.database}": '
+            "no cdc-worker of this database has used it",
+            hint="name the worker's slot in CDC_WORKER_SLOT",
+        )
+
+
 def taken(slot: Slot) -> errors.SlotTakenError:
     """Something reads the slot that should not."""
     return errors.SlotTakenError(
@@ -152,13 +162,25 @@ ORDER BY age(l.transactionid) DESC
 """
 
 
-def create(connection: Connection, name: str, server: Server, *, timeout: float = 30) -> LSN:
-    """Make the slot and return its first position. Waits until the transactions that run now have ended."""
+def creation(name: str, *, failover: bool = False) -> sql.Composed:
+    """The query that makes a slot and returns its first position."""
+    arguments = sql.SQL(", failover => true") if failover else sql.SQL("")
+    query = sql.SQL("SELECT lsn FROM pg_create_logical_replication_slot({}, {}{})")
+    return query.format(name, wal2json.PLUGIN, arguments)
+
+
+def create(connection: Connection, name: str, server: Server, *, failover: bool = False, timeout: float = 30) -> LSN:
+    """Make the slot and return its first position. Waits until the transactions that run now have ended.
+
+    A `failover` slot is kept on standbys as well, which PostgreSQL knows from version 17 on.
+    """
+    if failover and server.version < 170000:
+        raise errors.ServerError(
+            f"failover slots need PostgreSQL 17, and this is {server.version // 10000}", hint="leave out --failover"
+        )
     connection.execute(sql.SQL("SET statement_timeout = {}").format(round(timeout * 1000)))
     try:
-        (position,) = fetch_one(
-            connection, "SELECT lsn FROM pg_create_logical_replication_slot(%s, %s)", name, wal2json.PLUGIN
-        )
+        ((position,),) = connection.execute(creation(name, failover=failover))
     except psycopg.errors.QueryCanceled as error:
         # pg_locks, for pg_stat_activity shows other roles' transactions to superusers only.
         holders = ", ".join(holder for (holder,) in connection.execute(_HOLDERS, (timeout,)))
@@ -173,22 +195,26 @@ def create(connection: Connection, name: str, server: Server, *, timeout: float 
     return LSN.parse(position)
 
 
+def allow(role: str, allowed: list[str]) -> str:
+    """The statement that lets a role use the plugin as well. A list: in one pair of quotes it would be one library."""
+    libraries = ", ".join(sql.Identifier(library).as_string() for library in [*allowed, wal2json.PLUGIN])
+    return f"ALTER ROLE {sql.Identifier(role).as_string()} SET output_plugin_libraries = {libraries}"
+
+
 def plugin_error(error: psycopg.Error, server: Server) -> Exception:
     """What the server's refusal to decode with the plugin asks of the operator; the error itself if it is another."""
     known = server.output_plugin_libraries
     allowed = listed(known) if known is not None else ["pgoutput"]
-    role = sql.Identifier(server.role).as_string()
     if error.sqlstate == "58P01":
         return errors.PluginMissingError(
             f"the server has no output plugin {wal2json.PLUGIN}",
             hint=f"install it there, for example: apt-get install postgresql-{server.version // 10000}-wal2json",
         )
     if error.sqlstate == "42501" and server.may_replicate and wal2json.PLUGIN not in allowed:
-        libraries = ", ".join(sql.Identifier(library).as_string() for library in [*allowed, wal2json.PLUGIN])
         return errors.PluginRefusedError(
             f"the server refuses the output plugin {wal2json.PLUGIN}: output_plugin_libraries "
             + (f"is {known}" if known is not None else "doesn't name it"),
-            hint=f"as a superuser: ALTER ROLE {role} SET output_plugin_libraries = {libraries}",
+            hint=f"as a superuser: {allow(server.role, allowed)}",
         )
     if error.sqlstate == "53400":
         return errors.ServerError("all replication slots of the server are taken", hint="raise max_replication_slots")

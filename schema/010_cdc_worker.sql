@@ -66,7 +66,7 @@ COMMENT ON COLUMN cdc_worker.erased.erased_lsn IS 'Where the WAL was at the time
 COMMENT ON COLUMN cdc_worker.erased.until_lsn IS 'The commit that gave the key to somebody else; NULL if none did';
 
 CREATE TABLE IF NOT EXISTS cdc_worker.replaced (
-    kind         text NOT NULL CHECK (kind IN ('replica_identity', 'tracker', 'trigger')),
+    kind         text NOT NULL CHECK (kind IN ('replica_identity', 'tracker', 'trigger', 'grant')),
     table_name   text NOT NULL,
     name         text NOT NULL,
     restore      text NOT NULL,

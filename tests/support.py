@@ -22,7 +22,8 @@ from psycopg.rows import TupleRow, dict_row
 
 from cdc_worker import config, profile
 from cdc_worker.cluster import Cluster
-from cdc_worker.setup import schema, setup
+from cdc_worker.ddl import schema
+from cdc_worker.setup import setup
 
 T = TypeVar("T")
 

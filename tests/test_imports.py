@@ -13,7 +13,21 @@ CORE = ["errors", "lsn", "protocol", "changes", "wal2json", "pgoutput", "activit
 
 EDGES = [
     *("config", "log", "metrics", "postgres", "ddl", "checkpoint", "slot", "replication", "backfill", "replay", "sink"),
-    *("setup", "status", "worker", "doctor", "binaries", "cluster", "shadow", "sales_day", "timeline", "demo", "cli"),
+    *(
+        "cutover",
+        "setup",
+        "teardown",
+        "status",
+        "worker",
+        "doctor",
+        "binaries",
+        "cluster",
+        "shadow",
+        "sales_day",
+        "timeline",
+        "demo",
+        "cli",
+    ),
 ]
 
 DOORS = ["__init__", "__main__"]

@@ -1,0 +1,45 @@
+-- What the role of the worker needs, and no more: it makes no tables and is no superuser.
+--
+-- For psql: -v role=cdc -v target=public.activity -v key=change_key. That it may read a slot is an administrator's to
+-- give: ALTER ROLE cdc REPLICATION.
+
+-- the worker's role has its grants on the worker's own tables
+SELECT format('GRANT %s ON %s TO %I', privilege, object, :'role')
+FROM (SELECT (SELECT oid FROM pg_roles WHERE rolname = :'role')) AS role (oid),
+    LATERAL (
+        VALUES
+            ('USAGE', 'SCHEMA cdc_worker', has_schema_privilege(oid, to_regnamespace('cdc_worker')::oid, 'USAGE')),
+            ('SELECT, UPDATE', 'cdc_worker.checkpoint',
+                has_table_privilege(oid, to_regclass('cdc_worker.checkpoint')::oid, 'SELECT')
+                AND has_table_privilege(oid, to_regclass('cdc_worker.checkpoint')::oid, 'UPDATE')),
+            ('SELECT, INSERT', 'cdc_worker.dead_letter',
+                has_table_privilege(oid, to_regclass('cdc_worker.dead_letter')::oid, 'SELECT')
+                AND has_table_privilege(oid, to_regclass('cdc_worker.dead_letter')::oid, 'INSERT')),
+            ('SELECT', 'cdc_worker.excluded',
+                has_table_privilege(oid, to_regclass('cdc_worker.excluded')::oid, 'SELECT')),
+            ('SELECT, UPDATE (until_lsn)', 'cdc_worker.erased',
+                has_table_privilege(oid, to_regclass('cdc_worker.erased')::oid, 'SELECT')
+                AND has_column_privilege(oid, to_regclass('cdc_worker.erased')::oid, 'until_lsn', 'UPDATE'))
+    ) AS needed (privilege, object, granted)
+WHERE granted IS NOT TRUE
+\gexec
+
+-- the worker's role has its grants on the target, which teardown takes back
+SELECT format(
+    'GRANT %1$s ON %2$s TO %3$I; INSERT INTO cdc_worker.replaced (kind, table_name, name, restore)'
+    ' VALUES (''grant'', %4$L, %5$L, %6$L) ON CONFLICT DO NOTHING',
+    privilege, object, :'role', :'target', privilege || ' ON ' || object || ' TO ' || :'role',
+    format('REVOKE %s ON %s FROM %I', privilege, object, :'role'))
+FROM (SELECT (SELECT oid FROM pg_roles WHERE rolname = :'role'), to_regclass(:'target')::oid) AS role (oid, target),
+    LATERAL (
+        SELECT 'INSERT', :'target', has_table_privilege(oid, target, 'INSERT')
+        UNION ALL
+        SELECT format('SELECT (%I)', :'key'), :'target',
+            has_column_privilege(oid, target, (SELECT attnum FROM pg_attribute WHERE attrelid = target AND attname = :'key'), 'SELECT')
+        UNION ALL
+        SELECT 'USAGE', 'SEQUENCE ' || seqrelid::regclass, has_sequence_privilege(role.oid, seqrelid, 'USAGE')
+        FROM pg_sequence JOIN pg_depend ON objid = seqrelid
+        WHERE refobjid = target AND classid = 'pg_class'::regclass AND deptype = 'a'
+    ) AS needed (privilege, object, granted)
+WHERE granted IS NOT TRUE
+\gexec
