@@ -75,17 +75,21 @@ class DeadLetter(msgspec.Struct, frozen=True):
 Stretch = tuple[LSN, LSN | None]
 """Commits from one LSN on up to another, which is not in it; None while there is no end."""
 
+Person = tuple[str, str]
+"""A field of activities that links to persons, and a key in it as text."""
+
 
 class Scope(msgspec.Struct, frozen=True):
     """Of what there are no activities although rules apply, or only blank ones.
 
     `excluded`: by (schema, table), stretches in which something else recorded its changes, or in which it was not set
     up. `erased`: by (field, key), persons to be forgotten, whose activities have that key in that field; each stretch
-    begins where the WAL was then, reaches back for ever, and ends where the key was given to somebody else.
+    begins where the WAL was then, reaches back for ever, and ends within the commit in which the key was given to
+    somebody else, where that was done.
     """
 
     excluded: Mapping[tuple[str, str], Sequence[Stretch]] = {}
-    erased: Mapping[tuple[str, str], Sequence[Stretch]] = {}
+    erased: Mapping[Person, Sequence[Stretch]] = {}
 
     def excludes(self, commit_lsn: LSN) -> frozenset[tuple[str, str]]:
         """The tables whose changes in this commit are not the worker's to record."""
@@ -124,7 +128,8 @@ class _Slice(msgspec.Struct, frozen=True, gc=False):
 class Batch:
     """What is written in one database transaction: all outcomes up to the position `end`, in order.
 
-    `size` is in bytes of the stream.
+    `size` is in bytes of the stream. `given` are the erased persons whose keys were given to somebody else, each with
+    the commit that did it.
     """
 
     MAX_OUTCOMES: ClassVar[int] = 1_000
@@ -135,6 +140,7 @@ class Batch:
     committed_at: datetime | None = None
     transactions: int = 0
     size: int = 0
+    given: list[tuple[Person, LSN]] = field(default_factory=list)
     _slices: list[_Slice] = field(default_factory=list)
 
     @property
@@ -142,11 +148,23 @@ class Batch:
         """Whether it should be written before more is taken."""
         return len(self.outcomes) >= self.MAX_OUTCOMES or self.size >= self.MAX_SIZE
 
+    @property
+    def empty(self) -> bool:
+        """Whether there is nothing to write but its end."""
+        return not (self.outcomes or self.given)
+
     def add(
-        self, outcomes: Sequence[Line | DeadLetter], transaction: Transaction, *, done: int, complete: bool
+        self,
+        outcomes: Sequence[Line | DeadLetter],
+        transaction: Transaction,
+        *,
+        done: int,
+        complete: bool,
+        given: Sequence[Person] = (),
     ) -> None:
         """Take what came of a slice of a commit: of all of it if `complete`, else of its first `done` changes."""
         before = self.end.lsn
+        self.given += ((person, transaction.commit_lsn) for person in given)
         if outcomes:
             self._slices.append(_Slice(len(self.outcomes), before, transaction.commit_lsn))
             self.outcomes += outcomes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import string
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -286,13 +287,19 @@ class Rule:
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """A captured table, compiled: rules by operation, facts by name; to the tables in `tells` its rows are facts."""
+    """A captured table, compiled: rules by operation, facts by name; to the tables in `tells` its rows are facts.
+
+    `persons` are columns by field: those of its fields that its identity repeats, so that each row is the person of
+    this key. `links` are its columns by such fields of any table: whom a row is about.
+    """
 
     name: tuple[str, str]
     rules: Mapping[Operation, tuple[Rule, ...]]
     facts: Mapping[str, Fact]
     tells: tuple[tuple[tuple[str, str], Fact], ...]
     columns: frozenset[str]
+    persons: Mapping[str, str]
+    links: Mapping[str, str]
     _candidates: dict[tuple[str, ...], tuple[Rule, ...]] = field(default_factory=dict)
 
     def candidates(self, change: Change) -> tuple[Rule, ...]:
@@ -357,6 +364,12 @@ def compile_rules(profile: Profile) -> Rules:
     if faults:
         lines = "\n".join(f"  {fault}" for fault in faults)
         raise ProfileError(f'profile "{profile.name}" is wrong:\n{lines}', hint="mend each place named")
+    links = {table: _links(scope.table) for table, scope in scopes.items()}
+    persons = {
+        table: {name: column for name, column in links[table].items() if spec.fields[name] in spec.identity.values()}
+        for table, spec in ((table, scope.table) for table, scope in scopes.items())
+    }
+    are_persons = frozenset().union(*persons.values())
     return {
         table: Table(
             name=table,
@@ -364,9 +377,21 @@ def compile_rules(profile: Profile) -> Rules:
             facts=facts[table],
             tells=tuple((other, f) for other in scopes for f in facts[other].values() if f.table == table),
             columns=frozenset(_columns(table, scopes, facts)),
+            persons=persons[table],
+            links={name: column for name, column in links[table].items() if name in are_persons},
         )
         for table in scopes
     }
+
+
+def _links(table: TableSpec) -> dict[str, str]:
+    """The columns, by field, of fields that are nothing but a column."""
+    found = {}
+    for name, source in table.fields.items():
+        column = re.fullmatch(r"\{row\.([^{}:!]+)\}", source) if isinstance(source, str) else None
+        if column is not None and column[1] not in table.mapped:
+            found[name] = column[1]
+    return found
 
 
 def _facts(scope: _Scope) -> dict[str, Fact]:

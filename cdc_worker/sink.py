@@ -153,7 +153,7 @@ class Sink:
         lines = [outcome.text for outcome in batch.outcomes if type(outcome) is Line]
         written.activities = len(lines)
         written.dead_letters = [outcome for outcome in batch.outcomes if type(outcome) is DeadLetter]
-        advance = self._advance(batch.end, batch.committed_at)
+        advance = self._advance(batch.end, batch)
         if written.dead_letters:
             yield from self._run(f"BEGIN; {advance}")
             yield from self._insert(written.dead_letters)
@@ -176,7 +176,7 @@ class Sink:
         dead_letters: list[DeadLetter] = []
         existing: set[str] = set()
         savepoints = activities = 0
-        yield from self._run(f"BEGIN; SET CONSTRAINTS ALL IMMEDIATE; {self._advance(self.position, None)}")
+        yield from self._run(f"BEGIN; SET CONSTRAINTS ALL IMMEDIATE; {self._advance(self.position)}")
         segments = deque((at, min(at + MAX_SEGMENT, len(outcomes))) for at in range(start, len(outcomes), MAX_SEGMENT))
         while segments:
             place, end = segments.popleft()
@@ -216,7 +216,7 @@ class Sink:
         yield from self._insert(dead_letters)
         position = batch.end if place == len(outcomes) else batch.position_before(place)
         assert position is not None
-        yield from self._run(f"{self._advance(position, batch.committed_at)}; COMMIT")
+        yield from self._run(f"{self._advance(position, batch)}; COMMIT")
         self.position = position
         written.activities += activities
         written.dead_letters += dead_letters
@@ -257,8 +257,14 @@ class Sink:
             hint="mend its grants or columns; what was not written comes again",
         )
 
-    def _advance(self, after: Position, committed_at: datetime | None) -> str:
-        return checkpoint.advance(self._checkpoint, self.position, after, committed_at)
+    def _advance(self, after: Position, batch: Batch | None = None) -> str:
+        advance = checkpoint.advance(self._checkpoint, self.position, after, batch.committed_at if batch else None)
+        # Also for commits of the batch that come after `after`: theirs are true already.
+        given = [
+            _GIVEN.format(self._checkpoint.worker, *person, at=str(lsn)).as_string()
+            for person, lsn in (batch.given if batch else ())
+        ]
+        return "; ".join([advance, *given])
 
     def _insert(self, dead_letters: Sequence[DeadLetter]) -> Writing[None]:
         if not dead_letters:
@@ -332,6 +338,13 @@ class Sink:
             if (yield Wait.RW) & Ready.R:
                 self._pgconn.consume_input()
 
+
+# A query, because an UPDATE that finds nothing to do would look as if another process owned the checkpoint.
+_GIVEN: Final = sql.SQL(
+    "WITH given AS (UPDATE cdc_worker.erased SET until_lsn = {at}"
+    " WHERE worker = {} AND field = {} AND key = {} AND until_lsn IS NULL AND erased_lsn < {at} RETURNING 1)"
+    " SELECT FROM given"
+)
 
 _INSERT_DEAD_LETTERS: Final = b"""
 INSERT INTO cdc_worker.dead_letter

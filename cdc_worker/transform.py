@@ -5,15 +5,17 @@ from __future__ import annotations
 import pickle
 import zlib
 from collections import defaultdict, deque
+from collections.abc import Iterator, Mapping
 from datetime import datetime
 from typing import Any, Final
 
 import msgspec
 
-from cdc_worker.activities import Activity, DeadLetter, Scope, change_key, key_prefix
+from cdc_worker.activities import Activity, DeadLetter, Person, Scope, Stretch, change_key, key_prefix
 from cdc_worker.changes import Change, Message, Row, Transaction, Value
 from cdc_worker.errors import UnknownValueError
-from cdc_worker.rules import Event, Rule, Rules, Table, event_of
+from cdc_worker.lsn import INVALID
+from cdc_worker.rules import Event, Rule, Rules, Table, event_of, text
 
 CONTEXT_PREFIX: Final = "cdc_worker.context"
 """Prefix of the logical messages in which an application says who changes what follows."""
@@ -26,6 +28,9 @@ FACT_TEXT: Final = 16 << 20
 
 MAX_OUTCOMES: Final = 500
 """So many outcomes that have waited come out at once."""
+
+ERASED: Final = "the person was erased"
+"""The reason of a dead letter of which nothing else may be told."""
 
 Outcome = Activity | DeadLetter
 
@@ -73,6 +78,23 @@ def _build(event: Event, rule: Rule, key: str, index: int) -> Outcome:
         return DeadLetter(key, "rule_failed", str(error), event.change, index, event.committed_at)
 
 
+def blank(change: Change, links: Mapping[str, str]) -> Change:
+    """A change of which no more is told than which persons it was of: `links` are its table's."""
+
+    def kept(row: Row | None) -> Row | None:
+        return row and {column: row[column] for column in links.values() if column in row}
+
+    return msgspec.structs.replace(change, old=kept(change.old), new=kept(change.new))
+
+
+def _blank(outcome: Outcome, links: Mapping[str, str]) -> Outcome:
+    change = blank(outcome.change, links)
+    if isinstance(outcome, DeadLetter):
+        return msgspec.structs.replace(outcome, reason=ERASED, change=change)
+    fields = {**outcome.fields, "description": "", "metadata": {"erased": True}}
+    return msgspec.structs.replace(outcome, fields=fields, change=change)
+
+
 _EVERYTHING: Final = Scope()
 
 
@@ -80,13 +102,19 @@ class Transformer:
     """Turns transactions, fed in order and possibly in slices, into outcomes in the order of the changes.
 
     What comes out depends on the transactions alone, never on where they were sliced. After each `feed`, `rest` has
-    more as long as `ready`. `worker` and `system_identifier` are part of every change key.
+    more as long as `ready`; `given` are the erased persons whose keys were given to somebody else meanwhile. `worker`
+    and `system_identifier` are part of every change key.
     """
 
     def __init__(self, rules: Rules, *, worker: str, system_identifier: str, scope: Scope = _EVERYTHING) -> None:
         self._rules = rules
         self._scope = scope
         self._excluded: frozenset[tuple[str, str]] = frozenset()
+        self.given: list[Person] = []
+        self._erased: dict[Person, list[Stretch]] = {person: [*found] for person, found in scope.erased.items()}
+        self._erased_fields = sorted({name for name, _ in scope.erased})
+        self._given_at: dict[Person, int] = {}  # by which change of the current commit
+        self._commit_lsn = INVALID
         self._worker = worker
         self._system_identifier = system_identifier
         self._prefix = ""
@@ -109,7 +137,7 @@ class Transformer:
         """Outcomes that are certain now. With the last slice of a commit, all of them are."""
         if transaction.first:
             self._start(transaction)
-        self._out = []
+        self._out, self.given = [], []
         messages = iter(transaction.messages)
         until, message = next(messages, (-1, None))
         for number, change in enumerate(transaction.changes):
@@ -125,7 +153,7 @@ class Transformer:
         if transaction.last:
             self._expire(self._index + FACT_DISTANCE + 1)
         self._release()
-        return self._out
+        return self._told()
 
     @property
     def ready(self) -> bool:
@@ -134,15 +162,17 @@ class Transformer:
 
     def rest(self) -> list[Outcome]:
         """More of them."""
-        self._out = []
+        self._out, self.given = [], []
         self._release()
-        return self._out
+        return self._told()
 
     def _start(self, transaction: Transaction) -> None:
         self._prefix = key_prefix(self._worker, self._system_identifier, transaction.commit_lsn)
         self._context = {}
         self._ordinals.clear()
         self._index = 0
+        self._commit_lsn = transaction.commit_lsn
+        self._given_at.clear()
         self._excluded = self._scope.excludes(transaction.commit_lsn)
         if self._facts or self._held:
             self._facts.clear()
@@ -170,6 +200,8 @@ class Transformer:
             self._expire(index)
         if table.tells and change.new is not None:
             self._learn(change.new, table, index)
+        if self._erased and change.operation == "insert" and change.new is not None:
+            self._give(change.new, table, index)
         self._index = index + 1
         if table.name in self._excluded:
             return
@@ -211,6 +243,42 @@ class Transformer:
         held, out = self._held, self._out
         while self.ready and (len(out) < MAX_OUTCOMES or out[-1].index == held[0].index):
             out.append(held.popleft().outcome())
+
+    # Erased persons: whoever is inserted under the key of one is somebody else.
+
+    def _give(self, row: Row, table: Table, index: int) -> None:
+        commit = self._commit_lsn
+        for person in _persons(row, table.persons):
+            stretches = self._erased.get(person)
+            if stretches is None:
+                continue
+            self._given_at.setdefault(person, index)
+            ended = [(begin, commit if end is None and begin < commit else end) for begin, end in stretches]
+            if ended != stretches:
+                self._erased[person] = ended
+                self.given.append(person)
+
+    def _told(self) -> list[Outcome]:
+        """What came out, without what may no longer be told."""
+        if not self._erased:
+            return self._out
+        return [self._silenced(outcome) for outcome in self._out]
+
+    def _silenced(self, outcome: Outcome) -> Outcome:
+        change = outcome.change
+        links = self._rules[change.schema, change.table].links
+        persons = [person for row in (change.old, change.new) if row for person in _persons(row, links)]
+        if isinstance(outcome, Activity):
+            persons += _persons(outcome.fields, {name: name for name in self._erased_fields})
+        erased = any(self._is_erased(person, outcome.index) for person in persons)
+        return _blank(outcome, links) if erased else outcome
+
+    def _is_erased(self, person: Person, index: int) -> bool:
+        """Whether nothing may be told of who has this key at a change of the current commit."""
+        commit = self._commit_lsn
+        if index >= self._given_at.get(person, index + 1):  # who has it now may have been erased since
+            return any(begin >= commit for begin, _ in self._erased[person])
+        return any(end is None or commit <= end for _, end in self._erased.get(person, ()))
 
     # Facts: rows of the same transaction that complete an activity, before it or after it.
 
@@ -269,6 +337,12 @@ class Transformer:
         others = [other for other in self._waiting.pop(key) if other is not held]
         if others:
             self._waiting[key] = others
+
+
+def _persons(values: Mapping[str, Any], columns: Mapping[str, str]) -> Iterator[Person]:
+    for name, column in columns.items():
+        if (key := values.get(column)) is not None:
+            yield (name, text(key))
 
 
 def _plain(value: Any) -> bool:

@@ -388,7 +388,7 @@ class _Stream:
     @property
     def _idle(self) -> bool:
         """Whether nothing is open, unwritten or being written."""
-        return not (self._assembler.open or self._unfinished or self._batch.outcomes or self._writing)
+        return not (self._assembler.open or self._unfinished or not self._batch.empty or self._writing)
 
     @property
     def _reloading(self) -> bool:
@@ -438,7 +438,8 @@ class _Stream:
             outcomes = [outcome for outcome in outcomes if outcome.index >= self._resumed.changes]
             done = max(done, self._resumed.changes)
         lines = [self._line(o, transaction) if isinstance(o, Activity) else o for o in outcomes]
-        self._batch.add(lines, transaction, done=done, complete=transaction.last and not transformer.ready)
+        complete = transaction.last and not transformer.ready
+        self._batch.add(lines, transaction, done=done, complete=complete, given=transformer.given)
         self._unfinished = transaction if transformer.ready else None
 
     def _line(self, activity: Activity, transaction: Transaction) -> Line:
@@ -450,7 +451,7 @@ class _Stream:
     def _begin(self, now: float) -> None:
         """Start to write what has come together, or now and then where an otherwise quiet stream has got to."""
         batch = self._batch
-        if batch.outcomes:
+        if not batch.empty:
             self._batch = Batch(batch.end)
         elif (
             self._idle

@@ -27,11 +27,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cdc_worker import transform as module
-from cdc_worker.activities import Activity, DeadLetter
+from cdc_worker.activities import Activity, DeadLetter, Scope, Stretch
 from cdc_worker.changes import Change, Message, Transaction, update
 from cdc_worker.lsn import LSN
 from cdc_worker.rules import Rules
-from cdc_worker.transform import FACT_DISTANCE, Outcome, Transformer, transform
+from cdc_worker.transform import ERASED, FACT_DISTANCE, Outcome, Transformer, transform
 
 
 def keys(came: list[Outcome]) -> list[str]:
@@ -591,3 +591,229 @@ def test_the_time_of_an_activity_is_that_of_the_commit() -> None:
     assert transaction.commit_lsn == LSN(0x1000)
     (fields,) = activities(inserted("lead", lead()))
     assert fields["occurred_at"] is COMMITTED_AT
+
+
+# Erased persons
+
+
+def erased(*stretches: Stretch, field: str = "lead", key: str = "7") -> Scope:
+    """Of one person, whose key is not given to somebody else unless a stretch has an end."""
+    return Scope(erased={(field, key): stretches or ((LSN(0x800), None),)})
+
+
+def scoped(
+    scope: Scope, *messages: Change | Message, cuts: set[int] | None = None, rules: Rules | None = None
+) -> list[Outcome]:
+    return transform(
+        leadfi() if rules is None else rules,
+        assembled(messages, cuts=cuts or ()),
+        worker="w",
+        system_identifier="1",
+        scope=scope,
+    )
+
+
+def silent(outcome: Outcome) -> bool:
+    """Whether it tells nothing but that something happened."""
+    if isinstance(outcome, DeadLetter):
+        return outcome.reason == ERASED
+    return (outcome.fields["description"], outcome.fields["metadata"]) == ("", {"erased": True})
+
+
+def silences(scope: Scope, *messages: Change | Message) -> list[tuple[str, bool]]:
+    """The rules of what came, each with whether it is blank."""
+    return [(outcome.change_key.rpartition("/")[2], silent(outcome)) for outcome in scoped(scope, *messages)]
+
+
+def test_of_an_erased_person_there_are_blank_activities() -> None:
+    change = updated("lead", lead(), status="7. lost")
+    (told,) = outcomes(said('{"changed_by": "jane"}'), change)
+    (outcome,) = scoped(erased(), said('{"changed_by": "jane"}'), change)
+    assert isinstance(told, Activity)
+    assert outcome == Activity(
+        told.change_key,
+        {**told.fields, "description": "", "metadata": {"erased": True}},
+        Change("update", "public", "lead", {"lead_id": 7}, {"lead_id": 7}, ("status",)),
+        0,
+    )
+    assert (told.fields["lead"], told.fields["created_by"], told.fields["bd"]) == (7, "jane", "jane")
+
+
+def test_a_dead_letter_of_an_erased_person_has_no_values_either() -> None:
+    unknown = update("public", "lead", {"lead_id": 7}, lead(status="x"))
+    failed = deleted("lead", {"lead_id": 7, "company_name": "Engines"})
+    first, second = scoped(erased(), unknown, failed)
+    assert isinstance(first, DeadLetter)
+    assert (first.kind, first.reason) == ("old_values_unknown", ERASED)
+    assert (first.change.old, first.change.new) == ({"lead_id": 7}, {"lead_id": 7})
+    assert isinstance(second, DeadLetter)
+    assert (second.kind, second.reason) == ("rule_failed", ERASED)
+    assert (second.change.old, second.change.new) == ({"lead_id": 7}, None)
+
+
+def test_others_are_told_of_as_ever() -> None:
+    script = [updated("lead", lead(lead_id=70), title="CTO"), updated("customer", customer(customer_uid=7), name="x")]
+    assert scoped(erased(), *script, truncated("lead")) == outcomes(*script, truncated("lead"))
+
+
+def test_a_key_may_be_text() -> None:
+    compiled = rules(
+        """
+        [tables.lead]
+        identity = { code = "{row.code}" }
+        fields = { lead = "{row.code}" }
+        rules = [{ on = "delete", type = "t", description = "{old.name}" }]
+        """
+    )
+    gone = [deleted("lead", {"code": code, "name": "Ada"}) for code in ("7", "07", None)]
+    assert [silent(outcome) for outcome in scoped(erased(), *gone, rules=compiled)] == [True, False, False]
+    nobody = deleted("lead", {"code": None, "name": "Ada"})
+    assert [silent(outcome) for outcome in scoped(erased(key=""), nobody, rules=compiled)] == [False]
+
+
+def test_an_activity_that_links_to_the_person_is_blank_whatever_its_change_is_of() -> None:
+    """A conversion links to the customer whom a contact names that comes later."""
+    script = [converted(), inserted("contact", contact())]
+    assert silences(erased(field="customer", key="42"), *script) == [("lead_converted", True)]
+    assert silences(erased(field="customer", key="43"), *script) == [("lead_converted", False)]
+
+
+def test_a_person_whose_key_changes_is_not_told_of_under_either() -> None:
+    renamed = updated("lead", lead(), lead_id=8)
+    for key, blank in (("7", True), ("8", True), ("9", False)):
+        assert silences(erased(key=key), renamed) == [("lead_updated", blank)]
+
+
+def test_whose_rows_are_persons_and_who_is_only_linked_to() -> None:
+    """A deal is about its lead; its own number is nobody's key, and a new deal is no new lead."""
+    compiled = rules(
+        """
+        [tables.lead]
+        identity = { id = "{row.id}", name = "{row.name}" }
+        fields = { lead = "{row.id}", bd = "{row.bd}", kind = "a {row.id}" }
+        rules = [{ on = "insert", type = "t", description = "{new.name}" }]
+        [tables.deal]
+        identity = { deal = "{row.id}" }
+        fields = { lead = "{row.lead_id}", bd = "{row.bd}" }
+        rules = [{ on = "insert", type = "t", description = "{new.name}" }]
+        """
+    )
+    assert {name[1]: (table.persons, table.links) for name, table in compiled.items()} == {
+        "lead": ({"lead": "id"}, {"lead": "id"}),
+        "deal": ({}, {"lead": "lead_id"}),
+    }
+    deal = inserted("deal", {"id": 1, "lead_id": 7, "name": "for Ada", "bd": "jane"})
+    (outcome,) = scoped(erased(), deal, rules=compiled)
+    assert silent(outcome)
+    assert outcome.change.new == {"lead_id": 7}
+
+
+REUSED = [
+    updated("lead", lead(), title="CTO"),
+    deleted("lead", lead()),
+    inserted("lead", lead(full_name="Grace")),
+    updated("lead", lead(full_name="Grace"), title="CTO"),
+]
+
+
+@pytest.mark.parametrize(
+    ("stretches", "first_told"),
+    [
+        ([(0x800, None)], 2),
+        ([(0x800, 0x1000)], 2),  # as it is read again after a restart
+        ([(0x800, 0x900)], 0),
+        ([(0x800, 0x2000)], 2),
+        ([(0x1800, None)], 4),
+        ([(0x800, None), (0x1800, None)], 4),  # who has the key now was erased as well
+        ([(0x800, 0x1000), (0x1800, None)], 4),
+        ([(0x800, 0x900), (0x980, None)], 2),
+    ],
+)
+def test_somebody_who_is_given_the_key_later_is_told_of(
+    stretches: list[tuple[int, int | None]], first_told: int
+) -> None:
+    """Of the commit, what comes before is still of the erased person."""
+    scope = erased(*((LSN(begin), None if end is None else LSN(end)) for begin, end in stretches))
+    assert [blank for _, blank in silences(scope, *REUSED)] == [place < first_told for place in range(4)]
+
+
+def test_the_key_stays_with_who_was_given_it() -> None:
+    transformer = Transformer(leadfi(), worker="w", system_identifier="1", scope=erased())
+    seen = []
+    for lsn, script in ((0x900, REUSED[:2]), (0x1000, REUSED[2:]), (0x2000, REUSED[:2])):
+        (transaction,) = assembled(script, commit_lsn=lsn)
+        came = transformer.feed(transaction)
+        seen.append(([silent(outcome) for outcome in came], transformer.given))
+    assert seen == [([True, True], []), ([False, False], [("lead", "7")]), ([False, False], [])]
+
+
+def test_a_key_is_given_also_where_nothing_is_recorded() -> None:
+    excluded = Scope({("public", "lead"): [(LSN(0), None)]}, erased().erased)
+    transformer = Transformer(leadfi(), worker="w", system_identifier="1", scope=excluded)
+    (transaction,) = assembled(REUSED)
+    assert (transformer.feed(transaction), transformer.given) == ([], [("lead", "7")])
+
+
+PERSONS = st.sampled_from([("lead", "1"), ("lead", "2"), ("lead", "3"), ("customer", "42"), ("customer", "1")])
+STRETCHES = st.sampled_from(
+    [
+        (LSN(begin), end)
+        for begin in (0x800, 0x1800)
+        for end in (None, LSN(0x1000), LSN(0x2000))
+        if end is None or begin < end
+    ]
+)
+SCOPES = st.builds(lambda found: Scope(erased=found), st.dictionaries(PERSONS, st.lists(STRETCHES, max_size=2)))
+
+
+@given(SCRIPTS, CUTS, DISTANCES, SCOPES)
+def test_who_is_erased_does_not_depend_on_slices(
+    script: list[Change | Message], cuts: set[int], within: int, scope: Scope
+) -> None:
+    with distance(within):
+        assert scoped(scope, *script, cuts=cuts) == scoped(scope, *script)
+
+
+@given(SCRIPTS, DISTANCES, SCOPES)
+def test_an_erasure_changes_nothing_but_what_is_told(script: list[Change | Message], within: int, scope: Scope) -> None:
+    with distance(within):
+        whole, came = outcomes(*script), scoped(scope, *script)
+    assert keys(came) == keys(whole)
+    for outcome, told in zip(came, whole, strict=True):
+        assert silent(outcome) or outcome == told
+        assert outcome.index == told.index
+        if isinstance(outcome, Activity):
+            assert isinstance(told, Activity)
+            kept = outcome.fields.keys() - {"description", "metadata"}
+            assert {name: outcome.fields[name] for name in kept} == {name: told.fields[name] for name in kept}
+
+
+@given(SCRIPTS, CUTS, DISTANCES, SCOPES, st.data())
+def test_a_commit_in_which_keys_are_given_may_be_resumed(
+    script: list[Change | Message], cuts: set[int], within: int, scope: Scope, data: st.DataObject
+) -> None:
+    """The process died after some slices were written, and with them, or not, which keys had been given."""
+    slices = assembled(script, cuts=cuts)
+    survived = data.draw(st.integers(0, len(slices)))
+    with distance(within):
+        whole = scoped(scope, *script)
+        first = Transformer(leadfi(), worker="w", system_identifier="1", scope=scope)
+        written: list[Outcome] = []
+        given = set()
+        for part in slices[:survived]:
+            written += first.feed(part)
+            given.update(first.given)
+        if data.draw(st.booleans()):
+            commit = LSN(0x1000)
+            known = {
+                person: [
+                    (begin, commit if person in given and end is None and begin < commit else end)
+                    for begin, end in stretches
+                ]
+                for person, stretches in scope.erased.items()
+            }
+            scope = Scope(erased=known)
+        second = Transformer(leadfi(), worker="w", system_identifier="1", scope=scope)
+        resumed = [outcome for part in slices for outcome in second.feed(part)]
+        done = first.done if survived else 0
+        assert written + [o for o in resumed if o.index >= done] == whole
