@@ -124,6 +124,10 @@ class Crm:
         """Start `cdc-worker run`."""
         return WorkerProcess(["run", *arguments], self.environment(**settings), self.directory / "worker.log")
 
+    def cutting_over(self) -> WorkerProcess:
+        """Start `cdc-worker cutover`."""
+        return WorkerProcess(["cutover"], self.environment(), self.directory / "cutover.log")
+
     def command(self, *arguments: str, **settings: str) -> subprocess.CompletedProcess[str]:
         """Run a command of cdc-worker to its end."""
         return subprocess.run(

@@ -1,0 +1,266 @@
+"""Cut-over: what triggers recorded so far the worker records from one position on, whoever writes meanwhile."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import psycopg
+import pytest
+from application import Application, everything, owed, statuses
+from support import Crm, eventually
+
+from cdc_worker import cutover, ddl, postgres, profile
+from cdc_worker.rules import compile_rules
+
+LEGACY = Path(__file__).parent / "legacy"
+LEADFI = profile.load("leadfi")
+
+
+@pytest.fixture
+def tracked_crm(bare_crm: Crm) -> Crm:
+    """LeadFi with its old activity table, which triggers write."""
+    for name in ("legacy.sql", "old_migration.sql"):
+        bare_crm.connection.execute((LEGACY / name).read_bytes())
+    bare_crm.add_leads(100)
+    bare_crm.execute(
+        "INSERT INTO customer (customer_uid, name) SELECT n, 'Customer ' || n FROM generate_series(1, 10) n"
+    )
+    return bare_crm
+
+
+def triggers(crm: Crm) -> list[tuple[str, str, str]]:
+    """Of the captured tables, with their definitions."""
+    rows = crm.execute(
+        "SELECT tgname, tgenabled, pg_get_triggerdef(oid) FROM pg_trigger"
+        " WHERE tgrelid IN ('lead'::regclass, 'customer'::regclass) AND NOT tgisinternal ORDER BY 1"
+    )
+    return [(str(name), str(enabled), str(definition)) for name, enabled, definition in rows]
+
+
+def found(crm: Crm) -> list[tuple[str, str]]:
+    with postgres.connect(crm.dsn, "test") as connection:
+        trackers = cutover.trackers(connection, LEADFI, compile_rules(LEADFI))
+    return [(tracker.table[1], tracker.name) for tracker in trackers]
+
+
+def told(crm: Crm) -> Counter[str]:
+    """How often each new status is told of, by whomever."""
+    rows = crm.execute(
+        "SELECT metadata ->> 'new_status', count(*) FROM activity"
+        " WHERE activity_type = 'status_changed' AND lead_id IS NOT NULL GROUP BY 1"
+    )
+    return Counter(dict(rows))
+
+
+def caught_up(crm: Crm) -> None:
+    """Until the daemon has written all that is committed now."""
+    now = crm.value("SELECT pg_current_wal_lsn()::text")
+    crm.execute("UPDATE lead SET source = 'now' || random()")  # the checkpoint moves with what is recorded
+    eventually(lambda: crm.value("SELECT bool_and(lsn >= %s::pg_lsn) FROM cdc_worker.checkpoint", now))
+
+
+# Finding them
+
+
+def test_triggers_that_write_the_target_through_other_functions_are_found(tracked_crm: Crm) -> None:
+    assert found(tracked_crm) == [("customer", "customer_activity_tracker"), ("lead", "lead_activity_tracker")]
+
+
+def test_only_triggers_that_record_are_taken_for_trackers(bare_crm: Crm) -> None:
+    bare_crm.setup()
+    writes = "RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN {} RETURN NEW; END $$"
+    bodies = {
+        "direct": "INSERT INTO activity (activity_type) VALUES ('x');",
+        "qualified": 'insert  into "public" . "activity"(activity_type) values (1);',
+        "elsewhere": "INSERT INTO activity_archive VALUES (1);",
+        "reads": "PERFORM 1 FROM activity;",
+    }
+    for name, body in bodies.items():
+        bare_crm.connection.execute(f"CREATE FUNCTION {name}() {writes.format(body)}".encode())
+    made = (
+        ("a_direct", "AFTER INSERT", "lead", "direct"),
+        ("b_qualified", "AFTER UPDATE", "lead", "qualified"),
+        ("c_elsewhere", "AFTER INSERT", "lead", "elsewhere"),
+        ("d_reads", "AFTER INSERT", "lead", "reads"),
+        ("e_before", "BEFORE INSERT", "lead", "direct"),
+        ("f_disabled", "AFTER INSERT", "lead", "direct"),
+        ("g_not_captured", "AFTER INSERT", "contact", "direct"),
+    )
+    for name, when, table, function in made:
+        bare_crm.connection.execute(
+            f"CREATE TRIGGER {name} {when} ON {table} FOR EACH ROW EXECUTE FUNCTION {function}()".encode()
+        )
+    bare_crm.execute("ALTER TABLE lead DISABLE TRIGGER f_disabled")
+    assert found(bare_crm) == [("lead", "a_direct"), ("lead", "b_qualified")]
+
+
+# Cutting over
+
+
+def test_setup_takes_over_from_triggers_and_nothing_is_recorded_twice_or_never(tracked_crm: Crm) -> None:
+    with Application(tracked_crm, statuses, sessions=4) as application:
+        application.go_on(100)
+        said = tracked_crm.succeed("setup")
+        application.go_on(100)
+        with tracked_crm.worker() as worker:
+            application.go_on(300)
+            worker.kill()
+        with tracked_crm.worker():
+            application.go_on(300)
+    tracked_crm.record()
+    assert "public.lead: the worker records in place of lead_activity_tracker" in said
+    assert "public.customer: the worker records in place of customer_activity_tracker" in said
+    assert sum(application.done) > 2_000
+    assert told(tracked_crm) == Counter(owed(application.done))
+    by_triggers = tracked_crm.value(
+        "SELECT count(*) FROM activity WHERE activity_type = 'status_changed' AND change_key IS NULL"
+    )
+    assert 400 <= by_triggers <= sum(application.done) - 2_000 + 400
+
+
+def test_a_running_worker_hears_of_each_cut_over_in_time(tracked_crm: Crm) -> None:
+    """To the triggers and back again, under load, with a daemon that writes all the time."""
+    tracked_crm.succeed("setup", "--no-cutover")
+    with tracked_crm.worker() as worker, Application(tracked_crm, statuses, sessions=4) as application:
+        assert worker.wait_for("cutover_pending")["tables"] == ["public.customer", "public.lead"]
+        application.go_on(50)
+        for _ in range(3):
+            tracked_crm.succeed("cutover")
+            application.go_on(150)
+            tracked_crm.succeed("cutover", "--back")
+            application.go_on(100)
+        tracked_crm.succeed("cutover")
+        application.go_on(50)
+        caught_up(tracked_crm)
+        assert worker.events("scope_changed")
+        assert worker.terminate() == 0
+    tracked_crm.record()
+    assert told(tracked_crm) == Counter(owed(application.done))
+
+
+def test_a_worker_that_lags_behind_several_cut_overs_divides_the_commits_alike(tracked_crm: Crm) -> None:
+    tracked_crm.succeed("setup", "--no-cutover")
+    with Application(tracked_crm, statuses) as application:
+        for arguments in (["cutover"], ["cutover", "--back"], ["cutover"]):
+            application.go_on(50)
+            tracked_crm.succeed(*arguments)
+        application.go_on(50)
+    tracked_crm.record()
+    assert told(tracked_crm) == Counter(owed(application.done))
+
+
+def test_until_cut_over_the_worker_leaves_everything_to_the_triggers(tracked_crm: Crm) -> None:
+    tracked_crm.succeed("setup", "--no-cutover")
+    tracked_crm.execute("UPDATE lead SET status = 'first' WHERE lead_id = 1")
+    tracked_crm.record()
+    tracked_crm.execute("UPDATE lead SET status = 'second' WHERE lead_id = 1")
+    tracked_crm.succeed("cutover")
+    tracked_crm.execute("UPDATE lead SET status = 'third' WHERE lead_id = 1")
+    tracked_crm.record()
+    assert told(tracked_crm) == Counter(["first", "second", "third"])
+    assert [a["metadata"]["new_status"] for a in tracked_crm.activities()] == ["third"]
+
+
+def test_a_set_up_that_was_interrupted_before_the_cut_over_goes_on_with_it(tracked_crm: Crm) -> None:
+    tracked_crm.succeed("setup", "--no-cutover")
+    assert found(tracked_crm) == [("customer", "customer_activity_tracker"), ("lead", "lead_activity_tracker")]
+    said = tracked_crm.succeed("setup").splitlines()
+    assert said[-2:] == [
+        "public.customer: the worker records in place of customer_activity_tracker",
+        "public.lead: the worker records in place of lead_activity_tracker",
+    ]
+    assert tracked_crm.succeed("cutover") == (
+        "nothing to do: no trigger of a captured table writes activity, and none is waited for\n"
+    )
+
+
+def test_a_table_whose_trigger_somebody_dropped_is_recorded_from_the_cut_over_on(tracked_crm: Crm) -> None:
+    tracked_crm.succeed("setup", "--no-cutover")
+    tracked_crm.execute("DROP TRIGGER lead_activity_tracker ON lead")
+    said = tracked_crm.succeed("cutover").splitlines()
+    assert said[1] == "public.lead: the worker records in place of triggers that are gone"
+    tracked_crm.execute("UPDATE lead SET status = 'x' WHERE lead_id = 1")
+    tracked_crm.record()
+    assert told(tracked_crm) == Counter(["x"])
+
+
+# Back
+
+
+def test_going_back_restores_the_triggers_as_they_were(tracked_crm: Crm) -> None:
+    tracked_crm.execute("ALTER TABLE lead ENABLE ALWAYS TRIGGER lead_activity_tracker")
+    before = triggers(tracked_crm)
+    tracked_crm.setup()
+    assert len(triggers(tracked_crm)) == len(before) - 2
+    assert tracked_crm.succeed("cutover", "--back").splitlines() == [
+        "public.customer: customer_activity_tracker record again",
+        "public.lead: lead_activity_tracker record again",
+    ]
+    assert triggers(tracked_crm) == before
+    assert tracked_crm.succeed("cutover", "--back") == "nothing to do: no trigger has been taken away\n"
+
+
+def test_a_dry_run_prints_the_sql_and_changes_nothing(tracked_crm: Crm) -> None:
+    tracked_crm.succeed("setup", "--no-cutover")
+    before = triggers(tracked_crm)
+    script = tracked_crm.succeed("cutover", "--dry-run")
+    assert 'DROP TRIGGER "lead_activity_tracker" ON "public"."lead";' in script
+    assert "-- lock: ACCESS EXCLUSIVE on public.lead (lead: " in script
+    assert triggers(tracked_crm) == before
+    tracked_crm.connection.execute(script.encode())
+    assert len(triggers(tracked_crm)) == len(before) - 2
+    assert "CREATE TRIGGER lead_activity_tracker" in tracked_crm.succeed("cutover", "--back", "--dry-run")
+
+
+def test_cutting_over_before_setting_up_is_refused(bare_crm: Crm) -> None:
+    done = bare_crm.command("cutover")
+    assert done.returncode == 1
+    assert done.stderr == "error: the database has no tables of cdc-worker\nhint: run: cdc-worker setup\n"
+
+
+# Beside the application
+
+
+def test_the_application_neither_waits_nor_fails_while_cut_over_waits_for_it(tracked_crm: Crm) -> None:
+    tracked_crm.succeed("setup", "--no-cutover")
+    with psycopg.connect(tracked_crm.dsn) as busy, tracked_crm.cutting_over() as cutting:
+        busy.execute("UPDATE lead SET status = 'busy' WHERE lead_id = 100")
+        cutting.wait_for("waiting_for_lock")
+        with Application(tracked_crm, everything) as application:
+            application.go_on(50)
+        assert cutting.process.poll() is None
+        busy.commit()
+        assert cutting.wait() == 0
+    tracked_crm.record()
+    assert told(tracked_crm) == Counter({*owed(application.done), "busy"})
+
+
+def test_in_a_deadlock_it_is_never_the_application_that_fails(tracked_crm: Crm) -> None:
+    """It holds the lead when it comes to the customer, as LeadFi's conversions do; and the other way round."""
+
+    def crosswise(connection: psycopg.Connection[tuple[object, ...]], session: int, turn: int) -> None:
+        statements = [
+            ("UPDATE lead SET source = %s WHERE lead_id = %s", (f"{turn}", session + 1)),
+            ("UPDATE customer SET country = %s WHERE customer_uid = %s", (f"{turn}", session + 1)),
+            ("INSERT INTO activity (lead_id, activity_type) VALUES (%s, 'call')", (session + 1,)),
+        ]
+        for query, parameters in statements if session % 2 else reversed(statements):
+            connection.execute(query, parameters)
+
+    with Application(tracked_crm, crosswise, sessions=4) as application:
+        application.go_on(20)
+        tracked_crm.succeed("setup")
+        for _ in range(5):
+            tracked_crm.succeed("cutover", "--back")
+            tracked_crm.succeed("cutover")
+        application.go_on(20)
+
+
+def test_a_step_gives_up_when_it_never_gets_its_lock(tracked_crm: Crm) -> None:
+    tracked_crm.succeed("setup", "--no-cutover")
+    with psycopg.connect(tracked_crm.dsn) as busy, postgres.connect(tracked_crm.dsn, "test") as connection:
+        busy.execute("LOCK TABLE lead IN ACCESS SHARE MODE")
+        step = ddl.Step("", "ALTER TABLE lead REPLICA IDENTITY FULL", "ACCESS EXCLUSIVE on lead")
+        with pytest.raises(psycopg.errors.LockNotAvailable):
+            ddl.perform(connection, step, patience=0.5)
