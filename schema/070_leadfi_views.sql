@@ -1,10 +1,6 @@
 -- The views for LeadFi's people and reports. A subject's name and company are those of its row or, when that is gone,
 -- those that the activity tells in its metadata, which may have any shape where others wrote it.
---
--- Wanted of 040_leadfi_indexes.sql:
---     activity (lead_id, date_created)          v_lead_timeline
---     activity (customer_uid, date_created)     v_customer_timeline
---     activity (date_created)                   the others, which are asked for a time
+-- 040_leadfi_indexes.sql has what they read by: the timelines by subject, the others by date.
 
 -- Views keep their owner, grants and security options, which are lost in the DROP and CREATE that other columns need.
 -- One on which others depend stays as it is, since to drop those is not for us to decide.
