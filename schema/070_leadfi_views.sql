@@ -4,7 +4,7 @@
 
 -- Views keep their owner, grants and security options, which are lost in the DROP and CREATE that other columns need.
 -- One on which others depend stays as it is, since to drop those is not for us to decide.
-CREATE OR REPLACE PROCEDURE cdc_worker.replace_view(name text, query text) LANGUAGE plpgsql AS $$
+CREATE OR REPLACE FUNCTION cdc_worker.replace_view(name text, query text) RETURNS void LANGUAGE plpgsql AS $$
 DECLARE
     old       pg_class;
     grants    text[];
@@ -52,7 +52,7 @@ BEGIN
 END
 $$;
 
-COMMENT ON PROCEDURE cdc_worker.replace_view IS 'Makes a view, or gives it other columns and keeps its grants';
+COMMENT ON FUNCTION cdc_worker.replace_view IS 'Makes a view, or gives it other columns and keeps its grants';
 
 -- Activities that lost their link are found by the identity in their metadata. There are none unless a foreign key
 -- sets links to NULL (see 050_leadfi_protection.sql).
@@ -70,7 +70,7 @@ CROSS JOIN LATERAL (
 ORDER BY name, statement DESC \gexec
 
 -- lock: ACCESS EXCLUSIVE on v_manual_activities
-CALL cdc_worker.replace_view('v_manual_activities', $$
+SELECT cdc_worker.replace_view('v_manual_activities', $$
     SELECT a.activity_id, a.lead_id, a.customer_uid, a.activity_type, a.activity_category, a.description, a.metadata,
            a.date_created, a.bd_in_charge, a.created_by, a.is_visible_to_bd,
            coalesce(l.full_name, a.metadata ->> 'lead_name') AS lead_name,
@@ -85,7 +85,7 @@ $$);
 COMMENT ON VIEW v_manual_activities IS 'What BDs did: calls, emails, meetings';
 
 -- lock: ACCESS EXCLUSIVE on v_system_activities
-CALL cdc_worker.replace_view('v_system_activities', $$
+SELECT cdc_worker.replace_view('v_system_activities', $$
     SELECT a.activity_id, a.lead_id, a.customer_uid, a.activity_type, a.activity_category, a.description, a.metadata,
            a.date_created, a.bd_in_charge, a.created_by, a.is_visible_to_bd,
            coalesce(l.full_name, a.metadata ->> 'lead_name') AS lead_name,
@@ -100,7 +100,7 @@ $$);
 COMMENT ON VIEW v_system_activities IS 'What happened to leads and customers';
 
 -- lock: ACCESS EXCLUSIVE on v_lead_timeline
-CALL cdc_worker.replace_view('v_lead_timeline', $$
+SELECT cdc_worker.replace_view('v_lead_timeline', $$
     SELECT a.activity_id, a.lead_id, a.customer_uid, a.activity_type, a.activity_category, a.description, a.metadata,
            a.date_created, a.bd_in_charge, a.created_by, a.is_visible_to_bd,
            coalesce(l.full_name, a.metadata ->> 'lead_name') AS lead_name,
@@ -123,7 +123,7 @@ $$);
 COMMENT ON VIEW v_lead_timeline IS 'All activities of leads, newest first, also of those that are gone';
 
 -- lock: ACCESS EXCLUSIVE on v_customer_timeline
-CALL cdc_worker.replace_view('v_customer_timeline', $$
+SELECT cdc_worker.replace_view('v_customer_timeline', $$
     SELECT a.activity_id, a.lead_id, a.customer_uid, a.activity_type, a.activity_category, a.description, a.metadata,
            a.date_created, a.bd_in_charge, a.created_by, a.is_visible_to_bd,
            coalesce(c.name, a.metadata ->> 'customer_name') AS customer_name
@@ -144,7 +144,7 @@ COMMENT ON VIEW v_customer_timeline IS 'All activities of customers, newest firs
 
 -- A query for one statistic reads no more than it needs: the others are pruned by their name.
 -- lock: ACCESS EXCLUSIVE on v_activity_statistics
-CALL cdc_worker.replace_view('v_activity_statistics', $$
+SELECT cdc_worker.replace_view('v_activity_statistics', $$
     SELECT 'total' AS statistic, coalesce(activity_category, 'manual')::text AS activity_category,
            NULL::text AS activity_type, NULL::text AS bd_in_charge, NULL::date AS day, count(*) AS activities,
            count(*) FILTER (WHERE date_created >= current_date - 6) AS last_7_days, max(date_created) AS latest
