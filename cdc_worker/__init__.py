@@ -29,6 +29,7 @@ The edges each know one thing outside:
     replication the replication connection
     sink        the writing connection
     setup       tables, identities, slot
+    erasure     persons who are to be forgotten
     status      what a person on call asks
     worker      the loop over both sockets, and what keeps it going
     cli         the command line

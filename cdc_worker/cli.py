@@ -14,6 +14,7 @@ import psycopg
 from cdc_worker import __version__, config, log, postgres, profile
 from cdc_worker import cutover as cutting_over
 from cdc_worker import demo as playing
+from cdc_worker import erasure as erasing
 from cdc_worker import setup as setting_up
 from cdc_worker import status as state
 from cdc_worker import teardown as tearing_down
@@ -150,9 +151,9 @@ def teardown(settings: Settings, dry_run: bool, everything: bool, restore_trigge
     _echo(do(settings, loaded, everything=everything, restore_triggers=restore_triggers))
 
 
-def _confirm(question: str) -> None:
+def _confirm(question: str, *, otherwise: str = "--yes does it, --dry-run shows it") -> None:
     if not sys.stdin.isatty():
-        raise click.UsageError("there is no terminal to ask on: --yes does it, --dry-run shows it")
+        raise click.UsageError(f"there is no terminal to ask on: {otherwise}")
     click.confirm(question, abort=True)
 
 
@@ -167,6 +168,28 @@ def status(settings: Settings, as_json: bool) -> None:
     """
     found = state.status(settings)
     click.echo(found.model_dump_json(indent=2) if as_json else "\n".join(state.lines(found)))
+
+
+@main.command()
+@click.option("--lead", metavar="ID", help="Key of a lead.")
+@click.option("--customer", metavar="ID", help="Key of a customer.")
+@click.option("--yes", is_flag=True, help="Don't ask.")
+@click.option("--json", "as_json", is_flag=True, help="For machines.")
+@_settings
+def forget(settings: Settings, yes: bool, as_json: bool, **named: str | None) -> None:
+    """Forget a person: blank what was recorded, and what will be, until the key is given to somebody else.
+
+    \b
+    Example: cdc-worker forget --lead 7
+    """
+    persons = {field: key for field, key in named.items() if key is not None}
+    if not persons:
+        raise click.UsageError("it takes --lead or --customer, or both, to say who")
+    if not yes:
+        who = " and ".join(f"{field} {key}" for field, key in persons.items())
+        _confirm(f"Blank all that was recorded of {who}? It can't be undone.", otherwise="--yes does it")
+    done = erasing.forget(settings, profile.load(settings.profile), persons)
+    click.echo(done.model_dump_json(indent=2) if as_json else "\n".join(erasing.lines(done)))
 
 
 @main.command()

@@ -17,6 +17,7 @@ EDGES = [
         "cutover",
         "setup",
         "teardown",
+        "erasure",
         "status",
         "worker",
         "doctor",

@@ -1,0 +1,252 @@
+"""Erasure of a person: what was recorded of them is blanked, and a register keeps the worker from telling it again.
+
+One transaction, which begins with a new nonce and so holds the worker's checkpoint: what the worker wrote before is
+blanked, and before it writes again it must read the register.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Final
+
+import psycopg
+from psycopg import sql
+from psycopg.types.json import Jsonb
+from pydantic import BaseModel, Field
+
+from cdc_worker import checkpoint, errors, postgres
+from cdc_worker.activities import Person
+from cdc_worker.changes import Change
+from cdc_worker.config import Settings
+from cdc_worker.postgres import Connection
+from cdc_worker.profile import Profile
+from cdc_worker.rules import Rules, compile_rules, qualified
+from cdc_worker.transform import ERASED, blank
+
+OUT_OF_REACH: Final = (
+    "the application's own rows, and who else is told of the person there",
+    "activities of others that name the person, and those of other workers",
+    "other keys that the person had, or will have",
+    "recordings of the stream, and backups",
+    "WAL that the server, its archive or a slot still keeps, and row versions that no VACUUM has removed",
+)
+
+
+class Erasure(BaseModel):
+    """What was done about persons, and what is left. These are the fields of `forget --json`."""
+
+    worker: str
+    persons: dict[str, str] = Field(description="who was erased: key by field")
+    activities: int = Field(description="activities of theirs that were blanked")
+    dead_letters: int = Field(description="dead letters of theirs that were blanked")
+    application_activities: int = Field(description="activities of theirs that are the application's, and left to it")
+    linked: dict[str, list[str]] = Field(
+        description="persons, keys by field, to whom activities of theirs link as well"
+    )
+    out_of_reach: list[str] = Field(description="what may still tell of them")
+
+
+def lines(done: Erasure) -> Iterator[str]:
+    """An erasure as a person reads it."""
+    yield f"forgotten: {' and '.join(f'{field} {key}' for field, key in done.persons.items())}"
+    yield f"{done.activities:,} of their activities and {done.dead_letters:,} of their dead letters were blanked"
+    yield f"{done.application_activities:,} of their activities are the application's, and left to it"
+    for field, keys in done.linked.items():
+        for key in keys:
+            yield f"an activity of theirs links to {field} {key} as well: cdc-worker forget --{field} {key}"
+    yield "out of reach:"
+    for what in done.out_of_reach:
+        yield f"  {what}"
+
+
+_NEW_NONCE: Final = "UPDATE cdc_worker.checkpoint SET nonce = gen_random_uuid() WHERE worker = %s"
+
+_REGISTER: Final = """
+INSERT INTO cdc_worker.erased (worker, field, key, erased_lsn) VALUES (%s, %s, %s, pg_current_wal_insert_lsn())
+"""
+
+
+def forget(settings: Settings, profile: Profile, persons: Mapping[str, str]) -> Erasure:
+    """Erase persons, each the key in a field of the profile. May be repeated.
+
+    Raises SettingsError for a field that has no persons, or a key that can be nobody's.
+    """
+    rules, worker = compile_rules(profile), settings.worker
+    target = _Target(profile, rules, worker)
+    links = {field: target.link(field) for field in persons}
+    with postgres.connect(settings.dsn.get_secret_value(), worker) as connection:
+        types = postgres.check_catalog(connection, profile, rules)
+        erased = {field: _key(connection, field, key, types[links[field]]) for field, key in persons.items()}
+        checkpoint.read(connection, worker)
+        # Each statement must see what was committed before it, such as the batch for whose end the first one waits.
+        connection.isolation_level = psycopg.IsolationLevel.READ_COMMITTED
+        with connection.transaction():
+            connection.execute("SET LOCAL cdc_worker.protect = off")
+            connection.execute(_NEW_NONCE, (worker,))
+            for person in erased.items():
+                connection.execute(_REGISTER, (worker, *person))
+            linked = target.linked(connection, erased)
+            application_activities = target.application_activities(connection, erased)
+            activities = target.blank(connection, erased)
+            dead_letters = sum(
+                _blank_dead_letters(connection, rules, worker, person, links[person[0]]) for person in erased.items()
+            )
+    return Erasure(
+        worker=worker,
+        persons=erased,
+        activities=activities,
+        dead_letters=dead_letters,
+        application_activities=application_activities,
+        linked=linked,
+        out_of_reach=[*OUT_OF_REACH],
+    )
+
+
+def _key(connection: Connection, field: str, key: str, type_name: str) -> str:
+    """The key as the database prints it, which is how the register and the worker compare it."""
+    try:
+        (printed,) = connection.execute(f"SELECT %s::{type_name}::text".encode(), (key,)).fetchone() or ("",)
+    except psycopg.DataError:
+        printed = ""
+    if not printed:
+        raise errors.SettingsError(
+            f'"{key}" can\'t be the key of a {field}, which is of type {type_name}', hint="name the key of a person"
+        )
+    return str(printed)
+
+
+_LINKED: Final = sql.SQL("""
+SELECT DISTINCT {link}::text FROM {table}
+WHERE ({theirs}) AND {link} IS NOT NULL AND NOT EXISTS (
+    SELECT FROM cdc_worker.erased AS erased
+    WHERE erased.worker = {worker} AND erased.field = {field} AND erased.key = {link}::text AND until_lsn IS NULL)
+ORDER BY 1
+""")
+
+_OF_APPLICATION: Final = sql.SQL("SELECT count(*) FROM {table} WHERE ({theirs}) AND {change_key} IS NULL")
+
+_BLANK: Final = sql.SQL("""
+UPDATE {table} SET {blank} WHERE ({theirs}) AND starts_with({change_key}, {prefix}) AND ({told})
+""")
+
+
+class _Target:
+    """The target's columns, and its rows of persons."""
+
+    def __init__(self, profile: Profile, rules: Rules, worker: str) -> None:
+        self._worker = worker
+        self._profile = profile
+        self._table = sql.Identifier(*qualified(profile.target.table))
+        self._columns = {field: column for column, field in profile.target.columns.items()}
+        are_persons = {field for table in rules.values() for field in table.persons}
+        self._persons = sorted(are_persons & self._columns.keys())
+
+    def link(self, field: str) -> str:
+        """The column of a field that links to persons."""
+        if field not in self._persons:
+            raise errors.SettingsError(
+                f'the profile "{self._profile.name}" has no persons "{field}"',
+                hint=f"those it has: {', '.join(self._persons) or 'none'}",
+            )
+        return self._columns[field]
+
+    def linked(self, connection: Connection, persons: Mapping[str, str]) -> dict[str, list[str]]:
+        """Whom their rows link to as well, keys by field, but for those who were erased."""
+        found = {}
+        for field in self._persons:
+            link = sql.Identifier(self._columns[field])
+            query = _LINKED.format(
+                link=link, table=self._table, theirs=self._theirs(persons), worker=self._worker, field=field
+            )
+            found[field] = [key for (key,) in connection.execute(query)]
+        return {field: keys for field, keys in found.items() if keys}
+
+    def application_activities(self, connection: Connection, persons: Mapping[str, str]) -> int:
+        """How many of their rows are not the worker's."""
+        change_key = sql.Identifier(self._columns["change_key"])
+        query = _OF_APPLICATION.format(table=self._table, theirs=self._theirs(persons), change_key=change_key)
+        ((count,),) = connection.execute(query)
+        return int(count)
+
+    def blank(self, connection: Connection, persons: Mapping[str, str]) -> int:
+        """Blank their rows that this worker wrote; returns how many were not blank before."""
+        blank, told = [], []
+        if "description" in self._columns:
+            column = sql.Identifier(self._columns["description"])
+            blank.append(sql.SQL("{} = ''").format(column))
+            told.append(sql.SQL("{} IS DISTINCT FROM ''").format(column))
+        if "metadata" in self._columns:
+            column = sql.Identifier(self._columns["metadata"])
+            blank.append(sql.SQL("""{} = '{{"erased": true}}'""").format(column))
+            told.append(sql.SQL("""{}::jsonb IS DISTINCT FROM '{{"erased": true}}'""").format(column))
+        if not blank:
+            return 0
+        query = _BLANK.format(
+            table=self._table,
+            blank=sql.SQL(", ").join(blank),
+            theirs=self._theirs(persons),
+            change_key=sql.Identifier(self._columns["change_key"]),
+            prefix=f"{self._worker}/",
+            told=sql.SQL(" OR ").join(told),
+        )
+        return connection.execute(query).rowcount
+
+    def _theirs(self, persons: Mapping[str, str]) -> sql.Composed:
+        """That a row is of one of them: by its link, or where that has become NULL by its identity in the metadata."""
+        theirs = []
+        for field, key in persons.items():
+            link = sql.Identifier(self._columns[field])
+            theirs.append(sql.SQL("{} = {}").format(link, key))
+            if "metadata" in self._columns:
+                metadata = sql.Identifier(self._columns["metadata"])
+                theirs += [
+                    sql.SQL("{} IS NULL AND {}::jsonb ->> {} = {}").format(link, metadata, name, key)
+                    for name in self._identities(field)
+                ]
+        return sql.SQL(" OR ").join(theirs)
+
+    def _identities(self, field: str) -> list[str]:
+        """The names under which metadata has the key of this field, and nothing else in any other table."""
+        tables = self._profile.tables.values()
+        names = {
+            name for table in tables for name, source in table.identity.items() if source == table.fields.get(field)
+        }
+        others = {
+            name for table in tables for name, source in table.identity.items() if source != table.fields.get(field)
+        }
+        return sorted(names - others)
+
+
+_DEAD_LETTERS: Final = """
+SELECT dead_letter_id, change FROM cdc_worker.dead_letter
+WHERE worker = %(worker)s AND (
+    fields ->> %(link)s = %(key)s
+    OR EXISTS (
+        SELECT FROM unnest(%(schemas)s::text[], %(tables)s::text[], %(columns)s::text[]) AS t (schema, name, link)
+        WHERE change ->> 'schema' = schema AND change ->> 'table' = name
+          AND %(key)s IN (change -> 'old' ->> link, change -> 'new' ->> link)))
+FOR UPDATE
+"""
+
+_BLANK_DEAD_LETTER: Final = """
+UPDATE cdc_worker.dead_letter SET change = %s, fields = NULL, reason = %s WHERE dead_letter_id = %s
+"""
+
+
+def _blank_dead_letters(connection: Connection, rules: Rules, worker: str, person: Person, link: str) -> int:
+    """Blank a person's dead letters; returns how many were not blank before. `link` is their column in the target."""
+    field, key = person
+    tables = [(*table.name, table.links[field]) for table in rules.values() if field in table.links]
+    schemas, names, columns = ([*column] for column in zip(*tables, strict=True))
+    parameters = {"worker": worker, "link": link, "key": key, "schemas": schemas, "tables": names, "columns": columns}
+    count = 0
+    for dead_letter_id, found in connection.execute(_DEAD_LETTERS, parameters).fetchall():
+        change = Change(**{**found, "changed": tuple(found["changed"])})
+        table = rules.get((change.schema, change.table))
+        left = blank(change, table.links if table else {})
+        if left != change:
+            connection.execute(
+                _BLANK_DEAD_LETTER, (Jsonb(found | {"old": left.old, "new": left.new}), ERASED, dead_letter_id)
+            )
+            count += 1
+    return count
