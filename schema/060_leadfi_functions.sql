@@ -2,6 +2,7 @@
 -- name stays as it is: a second signature would make calls ambiguous.
 
 -- The application has create_system_activity, for what the worker doesn't see
+-- lock: ROW EXCLUSIVE on activity
 SELECT $create$CREATE FUNCTION create_system_activity(
     p_activity_type varchar,
     p_description   text,
@@ -22,6 +23,7 @@ WHERE NOT EXISTS (
 ) \gexec
 
 -- The application has create_manual_activity, for what a BD did
+-- lock: ROW EXCLUSIVE on activity
 SELECT $create$CREATE FUNCTION create_manual_activity(
     p_activity_type varchar,
     p_description   text,
