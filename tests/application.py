@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import threading
+from collections import Counter
 from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Self
@@ -88,3 +89,12 @@ def everything(connection: Connection, session: int, turn: int) -> None:
 def owed(done: Sequence[int]) -> set[str]:
     """The statuses that were given in so many turns of each session."""
     return {f"{session}.{turn}" for session, turns in enumerate(done) for turn in range(turns)}
+
+
+def told(crm: Crm) -> Counter[str]:
+    """How often each new status is told of, by whomever."""
+    rows = crm.execute(
+        "SELECT metadata ->> 'new_status', count(*) FROM activity"
+        " WHERE activity_type = 'status_changed' AND lead_id IS NOT NULL GROUP BY 1"
+    )
+    return Counter(dict(rows))

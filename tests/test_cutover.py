@@ -7,7 +7,7 @@ from pathlib import Path
 
 import psycopg
 import pytest
-from application import Application, everything, owed, statuses
+from application import Application, everything, owed, statuses, told
 from support import Crm, eventually
 
 from cdc_worker import cutover, ddl, postgres, profile
@@ -42,15 +42,6 @@ def found(crm: Crm) -> list[tuple[str, str]]:
     with postgres.connect(crm.dsn, "test") as connection:
         trackers = cutover.trackers(connection, LEADFI, compile_rules(LEADFI))
     return [(tracker.table[1], tracker.name) for tracker in trackers]
-
-
-def told(crm: Crm) -> Counter[str]:
-    """How often each new status is told of, by whomever."""
-    rows = crm.execute(
-        "SELECT metadata ->> 'new_status', count(*) FROM activity"
-        " WHERE activity_type = 'status_changed' AND lead_id IS NOT NULL GROUP BY 1"
-    )
-    return Counter(dict(rows))
 
 
 def caught_up(crm: Crm) -> None:
