@@ -75,7 +75,7 @@ def forget(settings: Settings, profile: Profile, persons: Mapping[str, str]) -> 
     target = _Target(profile, rules, worker)
     links = {field: target.link(field) for field in persons}
     with postgres.connect(settings.dsn.get_secret_value(), worker) as connection:
-        types = postgres.check_catalog(connection, profile, rules)
+        types = postgres.check_catalog(connection, profile, rules).columns
         erased = {field: _key(connection, field, key, types[links[field]]) for field, key in persons.items()}
         checkpoint.read(connection, worker)
         # Each statement must see what was committed before it, such as the batch for whose end the first one waits.

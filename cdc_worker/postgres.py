@@ -14,7 +14,7 @@ from psycopg.rows import TupleRow
 
 from cdc_worker import errors
 from cdc_worker.errors import CdcWorkerError
-from cdc_worker.profile import Profile
+from cdc_worker.profile import Profile, Target
 from cdc_worker.rules import Rules, qualified
 
 Connection = psycopg.Connection[TupleRow]
@@ -270,8 +270,64 @@ def columns(connection: Connection, table: tuple[str, str]) -> dict[str, str]:
     return dict(connection.execute(_COLUMNS, table).fetchall())
 
 
-def check_catalog(connection: Connection, profile: Profile, rules: Rules) -> dict[str, str]:
-    """Hold a profile against the database; returns the target's columns. CatalogMismatchError has every fault."""
+@dataclass(frozen=True, slots=True)
+class TargetTable:
+    """What the sink must know of the table that it writes to, beyond what the profile says.
+
+    `columns` are all of its columns, with their types; `lengths` are in characters, of the columns that have one.
+    `foreign_keys` are the constraints, with their columns, that hold for what the worker writes: each of its rows
+    locks the row that it refers to. A target that setup prepared has none.
+    """
+
+    columns: dict[str, str]
+    lengths: dict[str, int]
+    foreign_keys: dict[str, tuple[str, ...]]
+    deferrable: bool
+    row_security: bool
+    deadlock_timeout: float
+
+
+_LENGTHS: Final = """
+WITH RECURSIVE type AS (
+    SELECT attname, atttypid AS oid, atttypmod AS modifier
+    FROM pg_attribute
+    WHERE attrelid = to_regclass(format('%%I.%%I', %s::text, %s::text)) AND attnum > 0 AND NOT attisdropped
+    UNION ALL
+    SELECT attname, typbasetype, typtypmod FROM type JOIN pg_type USING (oid) WHERE typtype = 'd'
+)
+SELECT attname, modifier - 4 FROM type WHERE oid IN ('varchar'::regtype, 'bpchar'::regtype) AND modifier > 0
+"""
+
+_FOREIGN_KEYS: Final = """
+SELECT conname, (SELECT array_agg(attname::text) FROM pg_attribute WHERE attrelid = conrelid AND attnum = ANY (conkey))
+FROM pg_constraint
+WHERE conrelid = to_regclass(format('%%I.%%I', %s::text, %s::text)) AND contype = 'f'
+"""
+
+_TARGET: Final = """
+SELECT EXISTS (SELECT FROM pg_constraint WHERE conrelid = target AND condeferrable), row_security_active(target),
+       (SELECT setting::float / 1000 FROM pg_settings WHERE name = 'deadlock_timeout')
+FROM to_regclass(format('%%I.%%I', %s::text, %s::text)) AS target
+"""
+
+
+def _target_table(connection: Connection, target: Target, columns: dict[str, str]) -> TargetTable:
+    table = qualified(target.table)
+    written = target.columns.keys() | target.constants.keys()
+    lengths: dict[str, int] = dict(connection.execute(_LENGTHS, table).fetchall())
+    foreign_keys = {
+        name: tuple(own)
+        for name, own in connection.execute(_FOREIGN_KEYS, table)
+        if not written.isdisjoint(own)  # others are on columns that the worker leaves alone
+    }
+    return TargetTable(columns, lengths, foreign_keys, *fetch_one(connection, _TARGET, *table))
+
+
+def check_catalog(connection: Connection, profile: Profile, rules: Rules) -> TargetTable:
+    """Hold a profile against the database; returns what there is to know of its target.
+
+    CatalogMismatchError has every fault.
+    """
     faults = []
     for table in rules.values():
         name = ".".join(table.name)
@@ -292,4 +348,4 @@ def check_catalog(connection: Connection, profile: Profile, rules: Rules) -> dic
             f'profile "{profile.name}" does not fit the database:\n{lines}',
             hint="mend the profile, or run: cdc-worker setup",
         )
-    return target
+    return _target_table(connection, profile.target, target)

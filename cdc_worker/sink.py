@@ -26,7 +26,7 @@ from cdc_worker import checkpoint, errors, postgres
 from cdc_worker.activities import Activity, Batch, DeadLetter, Line, Position
 from cdc_worker.changes import Change, Payload
 from cdc_worker.checkpoint import Checkpoint
-from cdc_worker.postgres import Connection, is_about_the_row, is_transient
+from cdc_worker.postgres import Connection, TargetTable, is_about_the_row, is_transient
 from cdc_worker.profile import Target
 from cdc_worker.rules import qualified
 
@@ -39,6 +39,9 @@ MAX_SAVEPOINTS: Final = 50
 MAX_SEGMENT: Final = 128
 """So many rows are sent again, at most, because one of them was refused."""
 
+MAX_LOCKING: Final = 25
+"""So many rows go into one transaction where each of them locks rows of the application."""
+
 MAX_REFUSALS: Final = 1_000
 """So many rows in a row refused with one SQLSTATE are no longer about the rows."""
 
@@ -46,13 +49,17 @@ _json = msgspec.json.Encoder(decimal_format="number")
 
 
 class RefusedError(Exception):
-    """The server refused a statement. `line` is the row of a COPY, from 1, where the server names it."""
+    """The server refused a statement. `line` is the row of a COPY, from 1, where the server names it.
 
-    def __init__(self, sqlstate: str, *, constraint: str | None, line: int | None) -> None:
+    `by_policy` says that row security did: a missing grant has the same SQLSTATE.
+    """
+
+    def __init__(self, sqlstate: str, *, constraint: str | None, line: int | None, by_policy: bool) -> None:
         super().__init__(sqlstate)
         self.sqlstate = sqlstate
         self.constraint = constraint
         self.line = line
+        self.by_policy = by_policy
 
     @property
     def described(self) -> str:
@@ -62,11 +69,16 @@ class RefusedError(Exception):
 
 @dataclass(slots=True)
 class Written:
-    """What a batch came to. `already_there` counts activities whose key the target had."""
+    """What a batch came to.
+
+    `already_there` counts activities whose key the target had, `unlinked` those that were written with a NULL link
+    because their subject is gone.
+    """
 
     activities: int = 0
     dead_letters: list[DeadLetter] = field(default_factory=list)
     already_there: int = 0
+    unlinked: int = 0
 
 
 class Sink:
@@ -77,12 +89,12 @@ class Sink:
         connection: Connection,
         target: Target,
         *,
-        columns: dict[str, str],
+        table: TargetTable,
         time_zone: str,
         checkpoint: Checkpoint,
         decode: Callable[[Payload], Any],
     ) -> None:
-        """`columns` are the target's, with their types; `decode` makes a change of what was received.
+        """`table` is the target as the catalog has it; `decode` makes a change of what was received.
 
         `checkpoint` is the one that this process took over.
         """
@@ -92,16 +104,26 @@ class Sink:
         self._connection = connection
         self._pgconn = connection.pgconn
         self._pgconn.nonblocking = 1
-        self._encode = _encoder(target, columns, ZoneInfo(time_zone))
+        self._encode = _encoder(target, table, ZoneInfo(time_zone))
         self._columns = (*target.columns, *target.constants)
-        table = sql.Identifier(*qualified(target.table))
-        names = sql.SQL(", ").join(map(sql.Identifier, (*target.columns, *target.constants)))
+        self._metadata = next((column for column, field in target.columns.items() if field == "metadata"), None)
+        self._catalog = table
+        name = sql.Identifier(*qualified(target.table))
+        names = sql.SQL(", ").join(map(sql.Identifier, self._columns))
         key = sql.Identifier(next(column for column, field in target.columns.items() if field == "change_key"))
         self._table = target.table
-        self._copy = sql.SQL("COPY {} ({}) FROM STDIN").format(table, names).as_string()
+        self._copy = sql.SQL("COPY {} ({}) FROM STDIN").format(name, names).as_string()
+        self._insert_values = sql.SQL("INSERT INTO {} ({}) VALUES ").format(name, names).as_string()
         self._existing = (
-            sql.SQL("SELECT {key} FROM {table} WHERE {key} = ANY ($1::text[])").format(key=key, table=table).as_string()
+            sql.SQL("SELECT {key} FROM {name} WHERE {key} = ANY ($1::text[])").format(key=key, name=name).as_string()
         )
+        self._begin = "BEGIN; SET CONSTRAINTS ALL IMMEDIATE" if table.deferrable else "BEGIN"
+        self._hurry = ""
+        if table.foreign_keys:
+            # All waits of a transaction together are to take less than half of deadlock_timeout: in a deadlock the
+            # application, which may have waited for as long as we have locked, must not be the one that is ended.
+            waits = MAX_LOCKING * len(table.foreign_keys)
+            self._hurry = f"; SET LOCAL lock_timeout = {max(1, int(table.deadlock_timeout * 1000 / 2 / waits))}"
         self._refused_in_a_row = 0
         self._refused_with = ""
 
@@ -129,22 +151,25 @@ class Sink:
     def write(self, batch: Batch) -> Writing[Written]:
         """Write a batch and move the checkpoint to its end, which is durable when this returns.
 
-        Usually that is one transaction. A batch with refused rows may take several, each of which leaves the
-        checkpoint at what has been written. Raises FencedError when another process has become the owner,
-        TargetUnusableError and TooManyRefusalsError when it is not about single rows, and psycopg.OperationalError
-        for what may heal.
+        Usually that is one transaction. A batch with refused rows, or for a target with foreign keys of its own, may
+        take several, each of which leaves the checkpoint at what has been written. Raises FencedError when another
+        process has become the owner, TargetUnusableError and TooManyRefusalsError when it is not about single rows, and
+        psycopg.OperationalError for what may heal.
         """
         written = Written()
+        divided = bool(self._catalog.foreign_keys and batch.outcomes)
         try:
-            try:
-                yield from self._write_whole(batch, written)
-            except RefusedError as refusal:
-                self._must_be_about_a_row(refusal)
-                yield from self._run("ROLLBACK")
-                written = Written()
-                place = 0
-                while place < len(batch.outcomes):
-                    place = yield from self._write_divided(batch, place, written)
+            if not divided:
+                try:
+                    yield from self._write_whole(batch, written)
+                except RefusedError as refusal:
+                    self._must_be_about_a_row(refusal)
+                    yield from self._run("ROLLBACK")
+                    written = Written()
+                    divided = True
+            place = 0
+            while divided and place < len(batch.outcomes):
+                place = yield from self._write_divided(batch, place, written)
         except RefusedError as refusal:
             raise self._failure(refusal) from refusal
         return written
@@ -154,12 +179,12 @@ class Sink:
         written.activities = len(lines)
         written.dead_letters = [outcome for outcome in batch.outcomes if type(outcome) is DeadLetter]
         advance = self._advance(batch.end, batch)
-        if written.dead_letters:
-            yield from self._run(f"BEGIN; {advance}")
+        if written.dead_letters or (lines and self._catalog.row_security):
+            yield from self._run(f"{self._begin}; {advance}")  # by itself: only a COPY can be given up halfway
             yield from self._insert(written.dead_letters)
-            yield from self._run(f"{self._copy}; COMMIT", lines)
+            yield from self._write_lines("", lines, "COMMIT")
         elif lines:
-            yield from self._run(f"BEGIN; {advance}; {self._copy}; COMMIT", lines)
+            yield from self._write_lines(f"{self._begin}; {advance}; ", lines, "COMMIT")
         else:
             yield from self._run(advance)
         self.position = batch.end
@@ -169,15 +194,18 @@ class Sink:
     def _write_divided(self, batch: Batch, start: int, written: Written) -> Writing[int]:
         """Write in one transaction what the target accepts of the outcomes from `start` on; returns where it stopped.
 
-        What it refuses becomes a dead letter. It stops early, at a place where the checkpoint can be, when it has
-        made enough savepoints.
+        What it refuses because its subject is gone is written without the link, and anything else becomes a dead
+        letter. It stops early, at a place where the checkpoint can be, when it has made enough savepoints, or locked
+        enough rows of the application.
         """
         outcomes, place = batch.outcomes, start
         dead_letters: list[DeadLetter] = []
         existing: set[str] = set()
-        savepoints = activities = 0
-        yield from self._run(f"BEGIN; SET CONSTRAINTS ALL IMMEDIATE; {self._advance(self.position)}")
-        segments = deque((at, min(at + MAX_SEGMENT, len(outcomes))) for at in range(start, len(outcomes), MAX_SEGMENT))
+        unlinked: dict[str, Line] = {}
+        savepoints = activities = without_link = 0
+        yield from self._run(f"BEGIN; SET CONSTRAINTS ALL IMMEDIATE; {self._advance(self.position)}{self._hurry}")
+        until = self._until(batch, start)
+        segments = deque((at, min(at + MAX_SEGMENT, until)) for at in range(start, until, MAX_SEGMENT))
         while segments:
             place, end = segments.popleft()
             if savepoints >= MAX_SAVEPOINTS:
@@ -187,12 +215,14 @@ class Sink:
                     segments.appendleft((place + 1, end))
                     end = place + 1
             concerned = outcomes[place:end]
-            rows = [o for o in concerned if type(o) is Line and o.change_key not in existing]
+            rows = [
+                unlinked.get(o.change_key, o) for o in concerned if type(o) is Line and o.change_key not in existing
+            ]
             savepoints += 1
             try:
                 if rows:
                     lines = [row.text for row in rows]
-                    yield from self._run(f"SAVEPOINT segment; {self._copy}; RELEASE segment", lines)
+                    yield from self._write_lines("SAVEPOINT segment; ", lines, "RELEASE segment")
             except RefusedError as refusal:
                 self._must_be_about_a_row(refusal)
                 yield from self._run("ROLLBACK TO segment; RELEASE segment")
@@ -205,11 +235,17 @@ class Sink:
                 if len(rows) > 1:
                     segments.extendleft(reversed(_divided(place, end, concerned, rows, refusal.line)))
                     continue
+                (row,) = rows
+                if (free := self._without_link(row, refusal)) is not None:
+                    unlinked[row.change_key] = free
+                    segments.appendleft((place, end))
+                    continue
                 dead_letters += [o for o in concerned if type(o) is DeadLetter]
-                dead_letters.append(self._refused(rows[0], refusal))
+                dead_letters.append(self._refused(row, refusal))
             else:
                 dead_letters += [o for o in concerned if type(o) is DeadLetter]
                 activities += len(rows)
+                without_link += sum(row.change_key in unlinked for row in rows)
                 if rows:
                     self._refused_in_a_row = 0
             place = end
@@ -221,7 +257,40 @@ class Sink:
         written.activities += activities
         written.dead_letters += dead_letters
         written.already_there += len(existing)
+        written.unlinked += without_link
         return place
+
+    def _until(self, batch: Batch, start: int) -> int:
+        """Up to which place one transaction may go that begins at `start`."""
+        end = len(batch.outcomes)
+        if not self._catalog.foreign_keys:
+            return end
+        places = range(start + MAX_LOCKING, end)
+        return next((place for place in places if batch.position_before(place) is not None), end)
+
+    def _without_link(self, line: Line, refusal: RefusedError) -> Line | None:
+        """The line as it is without the link that was refused, which its metadata tells instead; None if it has none.
+
+        Only what was known at start to be a foreign key is one: where a constraint was added since, nothing is.
+        """
+        if refusal.sqlstate != "23503" or refusal.constraint not in self._catalog.foreign_keys:
+            return None
+        values = dict(zip(self._columns, parsed(line.text), strict=True))
+        columns = self._catalog.foreign_keys[refusal.constraint]
+        links = {column: value for column in columns if (value := values.get(column)) is not None}
+        if not links:
+            return None  # a trigger of the target has made one
+        values.update(dict.fromkeys(links))
+        if self._metadata is not None:
+            metadata = msgspec.json.decode(values[self._metadata] or "{}", type=dict[str, msgspec.Raw])
+            told = msgspec.json.decode(metadata.get("unlinked", b"{}"))  # of another key
+            told = told if isinstance(told, dict) else {}
+            types = self._catalog.columns
+            told |= {column: int(v) if types[column] in _INTEGERS else v for column, v in links.items()}
+            metadata["unlinked"] = msgspec.Raw(_json.encode(told))
+            values[self._metadata] = _json.encode(metadata).decode()
+        text = _escaped(_SEPARATOR.join(map(_text, values.values())) + _END).encode()
+        return msgspec.structs.replace(line, text=text)
 
     def _refused(self, line: Line, refusal: RefusedError) -> DeadLetter:
         self._refused_in_a_row = self._refused_in_a_row + 1 if refusal.sqlstate == self._refused_with else 1
@@ -245,7 +314,7 @@ class Sink:
         )
 
     def _must_be_about_a_row(self, refusal: RefusedError) -> None:
-        if is_transient(refusal.sqlstate) or not is_about_the_row(refusal.sqlstate):
+        if not refusal.by_policy and (is_transient(refusal.sqlstate) or not is_about_the_row(refusal.sqlstate)):
             raise self._failure(refusal) from refusal
 
     def _failure(self, refusal: RefusedError) -> psycopg.Error | errors.TargetUnusableError:
@@ -292,6 +361,20 @@ class Sink:
         self._pgconn.send_query_params(self._existing.encode(), [keys.encode()])
         (result,) = yield from self._results(())
         return {(result.get_value(row, 0) or b"").decode() for row in range(result.ntuples)}
+
+    def _write_lines(self, before: str, lines: Sequence[bytes], after: str) -> Writing[None]:
+        """Write lines, between other statements. Row security refuses every COPY, and takes the same as an INSERT."""
+        if not self._catalog.row_security:
+            yield from self._run(f"{before}{self._copy}; {after}", lines)
+        elif lines:
+            yield from self._run(f"{before}{self._insert_values}{', '.join(map(self._literals, lines))}; {after}")
+        else:
+            yield from self._run(f"{before}{after}")
+
+    def _literals(self, line: bytes) -> str:
+        escape = pq.Escaping(self._pgconn).escape_literal
+        values = ("NULL" if v is None else bytes(escape(v.encode())).decode() for v in parsed(line))
+        return f"({', '.join(values)})"
 
     # What psycopg does between its calls of libpq, for statements that have a COPY among them.
 
@@ -361,11 +444,14 @@ def _refused_error(result: PGresult) -> RefusedError:
         value = result.error_field(diagnostic)
         return value.decode(errors="replace") if value else None
 
+    sqlstate = said(pq.DiagnosticField.SQLSTATE) or ""
     line = re.match(r"COPY [^,]*, line (\d+)", said(pq.DiagnosticField.CONTEXT) or "")
     return RefusedError(
-        said(pq.DiagnosticField.SQLSTATE) or "",
+        sqlstate,
         constraint=said(pq.DiagnosticField.CONSTRAINT_NAME),
         line=int(line[1]) if line else None,
+        # Nothing else tells a policy from a grant: the words are in the server's language.
+        by_policy=said(pq.DiagnosticField.SOURCE_FUNCTION) == "ExecWithCheckOptions" and sqlstate == "42501",
     )
 
 
@@ -380,11 +466,31 @@ def _divided(
     return [(start, middle), (middle, end)]
 
 
-def _encoder(target: Target, columns: dict[str, str], zone: ZoneInfo) -> Callable[[Activity], bytes]:
-    """A function that writes an activity as a line of COPY's text format. Manual: "COPY", File Formats."""
+def _encoder(target: Target, table: TargetTable, zone: ZoneInfo) -> Callable[[Activity], bytes]:
+    """A function that writes an activity as a line of COPY's text format. Manual: "COPY", File Formats.
+
+    What is too long for its column is cut, where there is metadata to have the whole of it.
+    """
     names = list(target.columns.values())
+    columns = table.columns
     constants = "".join(_SEPARATOR + _text(value) for value in target.constants.values()) + _END
     local = {field for column, field in target.columns.items() if columns[column] == "timestamp without time zone"}
+
+    limits = [
+        (place, column, table.lengths[column])
+        for place, (column, name) in enumerate(target.columns.items())
+        if column in table.lengths and name not in ("metadata", "change_key") and "metadata" in names
+    ]
+
+    def cut(values: list[str], metadata: dict[str, Any]) -> None:
+        whole = {}
+        for place, column, length in limits:
+            value = values[place]
+            if len(value) > length and value != _NULL:
+                whole[column] = value
+                values[place] = value[: length - 1] + "…"
+        if whole:
+            values[names.index("metadata")] = _text({**metadata, "untruncated": whole})
 
     known = (datetime.min.replace(tzinfo=UTC), timedelta(0))  # since then the zone has had this offset
 
@@ -406,6 +512,10 @@ def _encoder(target: Target, columns: dict[str, str], zone: ZoneInfo) -> Callabl
                 values.append(at_home(value))
             else:
                 values.append(value if type(value) is str else _text(value))
+        for place, _, length in limits:
+            if len(values[place]) > length:
+                cut(values, fields["metadata"])
+                break
         line = _SEPARATOR.join(values) + constants
         return _escaped(line).encode()
 
@@ -414,6 +524,8 @@ def _encoder(target: Target, columns: dict[str, str], zone: ZoneInfo) -> Callabl
 
 _QUARTER: Final = timedelta(minutes=15)
 """Zones change their offsets at full quarters of an hour at most."""
+
+_INTEGERS: Final = ("smallint", "integer", "bigint")
 
 # Text in Postgres has no NUL, so what begins with one stands for what must not be escaped with the values.
 _SEPARATOR: Final = "\0s"

@@ -238,7 +238,7 @@ class Worker:
             replica = slot.read(connection, settings.slot)
             found = checkpoint.read(connection, worker)
             wal_end = slot.committed_so_far(connection)
-            columns = postgres.check_catalog(connection, self._profile, self._rules)
+            table = postgres.check_catalog(connection, self._profile, self._rules)
             replication = Replication(postgres.connect_replication(dsn, worker), on_dropped=self._warn_of_dropped)
             stack.enter_context(replication)
             system_identifier = replication.system_identifier()
@@ -259,7 +259,7 @@ class Worker:
             sink = Sink(
                 connection,
                 self._profile.target,
-                columns=columns,
+                table=table,
                 time_zone=time_zone,
                 checkpoint=found,
                 decode=wal2json.decode,
@@ -477,6 +477,10 @@ class _Stream:
         except StopIteration as stop:
             self._writing = None
             self._confirm(stop.value)
+        except psycopg.Error:
+            if self._sink.position > self._resumed:
+                self._totals.batches += 1  # a part of it was written: that is progress
+            raise
 
     def _confirm(self, written: Written) -> None:
         batch, totals = self._written, self._totals
@@ -503,6 +507,7 @@ class _Stream:
             activities=written.activities,
             dead_letters=len(refused),
             already_there=written.already_there,
+            unlinked=written.unlinked,
             lsn=str(self._sink.position),
             seconds=round(time.monotonic() - self._began_at, 4),
         )
