@@ -5,7 +5,7 @@ from __future__ import annotations
 import pickle
 import zlib
 from collections import defaultdict, deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from datetime import datetime
 from typing import Any, Final
 
@@ -112,7 +112,7 @@ class Transformer:
         self._excluded: frozenset[tuple[str, str]] = frozenset()
         self.given: list[Person] = []
         self._erased: dict[Person, list[Stretch]] = {person: [*found] for person, found in scope.erased.items()}
-        self._erased_fields = sorted({name for name, _ in scope.erased})
+        self._erased_fields = {name: name for name, _ in scope.erased}
         self._given_at: dict[Person, int] = {}  # by which change of the current commit
         self._commit_lsn = INVALID
         self._worker = worker
@@ -153,7 +153,7 @@ class Transformer:
         if transaction.last:
             self._expire(self._index + FACT_DISTANCE + 1)
         self._release()
-        return self._told()
+        return self._told() if self._erased else self._out
 
     @property
     def ready(self) -> bool:
@@ -164,7 +164,7 @@ class Transformer:
         """More of them."""
         self._out, self.given = [], []
         self._release()
-        return self._told()
+        return self._told() if self._erased else self._out
 
     def _start(self, transaction: Transaction) -> None:
         self._prefix = key_prefix(self._worker, self._system_identifier, transaction.commit_lsn)
@@ -200,7 +200,7 @@ class Transformer:
             self._expire(index)
         if table.tells and change.new is not None:
             self._learn(change.new, table, index)
-        if self._erased and change.operation == "insert" and change.new is not None:
+        if self._erased and change.operation == "insert":
             self._give(change.new, table, index)
         self._index = index + 1
         if table.name in self._excluded:
@@ -246,7 +246,7 @@ class Transformer:
 
     # Erased persons: whoever is inserted under the key of one is somebody else.
 
-    def _give(self, row: Row, table: Table, index: int) -> None:
+    def _give(self, row: Row | None, table: Table, index: int) -> None:
         commit = self._commit_lsn
         for person in _persons(row, table.persons):
             stretches = self._erased.get(person)
@@ -260,17 +260,15 @@ class Transformer:
 
     def _told(self) -> list[Outcome]:
         """What came out, without what may no longer be told."""
-        if not self._erased:
-            return self._out
         return [self._silenced(outcome) for outcome in self._out]
 
     def _silenced(self, outcome: Outcome) -> Outcome:
         change = outcome.change
         links = self._rules[change.schema, change.table].links
-        persons = [person for row in (change.old, change.new) if row for person in _persons(row, links)]
+        persons = [*_persons(change.old, links), *_persons(change.new, links)]
         if isinstance(outcome, Activity):
-            persons += _persons(outcome.fields, {name: name for name in self._erased_fields})
-        erased = any(self._is_erased(person, outcome.index) for person in persons)
+            persons += _persons(outcome.fields, self._erased_fields)
+        erased = any(person in self._erased and self._is_erased(person, outcome.index) for person in persons)
         return _blank(outcome, links) if erased else outcome
 
     def _is_erased(self, person: Person, index: int) -> bool:
@@ -278,7 +276,7 @@ class Transformer:
         commit = self._commit_lsn
         if index >= self._given_at.get(person, index + 1):  # who has it now may have been erased since
             return any(begin >= commit for begin, _ in self._erased[person])
-        return any(end is None or commit <= end for _, end in self._erased.get(person, ()))
+        return any(end is None or commit <= end for _, end in self._erased[person])
 
     # Facts: rows of the same transaction that complete an activity, before it or after it.
 
@@ -339,10 +337,10 @@ class Transformer:
             self._waiting[key] = others
 
 
-def _persons(values: Mapping[str, Any], columns: Mapping[str, str]) -> Iterator[Person]:
-    for name, column in columns.items():
-        if (key := values.get(column)) is not None:
-            yield (name, text(key))
+def _persons(values: Mapping[str, Any] | None, columns: Mapping[str, str]) -> list[Person]:
+    if values is None:
+        return []
+    return [(name, text(key)) for name, column in columns.items() if (key := values.get(column)) is not None]
 
 
 def _plain(value: Any) -> bool:
