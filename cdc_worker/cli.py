@@ -179,6 +179,8 @@ def status(settings: Settings, as_json: bool) -> None:
 def forget(settings: Settings, yes: bool, as_json: bool, **named: str | None) -> None:
     """Forget a person: blank what was recorded, and what will be, until the key is given to somebody else.
 
+    It takes the rights of the tables' owner, and says what it can't reach.
+
     \b
     Example: cdc-worker forget --lead 7
     """

@@ -121,6 +121,47 @@ def test_a_row_whose_link_became_null_is_known_by_its_identity(crm: Crm) -> None
     assert told(crm, "Grace") == 1
 
 
+def test_a_name_that_means_several_things_is_no_identity(crm: Crm, tmp_path: Path) -> None:
+    path = tmp_path / "profile.toml"
+    path.write_text(
+        """
+        name = "some"
+        [target]
+        table = "activity"
+        constants = { activity_category = "system" }
+        [target.columns]
+        activity_type = "type"
+        metadata = "metadata"
+        lead_id = "lead"
+        customer_uid = "customer"
+        change_key = "change_key"
+        [tables.lead]
+        identity = { id = "{row.lead_id}", name = "{row.full_name}" }
+        fields = { lead = "{row.lead_id}" }
+        rules = [{ on = "insert", type = "t", description = "" }]
+        [tables.customer]
+        identity = { id = "{row.customer_uid}", name = "{row.name}" }
+        fields = { customer = "{row.customer_uid}" }
+        rules = [{ on = "insert", type = "t", description = "" }]
+        """
+    )
+    crm.settings["profile"] = str(path)
+    add_lead(crm, 42, "Grace")
+    add_customer(crm)
+    crm.record()
+    assert forget(crm, "--lead", "42").activities == 1
+    assert (told(crm), told(crm, "Grace")) == (1, 0)
+
+
+def test_rows_that_are_read_only_are_blanked_all_the_same(crm: Crm) -> None:
+    add_lead(crm)
+    crm.record()
+    crm.execute("UPDATE activity SET description = 'changed'")
+    assert crm.value("SELECT description FROM activity") != "changed"
+    assert forget(crm, "--lead", "7").activities == 1
+    assert told(crm) == 0
+
+
 def test_what_the_application_wrote_is_left_to_it(crm: Crm) -> None:
     add_lead(crm)
     crm.execute("INSERT INTO activity (lead_id, activity_type, description) VALUES (7, 'call', 'rang Ada')")
