@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -18,7 +18,14 @@ from typing import Final
 
 import psycopg
 from psycopg import sql
-from tenacity import RetryCallState, Retrying, retry_if_exception_type, stop_after_delay, wait_random_exponential
+from tenacity import (
+    RetryCallState,
+    RetryError,
+    Retrying,
+    retry_if_exception_type,
+    stop_after_delay,
+    wait_random_exponential,
+)
 
 from cdc_worker import errors, log, postgres
 from cdc_worker.config import Settings
@@ -37,6 +44,12 @@ class Step:
     lock: str = ""
     generates: bool = False
     administrator: bool = False
+
+    @property
+    def tables(self) -> list[str]:
+        """What it locks."""
+        found = re.findall(r" on ([\w.\", ]+?)(?:;|$| and (?=[A-Z]))", self.lock)
+        return [name for names in found for name in names.split(", ")]
 
     def statements(self, connection: Connection) -> list[str]:
         """What there is to do."""
@@ -106,6 +119,9 @@ def connected(settings: Settings) -> Iterator[Connection]:
         with postgres.connect(settings.dsn.get_secret_value(), settings.worker) as connection:
             postgres.check_server(postgres.server(connection), settings.worker)
             connection.execute("SET search_path = public")
+            with suppress(psycopg.errors.InsufficientPrivilege):
+                # For superusers: an autovacuum that is in the way gives way when the deadlock check finds it.
+                connection.execute("SELECT set_config('deadlock_timeout', %s, false)", (str(brief(connection) // 2),))
             yield connection
     except psycopg.errors.InsufficientPrivilege as error:
         raise errors.ServerError(
@@ -119,45 +135,50 @@ def exists(connection: Connection, relation: str) -> bool:
     return fetch_one(connection, "SELECT to_regclass(%s) IS NOT NULL", relation) == (True,)
 
 
-_LOCKED: Final = (psycopg.errors.LockNotAvailable, psycopg.errors.DeadlockDetected)
-
 PATIENCE: Final = 600.0
 """Seconds in which a step must get its locks."""
 
-LOCKS_AT_ONCE: Final = 2
-"""So many tables a step locks at most."""
+LOCKS_AT_ONCE: Final = 4
+"""So many relations a step locks at most."""
 
 
 def perform(connection: Connection, step: Step, *, patience: float = PATIENCE) -> list[str]:
     """Do a step, again and again until it gets its locks; returns the statements that were executed.
 
-    Raises psycopg.errors.LockNotAvailable when it doesn't in so many seconds.
+    Raises ServerError when it doesn't in so many seconds.
     """
     wait = brief(connection)
 
     def tell(state: RetryCallState) -> None:
-        log.get().warning("waiting_for_lock", step=step.title, lock=step.lock, attempt=state.attempt_number)
+        log.get().warning("waiting_for_lock", step=step.title, lock=step.lock, held_by=_holders(connection, step))
 
     attempts = Retrying(
-        retry=retry_if_exception_type(_LOCKED),
+        retry=retry_if_exception_type((psycopg.errors.LockNotAvailable, psycopg.errors.DeadlockDetected)),
         wait=wait_random_exponential(multiplier=wait / 1000, max=10),
         stop=stop_after_delay(patience),
         before_sleep=tell,
-        reraise=True,
     )
     executed: list[str] = []
-    for attempt in attempts:
-        with attempt:
-            for statement in step.statements(connection):
-                # Whoever waits to build an index or to validate makes nobody else wait.
-                patient = re.search(r"\bCONCURRENTLY\b|^ALTER TABLE \S+ VALIDATE\b", statement)
-                connection.execute("SELECT set_config('lock_timeout', %s, false)", ("30s" if patient else str(wait),))
-                try:
-                    connection.execute(statement.encode())
-                except psycopg.Error:
-                    connection.execute("ROLLBACK")
-                    raise
-                executed.append(statement)
+    try:
+        for attempt in attempts:
+            with attempt:
+                for statement in step.statements(connection):
+                    # Whoever waits to build an index makes nobody else wait.
+                    timeout = "30s" if "CONCURRENTLY" in statement else str(wait)
+                    connection.execute("SELECT set_config('lock_timeout', %s, false)", (timeout,))
+                    try:
+                        connection.execute(statement.encode())
+                    except psycopg.Error:
+                        connection.execute("ROLLBACK")
+                        raise
+                    executed.append(statement)
+    except RetryError as error:
+        holders = "; ".join(_holders(connection, step))
+        raise errors.ServerError(
+            f"{step.lock or step.title}: not to be had within {patience:g} s"
+            + (f", for these hold it: {holders}" if holders else ""),
+            hint="run it again when they have ended; an autovacuum a superuser can stop with pg_cancel_backend",
+        ) from error
     return executed
 
 
@@ -166,8 +187,20 @@ def brief(connection: Connection) -> int:
 
     So neither do others queue behind us for long, nor can it be one of them whom the server ends in a deadlock.
     """
-    (milliseconds,) = fetch_one(connection, "SELECT setting::int FROM pg_settings WHERE name = 'deadlock_timeout'")
+    (milliseconds,) = fetch_one(connection, "SELECT reset_val::int FROM pg_settings WHERE name = 'deadlock_timeout'")
     return max(1, int(milliseconds * 0.4 / LOCKS_AT_ONCE))
+
+
+_HOLDERS: Final = """
+SELECT DISTINCT format('process %%s (%%s)', pid, coalesce(nullif(application_name, ''), backend_type))
+FROM pg_locks JOIN pg_stat_activity USING (pid)
+WHERE granted AND pid <> pg_backend_pid() AND relation = ANY (SELECT to_regclass(name) FROM unnest(%s::text[]) name)
+ORDER BY 1
+"""
+
+
+def _holders(connection: Connection, step: Step) -> list[str]:
+    return [holder for (holder,) in connection.execute(_HOLDERS, (step.tables,))]
 
 
 _SIZES: Final = """
@@ -183,9 +216,6 @@ def script(connection: Connection, step: Step) -> str:
         return ""
     lines = [f"-- {step.title}"] if step.title else []
     if step.lock:
-        tables = [
-            name for on in re.findall(r" on ([\w.\", ]+?)(?:;|$| and (?=[A-Z]))", step.lock) for name in on.split(", ")
-        ]
-        sizes = ", ".join(f"{name}: {size}" for name, size in connection.execute(_SIZES, (tables,)))
+        sizes = ", ".join(f"{name}: {size}" for name, size in connection.execute(_SIZES, (step.tables,)))
         lines.append(f"-- lock: {step.lock}" + (f" ({sizes})" if sizes else ""))
     return "\n".join([*lines, *(f"{statement.rstrip().removesuffix(';')};" for statement in statements)]) + "\n"

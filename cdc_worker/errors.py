@@ -24,7 +24,6 @@ CdcWorkerError
 ├── TooManyRefusalsError    22   the target refuses row after row for the same reason: mend it
 ├── UnknownValueError        –   a rule lacks a value: the change becomes a dead letter, nothing stops
 ├── ClusterError             1   the demo's private cluster can't be had: install what it names
-├── AdministratorError       1   set-up needs more than ownership: have an administrator run what it prints
 ├── DemoError                1   the demo can't go on: see its log
 └── ServerError              1   any other answer of the server to a one-shot command
 
@@ -178,7 +177,3 @@ class ServerError(CdcWorkerError):
 
 class UnknownValueError(CdcWorkerError):
     """A rule needs a value that the change doesn't carry. The change becomes a dead letter; nothing stops."""
-
-
-class AdministratorError(CdcWorkerError):
-    """Set-up needs what only an administrator may do."""

@@ -39,7 +39,7 @@ _PLAIN: Final = Wishes()
 def setup(settings: Settings, profile: Profile, wishes: Wishes = _PLAIN) -> Iterator[str]:
     """Set up what is missing; yields a line for each thing done. May be repeated, also after an interruption.
 
-    Raises AdministratorError, at the end, with the statements that need more than ownership and have not been done.
+    Raises ServerError, at the end, with the statements that need more than ownership and have not been done.
     """
     with ddl.connected(settings) as connection:
         connection.execute(_ONE_AT_A_TIME)
@@ -71,7 +71,7 @@ def setup(settings: Settings, profile: Profile, wishes: Wishes = _PLAIN) -> Iter
         else:
             yield from _slot(connection, settings, trackers, wishes)
         if refused:
-            raise errors.AdministratorError(
+            raise errors.ServerError(
                 "this needs more than the ownership of database and tables:\n"
                 + "\n".join(f"  {step.text};" for step in refused),
                 hint="have an administrator do it, then again: cdc-worker setup",

@@ -10,7 +10,7 @@ import pytest
 from application import Application, everything, owed, statuses, told
 from support import Crm, eventually
 
-from cdc_worker import cutover, ddl, postgres, profile
+from cdc_worker import config, cutover, ddl, errors, postgres, profile
 from cdc_worker.rules import compile_rules
 
 LEGACY = Path(__file__).parent / "legacy"
@@ -253,5 +253,30 @@ def test_a_step_gives_up_when_it_never_gets_its_lock(tracked_crm: Crm) -> None:
     with psycopg.connect(tracked_crm.dsn) as busy, postgres.connect(tracked_crm.dsn, "test") as connection:
         busy.execute("LOCK TABLE lead IN ACCESS SHARE MODE")
         step = ddl.Step("", "ALTER TABLE lead REPLICA IDENTITY FULL", "ACCESS EXCLUSIVE on lead")
-        with pytest.raises(psycopg.errors.LockNotAvailable):
+        with pytest.raises(errors.ServerError) as caught:
             ddl.perform(connection, step, patience=0.5)
+        assert str(caught.value) == (
+            "ACCESS EXCLUSIVE on lead: not to be had within 0.5 s, for these hold it:"
+            f" process {busy.info.backend_pid} (client backend)"
+        )
+
+
+def test_an_autovacuum_that_is_in_the_way_gives_way(own_crm: Crm) -> None:
+    """Which it does only for who waits until a deadlock is looked for: a superuser looks early."""
+    own_crm.add_leads(20_000)
+    own_crm.execute(
+        "ALTER TABLE lead SET (autovacuum_vacuum_threshold = 1, autovacuum_vacuum_scale_factor = 0,"
+        " autovacuum_vacuum_cost_delay = 100, autovacuum_vacuum_cost_limit = 1)"
+    )
+    own_crm.execute("UPDATE lead SET status = 'x'")
+    own_crm.execute("ALTER SYSTEM SET autovacuum_naptime = '1s'")
+    own_crm.execute("SELECT pg_reload_conf()")
+    eventually(
+        lambda: own_crm.execute(
+            "SELECT pid FROM pg_locks JOIN pg_stat_activity USING (pid)"
+            " WHERE backend_type = 'autovacuum worker' AND relation = 'lead'::regclass AND granted"
+        )
+    )
+    with ddl.connected(config.load(None, {"dsn": own_crm.dsn, "slot": own_crm.slot})) as connection:
+        step = ddl.Step("", "ALTER TABLE lead REPLICA IDENTITY FULL", "ACCESS EXCLUSIVE on lead")
+        assert ddl.perform(connection, step) == [step.text]

@@ -94,7 +94,7 @@ def test_setting_up_again_changes_nothing(crm: Crm) -> None:
     assert said == [f'slot "{crm.slot}" is there, and its checkpoint at {before[0][1]}']
     assert state(crm) == before
     header, *rest = [paragraph for paragraph in crm.succeed("setup", "--dry-run").split("\n\n") if paragraph.strip()]
-    assert (header, rest) == ("SET search_path = public;\nSET lock_timeout = 200;", [])
+    assert (header, rest) == ("SET search_path = public;\nSET lock_timeout = 100;", [])
 
 
 def state(crm: Crm) -> list[tuple[object, ...]]:
