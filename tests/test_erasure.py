@@ -16,6 +16,7 @@ from typing import Any
 
 import psycopg
 import pytest
+from psycopg import sql
 from support import Crm, eventually, grant
 
 from cdc_worker import shadow
@@ -119,6 +120,27 @@ def test_a_row_whose_link_became_null_is_known_by_its_identity(crm: Crm) -> None
     assert forget(crm, "--lead", "7").activities == 1
     assert told(crm) == 0
     assert told(crm, "Grace") == 1
+
+
+def test_a_row_that_was_written_without_its_link_is_known_by_it_all_the_same(crm: Crm) -> None:
+    """The target has a foreign key of its own, and the lead is gone when the worker comes."""
+    crm.execute("ALTER TABLE activity ADD CONSTRAINT own_key FOREIGN KEY (lead_id) REFERENCES lead")
+    add_lead(crm)
+    add_customer(crm)
+    with crm.connection.transaction():
+        crm.execute("UPDATE lead SET is_converted = true")
+        crm.execute("INSERT INTO contact (customer_uid, lead_id) VALUES (42, 7)")
+    crm.execute("DELETE FROM lead")
+    crm.record()
+    assert [activity["lead_id"] for activity in crm.activities()] == [None] * 4
+    assert forget(crm, "--lead", "7").activities == 3
+    add_lead(crm, 7, "Grace")
+    crm.execute("DELETE FROM lead")
+    assert forget(crm, "--lead", "7").activities == 0
+    crm.record()
+    assert forget(crm, "--lead", "7").activities == 0
+    assert [row["metadata"] for row in crm.activities()[4:]] == [{"erased": True, "unlinked": {"lead_id": 7}}] * 2
+    assert (told(crm), told(crm, "Grace")) == (1, 0), "the customer's"
 
 
 def test_a_name_that_means_several_things_is_no_identity(crm: Crm, tmp_path: Path) -> None:
@@ -638,6 +660,24 @@ def test_who_may_not_change_activities_erases_nothing(crm: Crm) -> None:
     done = crm.command("forget", "--yes", "--lead", "7")
     assert (done.returncode, done.stdout) == (1, "")
     assert "permission denied for table erased (SQLSTATE 42501)\nhint: " in done.stderr
+    assert (told(crm), crm.execute(REGISTER)) == (1, [])
+
+
+def test_rows_that_a_policy_hides_are_not_passed_over(crm: Crm) -> None:
+    add_lead(crm)
+    crm.record()
+    role = f"{crm.slot}_role"
+    grant(crm, role)
+    for statement in (
+        "GRANT ALL ON ALL TABLES IN SCHEMA cdc_worker TO {}",
+        "GRANT ALL ON activity TO {}",
+        "ALTER TABLE activity ENABLE ROW LEVEL SECURITY",
+        "CREATE POLICY hidden ON activity USING (lead_id <> 7)",
+    ):
+        crm.connection.execute(sql.SQL(statement).format(sql.Identifier(role)))
+    done = crm.command("forget", "--yes", "--lead", "7")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert 'row-level security policy for table "activity"' in done.stderr
     assert (told(crm), crm.execute(REGISTER)) == (1, [])
 
 
