@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 import re
 import threading
@@ -17,6 +16,7 @@ from psycopg import sql
 from psycopg.rows import TupleRow
 from support import Crm, eventually, grant
 
+from cdc_worker import shadow
 from cdc_worker.sink import MAX_LOCKING, MAX_REFUSALS
 
 COLUMNS = {
@@ -86,10 +86,10 @@ def told(crm: Crm) -> list[tuple[str, int | None, Any, Any]]:
     ]
 
 
-def act_as(crm: Crm, name: str) -> None:
+def add_lead_as(crm: Crm, name: str) -> None:
     """Add a lead in the name of somebody."""
     with crm.connection.transaction():
-        crm.execute("SELECT pg_logical_emit_message(true, 'cdc_worker.context', %s)", json.dumps({"changed_by": name}))
+        shadow.act_as(crm.connection, name)
         crm.add_leads(1)
 
 
@@ -437,9 +437,9 @@ def test_a_text_too_long_is_cut_with_the_whole_of_it_in_metadata(bare_crm: Crm) 
         "ALTER TABLE activity ALTER activity_type TYPE char(8), ALTER description TYPE briefer,"
         " ALTER created_by TYPE varchar(5), ALTER bd TYPE varchar(1)",
     )
-    act_as(crm, "mária")
+    add_lead_as(crm, "mária")
     crm.execute("UPDATE lead SET bd_in_charge = 'j'")
-    act_as(crm, "éva maria")
+    add_lead_as(crm, "éva maria")
     crm.record()
     first, second, third = crm.activities()
     assert (first["activity_type"], first["description"], first["created_by"], first["bd"]) == (
@@ -481,7 +481,7 @@ def test_of_two_columns_with_one_text_only_the_short_one_is_cut(bare_crm: Crm) -
 
 
 def test_a_text_too_long_for_a_prepared_target_is_cut_as_well(crm: Crm) -> None:
-    act_as(crm, "x" * 51)
+    add_lead_as(crm, "x" * 51)
     crm.record()
     (activity,) = crm.activities()
     assert activity["created_by"] == "x" * 49 + "…"
@@ -491,7 +491,7 @@ def test_a_text_too_long_for_a_prepared_target_is_cut_as_well(crm: Crm) -> None:
 def test_a_text_too_long_is_a_dead_letter_where_there_is_no_metadata_to_keep_it(bare_crm: Crm) -> None:
     without = {column: field for column, field in COLUMNS.items() if field != "metadata"}
     crm = use(bare_crm, TARGET, "ALTER TABLE activity ALTER created_by TYPE varchar(6)", columns=without)
-    act_as(crm, "mallory")
+    add_lead_as(crm, "mallory")
     crm.add_leads(1)
     crm.record()
     assert crm.types() == ["lead_created"]
@@ -635,17 +635,18 @@ def test_row_security_that_is_forced_holds_for_the_owner_too(secured: Crm) -> No
 
 
 def test_a_missing_subject_and_a_text_too_long_meet_row_security(secured: Crm) -> None:
-    secured.execute("ALTER TABLE activity ADD FOREIGN KEY (lead_id) REFERENCES lead, ALTER created_by TYPE varchar(4)")
+    secured.execute("ALTER TABLE activity ADD FOREIGN KEY (lead_id) REFERENCES lead")
     with secured.connection.transaction():
+        shadow.act_as(secured.connection, "x" * 51)
         secured.add_leads(30)
         secured.execute("DELETE FROM lead WHERE lead_id = 20")
         secured.execute(POISON)
     secured.record()
     assert [a["lead_id"] for a in secured.activities()] == [*range(1, 20), None, *range(21, 31), None]
     gone = secured.activities()[19]
-    assert gone["created_by"] == "sys…"
+    assert gone["created_by"] == "x" * 49 + "…"
     assert gone["metadata"]["unlinked"] == {"lead_id": 20}
-    assert gone["metadata"]["untruncated"] == {"created_by": "system"}
+    assert gone["metadata"]["untruncated"] == {"created_by": "x" * 51}
     assert dead_letters(secured) == [("refused", "42501", None)]
 
 
