@@ -92,6 +92,10 @@ class Transaction(msgspec.Struct, frozen=True):
     last: bool
 
 
+CUTOVER_PREFIX: Final = "cdc_worker.cutover"
+"""Prefix of the logical messages that mark where the worker and triggers take over from each other."""
+
+
 class Assembler:
     """Puts decoded messages together into transactions, in slices of bounded size.
 
@@ -117,6 +121,10 @@ class Assembler:
         """Whether a transaction has begun and not yet ended."""
         return self._begin is not None
 
+    @property
+    def _marked(self) -> bool:
+        return any(message.prefix == CUTOVER_PREFIX for _, message in self._messages)
+
     def feed(self, message: Begin | Change | Message | Commit, payload: Payload) -> Transaction | None:
         """Take one message and what it was decoded from; returns a transaction or a slice of one when there is one."""
         begin = self._begin
@@ -133,7 +141,7 @@ class Assembler:
         if type(message) is Commit:
             self._begin = None
             self.received = max(self.received, begin.end_lsn)
-            if dealt_with or (self._first and not self._changes):  # nothing of ours happened in it
+            if dealt_with or (self._first and not self._changes and not self._marked):  # nothing of ours happened in it
                 self._messages = []
                 return None
             return self._cut(begin, last=True)

@@ -3,7 +3,8 @@
 For each table there is one transaction: it takes the triggers away, and with the table locked it puts a marker into the
 WAL. Whoever wrote to the table before has ended by then, and whoever writes to it later commits behind the marker: the
 marker's LSN divides the commits exactly, those that the triggers saw and those that the worker records. A new nonce in
-the checkpoint row, which every batch must know, lets a worker that is running learn of it between two batches.
+the checkpoint row, which every batch must know, keeps a worker that has not heard of it from writing; and when it comes
+to the marker, which anybody could have put there, it writes, if only its position, and so finds out.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Final
 from psycopg import sql
 
 from cdc_worker import checkpoint, ddl
+from cdc_worker.changes import CUTOVER_PREFIX
 from cdc_worker.config import Settings
 from cdc_worker.ddl import Step
 from cdc_worker.postgres import Connection
@@ -43,10 +45,6 @@ def cut_over(
                 else f"no trigger of a captured table writes {profile.target.table}, and none is waited for"
             )
         yield from (ddl.script(connection, step) for step in steps) if dry_run else perform(connection, steps)
-
-
-MARKER: Final = "cdc_worker.cutover"
-"""Prefix of the logical message that marks a cut-over, for whoever reads the WAL."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,7 +157,7 @@ _END: Final = sql.SQL(
 
 
 def _step(title: str, worker: str, table: str, *statements: sql.Composed | sql.SQL | str) -> Step:
-    marker = _MARKER.format(prefix=MARKER, worker=worker, table=table)
+    marker = _MARKER.format(prefix=CUTOVER_PREFIX, worker=worker, table=table)
     names = {"worker": worker, "table": table, "on": _on(table), "marker": marker}
     parts = (part.format(**names) if isinstance(part, sql.SQL) else part for part in (_NONCE, _LOCK, *statements))
     return Step(title, ddl.transaction(*parts), f"ACCESS EXCLUSIVE on {table}")

@@ -6,6 +6,7 @@ have recorded changes so far: in this order, each step committed, so that it can
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Final
@@ -20,7 +21,8 @@ from cdc_worker.postgres import Connection, fetch_one
 from cdc_worker.profile import Profile
 from cdc_worker.rules import Table, compile_rules, qualified
 
-_ONE_AT_A_TIME: Final = "SELECT pg_advisory_lock(hashtext('cdc-worker setup'))"
+# Who waited for it in the server would have a snapshot, and CREATE INDEX CONCURRENTLY waits for all who have one.
+_ONE_AT_A_TIME: Final = "SELECT pg_try_advisory_lock(hashtext('cdc-worker setup'))"
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +44,8 @@ def setup(settings: Settings, profile: Profile, wishes: Wishes = _PLAIN) -> Iter
     Raises ServerError, at the end, with the statements that need more than ownership and have not been done.
     """
     with ddl.connected(settings) as connection:
-        connection.execute(_ONE_AT_A_TIME)
+        while fetch_one(connection, _ONE_AT_A_TIME) != (True,):
+            time.sleep(0.2)
         warnings: list[str] = []
         connection.add_notice_handler(lambda notice: warnings.append(_warning(notice)))
         refused: list[Step] = []
@@ -190,9 +193,16 @@ def _table(connection: Connection, table: Table, worker: str) -> Iterator[Step]:
 
 
 _ROLE: Final = """
-SELECT rolreplication OR rolsuper, ARRAY(SELECT c FROM pg_db_role_setting s, unnest(s.setconfig) c
-                                         WHERE s.setrole = r.oid AND c LIKE 'output\\_plugin\\_libraries=%%')
+SELECT rolreplication OR rolsuper,
+       (SELECT c FROM pg_db_role_setting s, unnest(s.setconfig) c
+        WHERE s.setrole = r.oid AND s.setdatabase = 0 AND c LIKE 'output\\_plugin\\_libraries=%%')
 FROM pg_roles r WHERE rolname = %s
+"""
+
+# What other roles have, as far as one may see it: ours may have a setting of its own.
+_LIBRARIES: Final = """
+SELECT CASE WHEN source LIKE '%user' THEN boot_val ELSE setting END
+FROM pg_settings WHERE name = 'output_plugin_libraries'
 """
 
 
@@ -204,11 +214,11 @@ def _role(connection: Connection, role: str) -> Iterator[Step]:
         yield Step(f"role {role} is made", f"CREATE ROLE {name} LOGIN REPLICATION", administrator=True)
     elif not found[0]:
         yield Step(f"role {role} may replicate", f"ALTER ROLE {name} REPLICATION", administrator=True)
-    libraries = postgres.server(connection).output_plugin_libraries
-    allowed = [*postgres.listed(libraries or ""), *(found[1] if found else ())]
-    if libraries is not None and not any(wal2json.PLUGIN in of for of in allowed):
-        statement = slot.allow(role, postgres.listed(libraries))
-        yield Step(f"role {role} may use {wal2json.PLUGIN}", statement, administrator=True)
+    for (libraries,) in connection.execute(_LIBRARIES).fetchall():
+        own = found[1].partition("=")[2] if found and found[1] else libraries
+        if wal2json.PLUGIN not in postgres.listed(own):
+            statement = slot.allow(role, postgres.listed(own))
+            yield Step(f"role {role} may use {wal2json.PLUGIN}", statement, administrator=True)
 
 
 _KEPT_KEYS: Final = """

@@ -87,6 +87,12 @@ _FULL: Final = "SELECT relreplident = 'f' FROM pg_class WHERE oid = to_regclass(
 
 _REMOVE: Final = "DELETE FROM cdc_worker.replaced WHERE kind = {} AND table_name = {} AND name = {}"
 
+_WITH_IT: Final = """
+SELECT 'dead letters', count(*) FROM cdc_worker.dead_letter
+UNION ALL
+SELECT 'entries of the register of who was erased', count(*) FROM cdc_worker.erased
+"""
+
 _OBJECTS: Final = """
 SELECT format('DROP TABLE %s', string_agg(c.oid::regclass::text, ', ' ORDER BY relname))
 FROM pg_class c WHERE relnamespace = to_regnamespace('cdc_worker') AND relkind IN ('r', 'p') HAVING count(*) > 0
@@ -119,5 +125,7 @@ def _everything(connection: Connection, profile: Profile, *, restore_triggers: b
                 yield Step(f"{table}: {name} is not restored; it was: {restore}", remove.as_string())
             case _:
                 pass
+    with_it = [f"{count:,} {what}" for what, count in connection.execute(_WITH_IT) if count]
     objects = [statement for (statement,) in connection.execute(_OBJECTS)]
-    yield Step("schema cdc_worker is dropped", ddl.transaction(*objects, "DROP SCHEMA cdc_worker"))
+    title = "schema cdc_worker is dropped" + (f", and with it {' and '.join(with_it)}" if with_it else "")
+    yield Step(title, ddl.transaction(*objects, "DROP SCHEMA cdc_worker"))

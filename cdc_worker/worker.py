@@ -29,7 +29,7 @@ from tenacity import RetryCallState, Retrying, retry_if_exception, stop_when_eve
 
 from cdc_worker import checkpoint, errors, postgres, slot, wal2json
 from cdc_worker.activities import Activity, Batch, DeadLetter, Line, Position, Scope
-from cdc_worker.changes import Assembler, Transaction
+from cdc_worker.changes import CUTOVER_PREFIX, Assembler, Transaction
 from cdc_worker.config import Settings
 from cdc_worker.log import Logger
 from cdc_worker.lsn import LSN
@@ -284,7 +284,7 @@ class Worker:
     def _start(
         self, connection: postgres.Connection, replication: Replication, position: LSN, server: postgres.Server
     ) -> None:
-        options = wal2json.options(self._rules, (CONTEXT_PREFIX,))
+        options = wal2json.options(self._rules, (CONTEXT_PREFIX, CUTOVER_PREFIX))
         waiting = False
         while True:
             try:
@@ -348,6 +348,7 @@ class _Stream:
         self._assembler = Assembler(sink.position.lsn)
         self._batch = Batch(sink.position)
         self._unfinished: Transaction | None = None
+        self._marked = False  # a cut-over may have changed what is ours: to write is to find out
         self._writing: Writing[Written] | None = None
         self._written: Batch = self._batch
         self._wants = Wait.R
@@ -437,6 +438,8 @@ class _Stream:
             # A part of this commit was written before we came. It is read again for its messages and facts.
             outcomes = [outcome for outcome in outcomes if outcome.index >= self._resumed.changes]
             done = max(done, self._resumed.changes)
+        if any(message.prefix == CUTOVER_PREFIX for _, message in transaction.messages):
+            self._marked = True
         lines = [self._line(o, transaction) if isinstance(o, Activity) else o for o in outcomes]
         complete = transaction.last and not transformer.ready
         self._batch.add(lines, transaction, done=done, complete=complete, given=transformer.given)
@@ -451,7 +454,8 @@ class _Stream:
     def _begin(self, now: float) -> None:
         """Start to write what has come together, or now and then where an otherwise quiet stream has got to."""
         batch = self._batch
-        if not batch.empty:
+        if not batch.empty or self._marked:
+            self._marked = False
             self._batch = Batch(batch.end)
         elif (
             self._idle

@@ -130,6 +130,30 @@ def test_a_running_worker_hears_of_each_cut_over_in_time(tracked_crm: Crm) -> No
     assert told(tracked_crm) == Counter(owed(application.done))
 
 
+def test_a_quiet_worker_hears_of_it_without_having_anything_to_write(tracked_crm: Crm) -> None:
+    """Else what comes after would be left out until there is enough of it to note a position."""
+    tracked_crm.succeed("setup", "--no-cutover")
+    with tracked_crm.worker() as worker:
+        worker.wait_for("replication_started")
+        tracked_crm.succeed("cutover")
+        tracked_crm.execute("UPDATE lead SET status = 'x' WHERE lead_id = 1")
+        eventually(tracked_crm.activities)
+        assert 1 <= len(worker.events("scope_changed")) <= 2
+    assert told(tracked_crm) == Counter(["x"])
+
+
+def test_a_marker_of_somebody_else_changes_nothing(tracked_crm: Crm) -> None:
+    tracked_crm.setup()
+    with tracked_crm.worker() as worker:
+        worker.wait_for("replication_started")
+        for content in ("", "{}", '{"table": "public.lead", "nonce": "00000000-0000-0000-0000-000000000000"}'):
+            tracked_crm.execute("SELECT pg_logical_emit_message(true, 'cdc_worker.cutover', %s)", content)
+        tracked_crm.execute("UPDATE lead SET status = 'x' WHERE lead_id = 1")
+        eventually(tracked_crm.activities)
+        assert not worker.events("scope_changed")
+        assert len(worker.events("replication_started")) == 1
+
+
 def test_a_worker_that_lags_behind_several_cut_overs_divides_the_commits_alike(tracked_crm: Crm) -> None:
     tracked_crm.succeed("setup", "--no-cutover")
     with Application(tracked_crm, statuses) as application:

@@ -17,7 +17,7 @@ from psycopg import sql
 from support import Crm, WorkerProcess, crm_on, eventually, grant
 
 from cdc_worker import config, errors, postgres, profile, slot
-from cdc_worker.cluster import Cluster
+from cdc_worker.cluster import Cluster, find_binaries
 from cdc_worker.lsn import LSN
 from cdc_worker.setup import setup
 
@@ -123,20 +123,38 @@ def unfinished(crm: Crm, last: str) -> None:
 
 def test_setting_up_goes_on_where_it_was_interrupted(server: Cluster, tmp_path: Path) -> None:
     """After each line. After the slot is made, and before there is a checkpoint, nothing is lost either."""
-    steps, done = 0, False
-    while not done:
+    steps, shapes = 0, set()
+    while True:
         steps += 1
         with crm_on(server, tmp_path) as crm:
-            lines = lines_of_setup(crm)
-            done = len(list(islice(lines, steps))) < steps
-            lines.close()  # type: ignore[attr-defined]  # it is a generator
+            done = len(list(islice(lines_of_setup(crm), steps))) < steps
             slot_made = crm.value("SELECT count(*) FROM pg_replication_slots WHERE slot_name = %s", crm.slot) == 1
             crm.add_leads(1)
             crm.setup()
             crm.add_leads(1)
-            crm.record()
-            assert len(crm.activities()) == (2 if slot_made else 1)
-    assert steps > 6
+            shapes.add(shape(crm))
+            if slot_made:
+                crm.record()
+                assert len(crm.activities()) == 2
+            if done:
+                break
+    assert steps > 10
+    assert len(shapes) == 1
+
+
+def shape(crm: Crm) -> tuple[tuple[object, ...], ...]:
+    """What the target is made of."""
+    return (
+        *crm.execute("SELECT attname FROM pg_attribute WHERE attrelid = 'activity'::regclass ORDER BY 1"),
+        *crm.execute(
+            "SELECT conname, convalidated FROM pg_constraint WHERE conrelid = 'activity'::regclass ORDER BY 1"
+        ),
+        *crm.execute(
+            "SELECT tgname FROM pg_trigger WHERE tgrelid = 'activity'::regclass AND NOT tgisinternal ORDER BY 1"
+        ),
+        *crm.execute("SELECT indexname FROM pg_indexes WHERE tablename = 'activity' ORDER BY 1"),
+        *crm.execute("SELECT viewname FROM pg_views WHERE schemaname = 'public' ORDER BY 1"),
+    )
 
 
 def test_set_up_killed_again_and_again_beside_an_application_that_writes(bare_crm: Crm, seed: int) -> None:
@@ -244,25 +262,126 @@ def test_what_holds_up_the_slot_is_named_to_an_ordinary_role_too(bare_crm: Crm) 
 # Rights
 
 
-def test_the_owner_of_database_and_tables_can_set_up_with_the_right_to_replicate(bare_crm: Crm) -> None:
-    role = sql.Identifier(f"owner_{bare_crm.slot}")
-    database = sql.Identifier(bare_crm.connection.info.dbname)
+def owned(crm: Crm) -> str:
+    """Make a role that owns database and tables, and let the commands use it."""
+    role, database = f"owner_{crm.slot}", crm.connection.info.dbname
     for statement in (
-        "CREATE ROLE {role} LOGIN REPLICATION",
+        "CREATE ROLE {role} LOGIN",
         "ALTER DATABASE {database} OWNER TO {role}",
         "ALTER SCHEMA public OWNER TO {role}",
         *(f"ALTER TABLE {table} OWNER TO {{role}}" for table in ("lead", "customer", "contact")),
     ):
-        bare_crm.connection.execute(sql.SQL(statement).format(role=role, database=database))
-    bare_crm.settings["dsn"] = psycopg.conninfo.make_conninfo(bare_crm.dsn, user=f"owner_{bare_crm.slot}")
+        names = {"role": sql.Identifier(role), "database": sql.Identifier(database)}
+        crm.connection.execute(sql.SQL(statement).format(**names))
+    crm.settings["dsn"] = psycopg.conninfo.make_conninfo(crm.dsn, user=role)
+    return role
+
+
+def drop(crm: Crm, *roles: str) -> None:
+    for role in map(sql.Identifier, roles):
+        crm.connection.execute(sql.SQL("REASSIGN OWNED BY {} TO postgres").format(role))
+        crm.connection.execute(sql.SQL("DROP OWNED BY {}").format(role))
+        crm.connection.execute(sql.SQL("DROP ROLE {}").format(role))
+
+
+def test_the_owner_of_database_and_tables_can_set_up_with_the_right_to_replicate(bare_crm: Crm) -> None:
+    role = owned(bare_crm)
+    bare_crm.connection.execute(sql.SQL("ALTER ROLE {} REPLICATION").format(sql.Identifier(role)))
     try:
         bare_crm.setup()
         bare_crm.add_leads(1)
         bare_crm.record()
         assert names(bare_crm) == ["Lead 1"]
     finally:
-        bare_crm.connection.execute(sql.SQL("REASSIGN OWNED BY {} TO postgres").format(role))
-        bare_crm.connection.execute(sql.SQL("DROP ROLE {}").format(role))
+        drop(bare_crm, role)
+
+
+def test_what_needs_more_than_ownership_is_printed_for_an_administrator(bare_crm: Crm) -> None:
+    """And accepted when it is done: the worker then runs with the grants that the owner could give."""
+    role, owner = f"cdc_{bare_crm.slot}", owned(bare_crm)
+    try:
+        done = bare_crm.command("setup", "--role", role)
+        assert done.returncode == 1
+        first, *statements, last = done.stderr.splitlines()
+        assert first == "error: this needs more than the ownership of database and tables:"
+        assert statements == [
+            f'  CREATE ROLE "{role}" LOGIN REPLICATION;',
+            f"  SELECT lsn FROM pg_create_logical_replication_slot('{bare_crm.slot}', 'wal2json');",
+        ]
+        assert last == "hint: have an administrator do it, then again: cdc-worker setup"
+        for statement in statements:
+            bare_crm.connection.execute(statement.encode())
+        bare_crm.add_leads(1)
+        said = bare_crm.succeed("setup", "--role", role)
+        assert "the worker's role has its grants on the target, which teardown takes back" in said
+        bare_crm.settings["dsn"] = psycopg.conninfo.make_conninfo(bare_crm.dsn, user=role)
+        bare_crm.execute("UPDATE lead SET status = 'x'")
+        bare_crm.record()
+        assert bare_crm.types() == ["lead_created", "status_changed"]
+    finally:
+        drop(bare_crm, owner, role)
+
+
+def test_a_role_that_may_not_replicate_is_named_to_the_administrator(bare_crm: Crm) -> None:
+    role, owner = f"cdc_{bare_crm.slot}", owned(bare_crm)
+    bare_crm.connection.execute(sql.SQL("CREATE ROLE {} LOGIN").format(sql.Identifier(role)))
+    try:
+        assert f'  ALTER ROLE "{role}" REPLICATION;\n' in bare_crm.command("setup", "--role", role).stderr
+    finally:
+        drop(bare_crm, owner, role)
+
+
+def test_setup_grants_the_role_of_the_worker_what_it_needs_and_no_more(bare_crm: Crm) -> None:
+    role = f"cdc_{bare_crm.slot}"
+    bare_crm.succeed("setup", "--role", role)
+    try:
+        assert bare_crm.succeed("setup", "--role", role).count("\n") == 1
+        rights = bare_crm.execute(
+            "SELECT table_schema || '.' || table_name, string_agg(DISTINCT privilege_type, ' ' ORDER BY privilege_type)"
+            " FROM information_schema.column_privileges WHERE grantee = %s GROUP BY 1 ORDER BY 1",
+            role,
+        )
+        assert rights == [
+            ("cdc_worker.checkpoint", "SELECT UPDATE"),
+            ("cdc_worker.dead_letter", "INSERT SELECT"),
+            ("cdc_worker.erased", "SELECT UPDATE"),
+            ("cdc_worker.excluded", "SELECT"),
+            ("public.activity", "INSERT SELECT"),
+        ]
+        attributes = bare_crm.execute(
+            "SELECT rolsuper, rolcreatedb, rolcreaterole, rolbypassrls, rolreplication"
+            " FROM pg_roles WHERE rolname = %s",
+            role,
+        )
+        assert attributes == [(False, False, False, False, True)]
+    finally:
+        drop(bare_crm, role)
+
+
+def test_on_a_server_that_refuses_the_plugin_setup_allows_it_to_the_role(tmp_path: Path) -> None:
+    binaries = find_binaries(newest=True)
+    assert binaries.plugin_list, f"{binaries.origin} is too old to refuse a plugin"
+    with Cluster(binaries, allow_plugins=False) as server, crm_on(server, tmp_path) as crm:
+        crm.execute("ALTER ROLE postgres SET output_plugin_libraries = pgoutput, wal2json")
+        assert 'ALTER ROLE "cdc" SET output_plugin_libraries = ' in crm.succeed("setup", "--dry-run", "--role", "cdc")
+        assert "role cdc may use wal2json" in crm.succeed("setup", "--role", "cdc")
+        assert crm.succeed("setup", "--role", "cdc").count("\n") == 1
+        crm.settings["dsn"] = psycopg.conninfo.make_conninfo(crm.dsn, user="cdc")
+        crm.add_leads(1)
+        crm.record()
+        assert names(crm) == ["Lead 1"]
+
+
+def test_a_failover_slot_wants_a_server_that_has_them(bare_crm: Crm) -> None:
+    version = bare_crm.value("SELECT current_setting('server_version_num')::int")
+    done = bare_crm.command("setup", "--failover")
+    if version >= 170000:
+        assert done.returncode == 0
+        assert bare_crm.value("SELECT failover FROM pg_replication_slots WHERE slot_name = %s", bare_crm.slot)
+    else:
+        assert done.stderr == (
+            f"error: failover slots need PostgreSQL 17, and this is {version // 10000}\nhint: leave out --failover\n"
+        )
 
 
 def test_a_role_with_nothing_but_the_grants_records_everything(bare_crm: Crm) -> None:

@@ -92,6 +92,13 @@ def test_triggers_that_are_not_restored_are_told_of_before_their_definitions_go(
     ) in said
 
 
+def test_what_goes_with_the_schema_is_told(crm: Crm) -> None:
+    crm.add_leads(1)
+    crm.succeed("forget", "--lead", "1", "--yes")
+    said = crm.succeed("teardown", "--all", "--yes").splitlines()
+    assert said[-1] == ("schema cdc_worker is dropped, and with it 1 entries of the register of who was erased")
+
+
 def test_an_identity_that_somebody_changed_since_is_left_alone(crm: Crm) -> None:
     crm.execute("ALTER TABLE lead REPLICA IDENTITY NOTHING")
     crm.succeed("teardown", "--all", "--yes")
