@@ -24,11 +24,14 @@ The edges each know one thing outside:
     config      settings
     log         structured logs
     postgres    connections, SQLSTATEs, the catalog
+    ddl         changes of the database's structure, in steps that hardly wait
     checkpoint  how far a worker has written, and who may write
     slot        the server's promise to keep WAL
     replication the replication connection
     sink        the writing connection
-    setup       tables, identities, slot
+    cutover     from triggers to the worker, and back
+    setup       tables, identities, grants, slot, cut-over
+    teardown    the slot, and all that setup made
     erasure     persons who are to be forgotten
     status      what a person on call asks
     worker      the loop over both sockets, and what keeps it going
