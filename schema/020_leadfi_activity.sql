@@ -51,41 +51,6 @@ WHERE attname IS NULL OR (preset IS NOT NULL AND NOT atthasdef)
 COMMENT ON COLUMN activity.change_key IS
     'Identity of the change that a row of cdc-worker tells of; NULL for all other rows';
 
-CREATE OR REPLACE FUNCTION cdc_worker.validate(relation regclass, name text) RETURNS void LANGUAGE plpgsql AS $$
-BEGIN
-    EXECUTE format('ALTER TABLE %s VALIDATE CONSTRAINT %I', relation, name);
-EXCEPTION WHEN check_violation OR foreign_key_violation THEN
-    EXECUTE format('COMMENT ON CONSTRAINT %I ON %s IS %L', name, relation,
-                   'Checked for new rows only: old ones break it');
-    RAISE WARNING 'constraint "%" of % is checked for new rows only: old ones break it', name, relation
-        USING HINT = format('mend them, then: ALTER TABLE %s VALIDATE CONSTRAINT %I', relation, name);
-END $$;
-
-COMMENT ON FUNCTION cdc_worker.validate IS 'Validates a constraint, or says in its comment why it can''t be';
-
--- Categories are known ones, and metadata is an object. Where old rows are otherwise, only new ones are checked; a
--- CHECK of the application on the same column stays the only one.
--- lock: ACCESS EXCLUSIVE on activity
-WITH wanted (column_name, name, rule) AS (VALUES
-    ('activity_category', 'activity_category_known', $$activity_category IN ('manual', 'system', 'automated')$$),
-    ('metadata', 'activity_metadata_is_object', $$jsonb_typeof(metadata) = 'object'$$)
-), found AS (
-    SELECT wanted.*, conname, convalidated, obj_description(c.oid, 'pg_constraint') AS remark
-    FROM wanted
-    LEFT JOIN pg_attribute a ON attrelid = to_regclass('activity') AND attname = column_name
-    LEFT JOIN pg_constraint c ON conrelid = attrelid AND contype = 'c' AND conkey = ARRAY[attnum]
-    WHERE column_name <> 'metadata' OR coalesce(atttypid, 'jsonb'::regtype) = 'jsonb'::regtype
-)
-SELECT statement
-FROM found, LATERAL (VALUES
-    (1, CASE WHEN conname IS NULL THEN
-        format('ALTER TABLE activity ADD CONSTRAINT %s CHECK (%s) NOT VALID', name, rule) END),
-    (2, CASE WHEN conname IS NULL OR (conname = name AND NOT convalidated AND remark IS NULL) THEN
-        format('SELECT cdc_worker.validate(''activity'', %L)', name) END)) AS step (place, statement)
-WHERE statement IS NOT NULL
-ORDER BY name, place
-\gexec
-
 -- The dates that a worker supplies are kept. A trigger that sets `date_created` goes on doing so for all other rows,
 -- but not when the step below fills old rows. What it was is in cdc_worker.replaced.
 -- lock: SHARE ROW EXCLUSIVE on activity
@@ -119,8 +84,10 @@ CREATE OR REPLACE FUNCTION activity_bd_in_step() RETURNS trigger LANGUAGE plpgsq
 BEGIN
     IF TG_OP = 'INSERT' THEN
         NEW.bd_in_charge := coalesce(NEW.bd_in_charge, NEW.bd);
-    ELSIF NEW.bd_in_charge IS NOT DISTINCT FROM OLD.bd_in_charge AND NEW.bd IS DISTINCT FROM OLD.bd THEN
-        NEW.bd_in_charge := NEW.bd;
+    ELSIF NEW.bd_in_charge IS NOT DISTINCT FROM OLD.bd_in_charge THEN
+        -- The new column of an old row may not be filled yet.
+        NEW.bd_in_charge := CASE WHEN NEW.bd IS DISTINCT FROM OLD.bd THEN NEW.bd
+                                 ELSE coalesce(NEW.bd_in_charge, NEW.bd) END;
     END IF;
     NEW.bd := NEW.bd_in_charge;
     RETURN NEW;
@@ -174,4 +141,39 @@ FROM (SELECT CASE WHEN count(*) > 0 THEN 'coalesce(bd_in_charge, bd)' ELSE 'bd_i
 WHERE pg_relation_size(to_regclass('activity')) > 0
   AND NOT EXISTS (SELECT FROM pg_index JOIN pg_attribute ON attrelid = indrelid AND indkey::text = attnum::text
                   WHERE indrelid = to_regclass('activity') AND attname = 'change_key' AND indisunique AND indisvalid)
+\gexec
+
+CREATE OR REPLACE FUNCTION cdc_worker.validate(relation regclass, name text) RETURNS void LANGUAGE plpgsql AS $$
+BEGIN
+    EXECUTE format('ALTER TABLE %s VALIDATE CONSTRAINT %I', relation, name);
+EXCEPTION WHEN check_violation OR foreign_key_violation THEN
+    EXECUTE format('COMMENT ON CONSTRAINT %I ON %s IS %L', name, relation,
+                   'Checked for new rows only: old ones break it');
+    RAISE WARNING 'constraint "%" of % is checked for new rows only: old ones break it', name, relation
+        USING HINT = format('mend them, then: ALTER TABLE %s VALIDATE CONSTRAINT %I', relation, name);
+END $$;
+
+COMMENT ON FUNCTION cdc_worker.validate IS 'Validates a constraint, or says in its comment why it can''t be';
+
+-- Categories are known ones, and metadata is an object. Where old rows are otherwise, only new ones are checked; a
+-- CHECK of the application on the same column stays the only one.
+-- lock: ACCESS EXCLUSIVE on activity
+WITH wanted (column_name, name, rule) AS (VALUES
+    ('activity_category', 'activity_category_known', $$activity_category IN ('manual', 'system', 'automated')$$),
+    ('metadata', 'activity_metadata_is_object', $$jsonb_typeof(metadata) = 'object'$$)
+), found AS (
+    SELECT wanted.*, conname, convalidated, obj_description(c.oid, 'pg_constraint') AS remark
+    FROM wanted
+    LEFT JOIN pg_attribute a ON attrelid = to_regclass('activity') AND attname = column_name
+    LEFT JOIN pg_constraint c ON conrelid = attrelid AND contype = 'c' AND conkey = ARRAY[attnum]
+    WHERE column_name <> 'metadata' OR coalesce(atttypid, 'jsonb'::regtype) = 'jsonb'::regtype
+)
+SELECT statement
+FROM found, LATERAL (VALUES
+    (1, CASE WHEN conname IS NULL THEN
+        format('ALTER TABLE activity ADD CONSTRAINT %s CHECK (%s) NOT VALID', name, rule) END),
+    (2, CASE WHEN conname IS NULL OR (conname = name AND NOT convalidated AND remark IS NULL) THEN
+        format('SELECT cdc_worker.validate(''activity'', %L)', name) END)) AS step (place, statement)
+WHERE statement IS NOT NULL
+ORDER BY name, place
 \gexec

@@ -9,7 +9,8 @@
 -- lock: ACCESS EXCLUSIVE on activity; rewrites activity
 SELECT format(E'BEGIN;\nALTER TABLE activity %s;\n%s;\nCOMMIT',
     string_agg(format($$ADD COLUMN manual_%1$s %2$s GENERATED ALWAYS AS
-        (CASE WHEN activity_category IN ('system', 'automated') THEN NULL ELSE %1$s END) STORED$$, name, coalesce(format_type(atttypid, atttypmod), 'integer')), E',\n    ' ORDER BY name DESC),
+        (CASE WHEN activity_category IN ('system', 'automated') THEN NULL ELSE %1$s END) STORED$$,
+                      name, coalesce(format_type(atttypid, atttypmod), 'integer')), E',\n    ' ORDER BY name DESC),
     string_agg(format($$COMMENT ON COLUMN activity.manual_%1$s IS
     '%1$s of manual activities, for the foreign key'$$, name), E';\n' ORDER BY name DESC))
 FROM (VALUES ('lead_id'), ('customer_uid')) AS link (name)
