@@ -90,7 +90,7 @@ _REMOVE: Final = "DELETE FROM cdc_worker.replaced WHERE kind = {} AND table_name
 _WITH_IT: Final = """
 SELECT 'dead letters', count(*) FROM cdc_worker.dead_letter
 UNION ALL
-SELECT 'entries of the register of who was erased', count(*) FROM cdc_worker.erased
+SELECT 'erased persons', count(*) FROM cdc_worker.erased
 """
 
 _OBJECTS: Final = """
@@ -125,7 +125,7 @@ def _everything(connection: Connection, profile: Profile, *, restore_triggers: b
                 yield Step(f"{table}: {name} is not restored; it was: {restore}", remove.as_string())
             case _:
                 pass
-    with_it = [f"{count:,} {what}" for what, count in connection.execute(_WITH_IT) if count]
+    with_it = [f"{what}: {count:,}" for what, count in connection.execute(_WITH_IT) if count]
     objects = [statement for (statement,) in connection.execute(_OBJECTS)]
-    title = "schema cdc_worker is dropped" + (f", and with it {' and '.join(with_it)}" if with_it else "")
+    title = "schema cdc_worker is dropped" + (f", and what it held ({', '.join(with_it)})" if with_it else "")
     yield Step(title, ddl.transaction(*objects, "DROP SCHEMA cdc_worker"))

@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from support import GRANTS
+import psycopg
+from support import GRANTS, Crm
 
 from cdc_worker.config import PREFIX, Settings
 
@@ -43,3 +44,35 @@ def test_the_readme_names_every_make_target_that_it_uses() -> None:
     targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.M))
     used = set(re.findall(r"(?:^    (?:\S+=\S+ )?|`)make ([a-z]+)", (ROOT / "README.md").read_text(), re.M))
     assert {"demo", "test"} <= used <= targets
+
+
+def shown(document: str, first: str) -> list[str]:
+    """The block of a document that begins with this line, in the parts between which something is left out."""
+    blocks = re.findall(r"(?:^    .*\n)+", (ROOT / document).read_text(), re.M)
+    texts = [re.sub(r"^    ", "", block, flags=re.M) for block in blocks]
+    (found,) = [text for text in texts if text.startswith(first)]
+    return found.split("…\n")
+
+
+def test_installing_prints_what_its_page_shows(bare_crm: Crm) -> None:
+    bare_crm.settings["slot"] = "cdc_worker"
+    for name in ("legacy.sql", "rows.sql", "old_migration.sql"):
+        for statement in (ROOT / "tests" / "legacy" / name).read_text().split("\n\n"):
+            try:
+                bare_crm.connection.execute(statement.encode())
+            except psycopg.errors.CheckViolation:  # as it did on old rows without a link
+                assert "chk_activity_link" in statement
+    bare_crm.add_leads(3)
+    try:
+        printed = [bare_crm.succeed("setup", "--role", "cdc", *more) for more in (["--dry-run"], [])]
+        bare_crm.execute("UPDATE lead SET status = 'x' WHERE lead_id = 7")
+        printed += [
+            bare_crm.succeed("run", "--once"),
+            bare_crm.succeed("forget", "--lead", "7", "--yes"),
+            bare_crm.succeed("teardown", "--all", "--restore-triggers", "--yes"),
+        ]
+    finally:
+        bare_crm.execute("DROP ROLE IF EXISTS cdc")
+    for first in ("-- The links of manual activities stand", "forgotten: lead 7", 'slot "cdc_worker" is dropped'):
+        for part in shown("docs/installing.md", first):
+            assert any(part in text for text in printed), f"not printed:\n{part}\nbut:\n" + "\n".join(printed)

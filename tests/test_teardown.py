@@ -96,7 +96,7 @@ def test_what_goes_with_the_schema_is_told(crm: Crm) -> None:
     crm.add_leads(1)
     crm.succeed("forget", "--lead", "1", "--yes")
     said = crm.succeed("teardown", "--all", "--yes").splitlines()
-    assert said[-1] == ("schema cdc_worker is dropped, and with it 1 entries of the register of who was erased")
+    assert said[-1] == ("schema cdc_worker is dropped, and what it held (erased persons: 1)")
 
 
 def test_an_identity_that_somebody_changed_since_is_left_alone(crm: Crm) -> None:
