@@ -4,7 +4,7 @@
 -- All files of LeadFi may be run any number of times, by setup or by psql as the owner of the tables, in the order of
 -- their numbers and each until it ends without an error:
 --
---     export PGOPTIONS='-c search_path=public -c lock_timeout=200ms'
+--     export PGOPTIONS='-c search_path=public -c lock_timeout=100ms'
 --     psql -X -v ON_ERROR_STOP=1 -f schema/010_cdc_worker.sql -f schema/020_leadfi_activity.sql …
 --
 -- Nothing is renamed under a running application. A legacy column `bd` stays, and a trigger keeps it in step with
