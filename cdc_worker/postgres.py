@@ -138,6 +138,7 @@ def _connection_error(error: psycopg.Error) -> CdcWorkerError | psycopg.Error:
 _HINTS: Final = {
     "42501": "give the role this right, or name one that has it",
     "55P03": "run it again when whoever holds the lock has ended",
+    "55000": "if this is a standby: promote it, or name the primary in CDC_WORKER_DSN",
     "25006": "let the database be written, or name the primary in CDC_WORKER_DSN",
 }
 

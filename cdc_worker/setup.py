@@ -50,8 +50,10 @@ def setup(settings: Settings, profile: Profile, wishes: Wishes = _PLAIN) -> Iter
         connection.add_notice_handler(lambda notice: warnings.append(_warning(notice)))
         refused: list[Step] = []
         for step in _steps(connection, settings, profile, wishes):
-            if refused and not step.administrator:
-                continue  # grants to a role that isn't there yet
+            if refused:  # what follows is about a role that isn't there yet
+                if step.administrator:
+                    refused.append(step)
+                continue
             try:
                 done = ddl.perform(connection, step)
             except psycopg.errors.InsufficientPrivilege:
@@ -70,6 +72,8 @@ def setup(settings: Settings, profile: Profile, wishes: Wishes = _PLAIN) -> Iter
         slot_step = _slot_step(settings.slot, failover=wishes.failover)
         may_replicate = postgres.server(connection).may_replicate
         if not may_replicate and slot.read(connection, settings.slot) is None:
+            if _libraries(connection) is not None:
+                refused.append(Step("", f"SET output_plugin_libraries = pgoutput, {wal2json.PLUGIN}"))
             refused.append(slot_step)
         else:
             yield from _slot(connection, settings, trackers, wishes)
@@ -199,11 +203,13 @@ SELECT rolreplication OR rolsuper,
 FROM pg_roles r WHERE rolname = %s
 """
 
-# What other roles have, as far as one may see it: ours may have a setting of its own.
+# What other roles have: ours may have a setting of its own.
 _LIBRARIES: Final = """
 SELECT CASE WHEN source LIKE '%user' THEN boot_val ELSE setting END
 FROM pg_settings WHERE name = 'output_plugin_libraries'
 """
+
+_HIDDEN: Final = "SELECT current_setting('output_plugin_libraries', true)"
 
 
 def _role(connection: Connection, role: str) -> Iterator[Step]:
@@ -214,11 +220,21 @@ def _role(connection: Connection, role: str) -> Iterator[Step]:
         yield Step(f"role {role} is made", f"CREATE ROLE {name} LOGIN REPLICATION", administrator=True)
     elif not found[0]:
         yield Step(f"role {role} may replicate", f"ALTER ROLE {name} REPLICATION", administrator=True)
-    for (libraries,) in connection.execute(_LIBRARIES).fetchall():
-        own = found[1].partition("=")[2] if found and found[1] else libraries
-        if wal2json.PLUGIN not in postgres.listed(own):
-            statement = slot.allow(role, postgres.listed(own))
-            yield Step(f"role {role} may use {wal2json.PLUGIN}", statement, administrator=True)
+    own = found[1].partition("=")[2] if found and found[1] else _libraries(connection)
+    # Where we may not see what the server allows, a role that is there is believed to have been seen to.
+    if own is not None and wal2json.PLUGIN not in postgres.listed(own) and (own or found is None):
+        statement = slot.allow(role, postgres.listed(own) or ["pgoutput"])
+        yield Step(f"role {role} may use {wal2json.PLUGIN}", statement, administrator=True)
+
+
+def _libraries(connection: Connection) -> str | None:
+    """What output_plugin_libraries lets other roles use; empty if that is hidden from us, None if all may be used."""
+    try:
+        connection.execute(_HIDDEN)
+    except psycopg.errors.InsufficientPrivilege:
+        return ""
+    found = connection.execute(_LIBRARIES).fetchone()
+    return str(found[0]) if found else None
 
 
 _KEPT_KEYS: Final = """
@@ -252,10 +268,22 @@ def _slot_step(name: str, *, failover: bool) -> Step:
     return Step(f'slot "{name}" is made', text, administrator=True)
 
 
+_FAILOVER: Final = "SELECT to_jsonb(s) -> 'failover' FROM pg_replication_slots s WHERE slot_name = %s"
+
+
+def _no_failover(connection: Connection, server: postgres.Server, name: str) -> Iterator[str]:
+    slot.check_failover(server)
+    if fetch_one(connection, _FAILOVER, name) == (False,):
+        command = sql.SQL("ALTER_REPLICATION_SLOT {} (FAILOVER true)").format(sql.Identifier(name)).as_string()
+        yield f'note: slot "{name}" is there, and is no failover slot; on a replication connection: {command}'
+
+
 def _slot(connection: Connection, settings: Settings, trackers: list[cutover.Tracker], wishes: Wishes) -> Iterator[str]:
     worker, name = settings.worker, settings.slot
     server = postgres.server(connection)
     found, known = slot.read(connection, name), _checkpoint(connection, worker)
+    if wishes.failover and found is not None:
+        yield from _no_failover(connection, server, name)
     if known is not None:
         (system_identifier,) = fetch_one(connection, "SELECT system_identifier::text FROM pg_control_system()")
         wal_end = slot.committed_so_far(connection)

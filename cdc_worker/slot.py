@@ -169,15 +169,21 @@ def creation(name: str, *, failover: bool = False) -> sql.Composed:
     return query.format(name, wal2json.PLUGIN, arguments)
 
 
+def check_failover(server: Server) -> None:
+    """Raise unless the server knows failover slots."""
+    if server.version < 170000:
+        raise errors.ServerError(
+            f"failover slots need PostgreSQL 17, and this is {server.version // 10000}", hint="leave out --failover"
+        )
+
+
 def create(connection: Connection, name: str, server: Server, *, failover: bool = False, timeout: float = 30) -> LSN:
     """Make the slot and return its first position. Waits until the transactions that run now have ended.
 
     A `failover` slot is kept on standbys as well, which PostgreSQL knows from version 17 on.
     """
-    if failover and server.version < 170000:
-        raise errors.ServerError(
-            f"failover slots need PostgreSQL 17, and this is {server.version // 10000}", hint="leave out --failover"
-        )
+    if failover:
+        check_failover(server)
     connection.execute(sql.SQL("SET statement_timeout = {}").format(round(timeout * 1000)))
     try:
         ((position,),) = connection.execute(creation(name, failover=failover))

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Final
 
+import psycopg
 from psycopg import sql
 
 from cdc_worker import ddl, errors, slot
@@ -24,7 +25,15 @@ def teardown(
     """Take down; yields a line for each thing done. May be repeated, also after an interruption."""
     with ddl.connected(settings) as connection:
         for step in _steps(connection, settings, profile, everything=everything, restore_triggers=restore_triggers):
-            ddl.perform(connection, step)
+            try:
+                ddl.perform(connection, step)
+            except psycopg.errors.InsufficientPrivilege as error:
+                if not step.administrator:
+                    raise
+                raise errors.ServerError(
+                    f"this needs more than the ownership of database and tables:\n  {step.text};",
+                    hint="have an administrator do it, then again: cdc-worker teardown",
+                ) from error
             yield step.title
 
 
@@ -57,7 +66,8 @@ def _steps(
             )
     if found is not None:
         slot.check_disposable(found, database=connection.info.dbname)
-        yield Step(f'slot "{name}" is dropped', sql.SQL("SELECT pg_drop_replication_slot({})").format(name).as_string())
+        text = sql.SQL("SELECT pg_drop_replication_slot({})").format(name).as_string()
+        yield Step(f'slot "{name}" is dropped', text, administrator=True)
     if not installed:
         return
     yield Step(

@@ -322,6 +322,26 @@ def test_what_needs_more_than_ownership_is_printed_for_an_administrator(bare_crm
         drop(bare_crm, owner, role)
 
 
+def test_what_a_server_refuses_by_default_is_printed_for_an_administrator_as_well(tmp_path: Path) -> None:
+    """An owner may not see what the server allows; what it prints must do in any case."""
+    with Cluster(find_binaries(newest=True), allow_plugins=False) as server, crm_on(server, tmp_path) as crm:
+        role, owner = f"cdc_{crm.slot}", owned(crm)
+        try:
+            statements = crm.command("setup", "--role", role).stderr.splitlines()[1:-1]
+            assert statements[1] == f'  ALTER ROLE "{role}" SET output_plugin_libraries = "pgoutput", "wal2json";'
+            assert statements[2] == "  SET output_plugin_libraries = pgoutput, wal2json;"
+            with psycopg.connect(server.dsn(crm.connection.info.dbname), autocommit=True) as administrator:
+                for statement in statements:
+                    administrator.execute(statement.encode())
+            crm.succeed("setup", "--role", role)
+            crm.settings["dsn"] = psycopg.conninfo.make_conninfo(crm.dsn, user=role)
+            crm.add_leads(1)
+            crm.record()
+            assert names(crm) == ["Lead 1"]
+        finally:
+            drop(crm, owner, role)
+
+
 def test_a_role_that_may_not_replicate_is_named_to_the_administrator(bare_crm: Crm) -> None:
     role, owner = f"cdc_{bare_crm.slot}", owned(bare_crm)
     bare_crm.connection.execute(sql.SQL("CREATE ROLE {} LOGIN").format(sql.Identifier(role)))

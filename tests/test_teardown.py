@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import psycopg
 import pytest
 from application import Application, everything
 from support import Crm, eventually
@@ -131,6 +132,29 @@ def test_a_slot_that_is_being_read_is_not_dropped(crm: Crm) -> None:
         assert f'slot "{crm.slot}" is read by process' in done.stderr
         crm.add_leads(1)
         eventually(lambda: crm.types() == ["lead_created"])
+
+
+def test_a_slot_that_one_may_not_drop_is_an_administrators_to_drop_first(crm: Crm) -> None:
+    """Without its checkpoint nobody would miss it, and it would keep WAL for ever."""
+    role = f"owner_{crm.slot}"
+    crm.connection.execute(f"CREATE ROLE {role} LOGIN".encode())
+    for relation in ("checkpoint", "excluded", "replaced"):
+        crm.connection.execute(f"GRANT ALL ON cdc_worker.{relation} TO {role}".encode())
+    crm.connection.execute(f"GRANT USAGE ON SCHEMA cdc_worker TO {role}".encode())
+    try:
+        done = crm.command("teardown", "--yes", dsn=psycopg.conninfo.make_conninfo(crm.dsn, user=role))
+        assert done.returncode == 1
+        assert done.stderr == (
+            "error: this needs more than the ownership of database and tables:\n"
+            f"  SELECT pg_drop_replication_slot('{crm.slot}');\n"
+            "hint: have an administrator do it, then again: cdc-worker teardown\n"
+        )
+        assert crm.value("SELECT count(*) FROM cdc_worker.checkpoint") == 1
+        crm.execute("SELECT pg_drop_replication_slot(%s)", crm.slot)
+        crm.succeed("teardown", "--yes", dsn=psycopg.conninfo.make_conninfo(crm.dsn, user=role))
+        assert crm.value("SELECT count(*) FROM cdc_worker.checkpoint") == 0
+    finally:
+        crm.connection.execute(f"DROP OWNED BY {role}; DROP ROLE {role}".encode())
 
 
 def test_what_other_workers_need_is_not_torn_down(crm: Crm) -> None:
