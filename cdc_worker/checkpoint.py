@@ -14,8 +14,8 @@ from psycopg import sql
 
 from cdc_worker import errors
 from cdc_worker.activities import Position, Scope, Stretch
-from cdc_worker.ddl import Step, transaction
-from cdc_worker.lsn import LSN
+from cdc_worker.ddl import Step
+from cdc_worker.lsn import INVALID, LSN
 from cdc_worker.postgres import Connection, fetch_one
 from cdc_worker.rules import qualified
 
@@ -36,11 +36,12 @@ class Checkpoint:
     backend_start: datetime | None
     owner: uuid.UUID | None
     nonce: uuid.UUID
+    tables: list[str] | None
 
 
 _READ: Final = """
 SELECT worker, slot, plugin, system_identifier, slot_created_at, lsn, commit_lsn, changes, committed_at, written_at,
-       backend_pid, backend_start, owner, nonce
+       backend_pid, backend_start, owner, nonce, tables
 FROM cdc_worker.checkpoint WHERE worker = %s
 """
 
@@ -67,18 +68,10 @@ INSERT INTO cdc_worker.checkpoint (worker, slot, plugin, system_identifier, slot
 SELECT {}, slot_name, plugin, system_identifier, confirmed_flush_lsn, confirmed_flush_lsn
 FROM pg_replication_slots, pg_control_system() WHERE slot_name = {}"""
 
-_LEAVE: Final = """\
-INSERT INTO cdc_worker.excluded (worker, table_name, from_lsn)
-SELECT worker, {}, lsn FROM cdc_worker.checkpoint WHERE worker = {}"""
 
-
-def create(worker: str, slot: str, tracked: Iterable[tuple[str, str]]) -> Step:
-    """The first checkpoint: where the slot begins. What triggers record of the `tracked` tables is left to them."""
-    text = transaction(
-        sql.SQL(_CREATE).format(worker, slot),
-        *(sql.SQL(_LEAVE).format(".".join(table), worker) for table in sorted({*tracked})),
-    )
-    return Step(f'worker "{worker}" begins where the slot does', text)
+def create(worker: str, slot: str) -> Step:
+    """The first checkpoint: where the slot begins."""
+    return Step(f'worker "{worker}" begins where the slot does', sql.SQL(_CREATE).format(worker, slot).as_string())
 
 
 _READER: Final = "SELECT worker FROM cdc_worker.checkpoint WHERE slot = %s"
@@ -123,40 +116,57 @@ def _forget(worker: str) -> str:
 
 
 _SCOPE: Final = """
-SELECT table_name, from_lsn, until_lsn, NULL, NULL FROM cdc_worker.excluded WHERE worker = %(worker)s
+SELECT table_name, from_lsn, until_lsn, NULL, NULL FROM cdc_worker.excluded
+WHERE worker = %(worker)s AND system_identifier = %(cluster)s
 UNION ALL
-SELECT NULL, erased_lsn, until_lsn, field, key FROM cdc_worker.erased WHERE worker = %(worker)s
+SELECT NULL, CASE WHEN system_identifier = %(cluster)s THEN erased_lsn ELSE '0/0' END, until_lsn, field, key
+FROM cdc_worker.erased
+WHERE worker = %(worker)s AND (system_identifier = %(cluster)s OR until_lsn IS NULL)
 """
 
 
-def scope(connection: Connection, worker: str) -> Scope:
-    """What the worker leaves out and keeps silent about. Read it after the checkpoint, whose nonce it goes with."""
+def scope(connection: Connection, found: Checkpoint, tables: Iterable[tuple[str, str]]) -> Scope:
+    """What the worker leaves out and keeps silent about: read it after the checkpoint, whose nonce it goes with.
+
+    Of its `tables` those that setup has not seen are left out whole.
+    """
     excluded: dict[tuple[str, str], list[Stretch]] = {}
     erased: dict[tuple[str, str], list[Stretch]] = {}
-    for table, begin, end, field, key in connection.execute(_SCOPE, {"worker": worker}):
+    parameters = {"worker": found.worker, "cluster": found.system_identifier}
+    for table, begin, end, field, key in connection.execute(_SCOPE, parameters):
         stretch = (LSN.parse(begin), None if end is None else LSN.parse(end))
         if table is not None:
             excluded.setdefault(qualified(table), []).append(stretch)
         else:
             erased.setdefault((field, key), []).append(stretch)
-    return Scope(excluded, erased)
+    return Scope({**{table: [(INVALID, None)] for table in tables}, **excluded}, erased)
+
+
+def check_tables(checkpoint: Checkpoint, tables: list[str]) -> None:
+    """Raise if it stands within a commit, whose changes were counted with other tables."""
+    if checkpoint.position.commit_lsn and checkpoint.tables not in (None, tables):
+        raise errors.CatalogMismatchError(
+            f"the worker stopped within the commit at {checkpoint.position.commit_lsn}, whose changes were counted "
+            f"with the tables {', '.join(checkpoint.tables or ())}, and the profile has {', '.join(tables)}",
+            hint="run it with those tables until that commit is done, then change the profile",
+        )
 
 
 _BACKEND_ALIVE: Final = "SELECT count(*) FROM pg_stat_activity WHERE pid = %s AND backend_start = %s"
 
 _TAKE_OVER: Final = """
 UPDATE cdc_worker.checkpoint
-SET owner = %s, backend_pid = pg_backend_pid(),
+SET owner = %s, tables = %s, backend_pid = pg_backend_pid(),
     backend_start = (SELECT backend_start FROM pg_stat_activity WHERE pid = pg_backend_pid())
 WHERE worker = %s
 """
 
 
-def take_over(connection: Connection, worker: str, *, timeout: float = 10) -> Checkpoint:
-    """Become the process that may write; returns the checkpoint, with its token as the owner's.
+def take_over(connection: Connection, worker: str, tables: list[str], *, timeout: float = 10) -> Checkpoint:
+    """Become the process that may write, and captures these tables; returns the checkpoint, with its token as owner.
 
     The predecessor's writing backend is terminated first: what it has in hand is either in the position that is
-    returned, or will never be.
+    returned, or will never be. Raises CatalogMismatchError where that position has no meaning with these tables.
     """
     before = read(connection, worker)
     deadline = time.monotonic() + timeout
@@ -167,8 +177,9 @@ def take_over(connection: Connection, worker: str, *, timeout: float = 10) -> Ch
         if time.monotonic() > deadline:
             raise psycopg.OperationalError(f"the predecessor's backend {before.backend_pid} does not end")
         time.sleep(0.01)
+    check_tables(read(connection, worker), tables)
     owner = uuid.uuid4()
-    connection.execute(_TAKE_OVER, (owner, worker))
+    connection.execute(_TAKE_OVER, (owner, tables, worker))
     after = read(connection, worker)
     if after.owner != owner:
         raise fenced(worker)

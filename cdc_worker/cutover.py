@@ -9,14 +9,13 @@ to the marker, which anybody could have put there, it writes, if only its positi
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Final
 
 from psycopg import sql
 
-from cdc_worker import checkpoint, ddl
-from cdc_worker.changes import CUTOVER_PREFIX
+from cdc_worker import checkpoint, ddl, slot
 from cdc_worker.config import Settings
 from cdc_worker.ddl import Step
 from cdc_worker.postgres import Connection
@@ -29,22 +28,33 @@ def cut_over(
 ) -> Iterator[str]:
     """Let the worker record in place of the triggers that are there, or the triggers again in place of the worker.
 
-    Yields a line for each thing done, or its SQL. Raises NotSetUpError without a checkpoint.
+    Yields a line for each thing done, or its SQL. Raises what `run` would be stopped by at its start.
     """
-    worker = settings.worker
+    worker, rules = settings.worker, compile_rules(profile)
     with ddl.connected(settings) as connection:
-        checkpoint.read(connection, worker)
+        known = checkpoint.read(connection, worker)
         if to_triggers:
-            steps = [*back(connection, worker)]
+            steps = back(connection, worker, rules)
+            nothing = "no trigger of a captured table has been taken away"
         else:
-            steps = [*forward(connection, worker, trackers(connection, profile, compile_rules(profile)))]
-        if not steps:
-            yield "nothing to do: " + (
-                "no trigger has been taken away"
-                if to_triggers
-                else f"no trigger of a captured table writes {profile.target.table}, and none is waited for"
-            )
-        yield from (ddl.script(connection, step) for step in steps) if dry_run else perform(connection, steps)
+            slot.check_checkpoint(connection, known, settings.slot)
+            found = trackers(connection, profile, rules)
+            steps = forward(connection, worker, found)
+            yield from unclear(connection, profile, rules)
+            yield from not_yet(connection, worker, found)
+            nothing = f"no trigger of a captured table writes {profile.target.table}, and none is waited for"
+        if dry_run:
+            lines = [ddl.header(connection), *(ddl.script(connection, step) for step in steps)]
+        else:
+            ddl.one_at_a_time(connection)
+            lines = [""]
+            for line in ddl.performing(connection, steps):
+                lines.append(line)
+                yield line
+        if len(lines) == 1:
+            yield f"nothing to do: {nothing}"
+        elif dry_run:
+            yield from lines
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,64 +63,108 @@ class Tracker:
 
     table: tuple[str, str]
     name: str
-    function: str
     restore: str
 
 
-# The text of functions tells what they write, directly or through others.
-_TRACKERS: Final = r"""
-WITH RECURSIVE writer AS (
-    SELECT oid, proname FROM pg_proc
-    WHERE prosrc ~* ('\minsert\s+into\s+("?' || %(schema)s || '"?\s*\.\s*)?"?' || %(table)s || '"?(\s|\(|$)')
+# The text of functions tells what they write, directly or through others. Comments are left out.
+_FUNCTIONS: Final = r"""
+WITH RECURSIVE function AS (
+    SELECT p.oid, nspname, proname,
+           regexp_replace(coalesce(pg_get_function_sqlbody(p.oid), prosrc), '--[^\n]*|/\*.*?\*/', ' ', 'g') AS source
+    FROM pg_proc p JOIN pg_namespace n ON n.oid = pronamespace
+    WHERE prolang NOT IN (SELECT oid FROM pg_language WHERE lanname IN ('c', 'internal'))
+      AND nspname NOT IN ('pg_catalog', 'information_schema')
+), writer AS (
+    SELECT oid, nspname, proname FROM function
+    WHERE source ~* ('\m(insert|merge)\s+into\s+("?' || %(schema)s || '"?\s*\.\s*)?"?' || %(table)s || '"?(\s|\(|$)')
     UNION
-    SELECT p.oid, p.proname FROM writer JOIN pg_proc p
-        ON p.prosrc ~* ('(^|\W)' || regexp_replace(writer.proname, '(\W)', '\\\1', 'g') || '\s*\(')
-    WHERE p.pronamespace <> 'pg_catalog'::regnamespace
+    SELECT f.oid, f.nspname, f.proname
+    FROM writer w JOIN function f ON f.source ~* (
+        '(^|[^\w."])("?' || regexp_replace(w.nspname, '(\W)', '\\\1', 'g') || '"?\s*\.\s*)?"?'
+        || regexp_replace(w.proname, '(\W)', '\\\1', 'g') || '"?\s*\(')
+), found AS (
+    SELECT t.oid, n.nspname, c.relname, t.tgname, t.tgenabled, t.tgtype & 2 <> 0 AS before,
+           t.tgfoid IN (SELECT oid FROM writer) AS writes,
+           coalesce((SELECT source FROM function f WHERE f.oid = t.tgfoid) ~* '\mexecute\M', true) AS dynamic
+    FROM pg_trigger t JOIN pg_class c ON c.oid = t.tgrelid JOIN pg_namespace n ON n.oid = c.relnamespace
+    WHERE NOT t.tgisinternal AND t.tgparentid = 0 AND t.tgenabled IN ('O', 'A')
+      AND t.tgrelid = ANY (SELECT to_regclass(name) FROM unnest(%(captured)s::text[]) name)
 )
-SELECT n.nspname::text, c.relname::text, t.tgname::text, t.tgfoid::regproc::text,
-       pg_get_triggerdef(t.oid)
-           || CASE WHEN t.tgenabled = 'A' THEN format('; ALTER TABLE %%I.%%I ENABLE ALWAYS TRIGGER %%I',
-                                                    n.nspname, c.relname, t.tgname) ELSE '' END
-FROM pg_trigger t JOIN pg_class c ON c.oid = t.tgrelid JOIN pg_namespace n ON n.oid = c.relnamespace
-WHERE t.tgfoid IN (SELECT oid FROM writer) AND NOT t.tgisinternal AND t.tgparentid = 0
-    -- A BEFORE trigger may change the row as well, and one that is disabled records nothing.
-    AND t.tgtype & 2 = 0 AND t.tgenabled IN ('O', 'A')
-    AND t.tgrelid = ANY (SELECT to_regclass(name) FROM unnest(%(captured)s::text[]) name)
-ORDER BY 1, 2, 3
 """
+
+# A BEFORE trigger may change the row as well, and one that is disabled records nothing.
+_TRACKERS: Final = (
+    _FUNCTIONS
+    + """
+SELECT nspname::text, relname::text, tgname::text,
+       pg_get_triggerdef(oid) || CASE WHEN tgenabled = 'A' THEN
+           format('; ALTER TABLE %%I.%%I ENABLE ALWAYS TRIGGER %%I', nspname, relname, tgname) ELSE '' END
+FROM found WHERE writes AND NOT before ORDER BY 1, 2, 3
+"""
+)
+
+_UNCLEAR: Final = (
+    _FUNCTIONS
+    + """
+SELECT format('%%s.%%s', nspname, relname), tgname::text, writes FROM found
+WHERE (writes AND before) OR (dynamic AND NOT writes AND NOT before) ORDER BY 1, 2
+"""
+)
 
 
 def trackers(connection: Connection, profile: Profile, rules: Rules) -> list[Tracker]:
     """The triggers of captured tables whose functions write the target: found in the catalog."""
+    rows = connection.execute(_TRACKERS, _parameters(profile, rules))
+    return [Tracker((schema, table), name, restore) for schema, table, name, restore in rows]
+
+
+def unclear(connection: Connection, profile: Profile, rules: Rules) -> Iterator[str]:
+    """A line for each trigger that may record changes as well, and that is not for us to take away."""
+    for table, name, writes in connection.execute(_UNCLEAR, _parameters(profile, rules)):
+        why = (
+            f"writes {profile.target.table} before the row is changed, and may change the row as well"
+            if writes
+            else "runs statements that its text doesn't tell"
+        )
+        yield f"note: trigger {name} of {table} {why}: see whether it records what the worker records"
+
+
+def _parameters(profile: Profile, rules: Rules) -> dict[str, object]:
     schema, table = (_pattern(name) for name in qualified(profile.target.table))
-    parameters = {
-        "schema": schema,
-        "table": table,
-        "captured": [_quoted(t.name) for t in rules.values() if any(t.rules.values())],
-    }
-    rows = connection.execute(_TRACKERS, parameters)
-    return [Tracker((schema, table), name, function, restore) for schema, table, name, function, restore in rows]
+    return {"schema": schema, "table": table, "captured": [_on(".".join(t)).as_string() for t in _recorded(rules)]}
+
+
+def _recorded(rules: Rules) -> list[tuple[str, str]]:
+    return [table.name for table in rules.values() if any(table.rules.values())]
 
 
 def _pattern(name: str) -> str:
     return "".join(c if c.isalnum() or c == "_" else f"\\{c}" for c in name)
 
 
-def _quoted(table: tuple[str, str]) -> str:
-    return sql.Identifier(*table).as_string()
+_WAITING: Final = """
+SELECT DISTINCT table_name FROM cdc_worker.excluded
+WHERE worker = %s AND until_lsn IS NULL AND system_identifier = cdc_worker.cluster()
+"""
 
 
-_WAITING: Final = "SELECT table_name FROM cdc_worker.excluded WHERE worker = %s AND until_lsn IS NULL"
+def forward(
+    connection: Connection, worker: str, found: Iterable[Tracker], *, given_back: Collection[str] = ()
+) -> Iterator[Step]:
+    """Steps that let the worker take over from these triggers, a table each; also where they are gone already.
 
-
-def forward(connection: Connection, worker: str, found: Iterable[Tracker]) -> Iterator[Step]:
-    """Steps that let the worker take over from these triggers, a table each; also where they are gone already."""
+    Tables that the worker doesn't capture yet, with the profile that it last ran with, are left to their triggers, and
+    so are those that were `given_back`.
+    """
     by_table: dict[str, list[Tracker]] = {}
     if ddl.exists(connection, "cdc_worker.excluded"):
         by_table = {table: [] for (table,) in connection.execute(_WAITING, (worker,))}
     for tracker in found:
         by_table.setdefault(".".join(tracker.table), []).append(tracker)
+    captured = _captured(connection, worker)
     for table, there in sorted(by_table.items()):
+        if table in given_back or (captured is not None and table not in captured):
+            continue
         taken = [
             statement.format(
                 table=table, name=of.name, trigger=sql.Identifier(of.name), on=_on(table), restore=of.restore
@@ -122,53 +176,85 @@ def forward(connection: Connection, worker: str, found: Iterable[Tracker]) -> It
         yield _step(f"{table}: the worker records in place of {names}", worker, table, *taken, _BEGIN)
 
 
+def not_yet(connection: Connection, worker: str, found: Iterable[Tracker]) -> Iterator[str]:
+    """A line for each table that stays with its triggers, because the worker doesn't capture it yet."""
+    captured = _captured(connection, worker)
+    for table in sorted({".".join(tracker.table) for tracker in found}):
+        if captured is not None and table not in captured:
+            yield (
+                f"note: {table} stays with its triggers, for the worker has not run with it yet:"
+                " start it with this profile, or send it a SIGHUP, then: cdc-worker cutover"
+            )
+
+
+_GIVEN_BACK: Final = _WAITING + " AND triggers AND from_lsn <> '0/0'"
+
+
+def given_back(connection: Connection, worker: str) -> list[str]:
+    """The tables that `cutover --back` left to their triggers."""
+    if not ddl.exists(connection, "cdc_worker.excluded"):
+        return []
+    return [table for (table,) in connection.execute(_GIVEN_BACK, (worker,))]
+
+
+_CAPTURED: Final = "SELECT tables FROM cdc_worker.checkpoint WHERE worker = %s"
+
+
+def _captured(connection: Connection, worker: str) -> list[str] | None:
+    """The tables of the profile that the worker last ran with; None if it never ran."""
+    if not ddl.exists(connection, "cdc_worker.checkpoint"):
+        return None
+    found = connection.execute(_CAPTURED, (worker,)).fetchone()
+    return found[0] if found else None
+
+
 _REPLACED: Final = """
 SELECT table_name, array_agg(name ORDER BY name), array_agg(restore ORDER BY name)
-FROM cdc_worker.replaced WHERE kind = 'tracker' GROUP BY table_name ORDER BY table_name
+FROM cdc_worker.replaced WHERE kind = 'tracker' AND table_name = ANY (%s) GROUP BY table_name ORDER BY table_name
 """
 
 
-def back(connection: Connection, worker: str) -> Iterator[Step]:
-    """Steps that bring the triggers back, a table each: from there on the worker leaves it to them."""
-    for table, names, restores in connection.execute(_REPLACED).fetchall():
-        yield _step(f"{table}: {', '.join(names)} record again", worker, table, *restores, _END, _FORGET)
+def back(connection: Connection, worker: str, rules: Rules) -> Iterator[Step]:
+    """Steps that bring the triggers back, a table each: from there on all workers leave it to them."""
+    tables = [".".join(table) for table in _recorded(rules)]
+    for table, names, restores in connection.execute(_REPLACED, (tables,)).fetchall():
+        restored = [ddl.attempt(restore) for restore in restores]
+        yield _step(f"{table}: recorded by {', '.join(names)} again", worker, table, *restored, _END, _FORGET)
 
 
-# First of all the checkpoint's row: the worker holds it when it waits for other locks, and so must we.
-_NONCE: Final = sql.SQL("UPDATE cdc_worker.checkpoint SET nonce = gen_random_uuid() WHERE worker = {worker}")
+# First of all the checkpoint's row: a worker holds it when it waits for other locks, and so must we. All workers are
+# meant that leave the table to its triggers, or did.
+_NONCE: Final = sql.SQL(
+    "UPDATE cdc_worker.checkpoint SET nonce = gen_random_uuid() WHERE worker = {worker}\n"
+    "    OR worker IN (SELECT worker FROM cdc_worker.excluded WHERE table_name = {table} AND triggers)"
+)
 _LOCK: Final = sql.SQL("LOCK TABLE {on} IN ACCESS EXCLUSIVE MODE")
 _DROP: Final = sql.SQL("DROP TRIGGER {trigger} ON {on}")
 _SAVE: Final = sql.SQL(
     "INSERT INTO cdc_worker.replaced (kind, table_name, name, restore) VALUES ('tracker', {table}, {name}, {restore})\n"
-    "ON CONFLICT (kind, table_name, name) DO UPDATE SET restore = EXCLUDED.restore, replaced_at = now()"
+    "    ON CONFLICT (kind, table_name, name) DO UPDATE SET restore = EXCLUDED.restore, replaced_at = now()"
 )
 _FORGET: Final = sql.SQL("DELETE FROM cdc_worker.replaced WHERE kind = 'tracker' AND table_name = {table}")
-_MARKER: Final = sql.SQL(
-    "(SELECT pg_logical_emit_message(true, {prefix}, jsonb_build_object('worker', worker, 'table', {table},"
-    " 'nonce', nonce)::text) FROM cdc_worker.checkpoint WHERE worker = {worker}) AS marker (lsn)"
-)
 _BEGIN: Final = sql.SQL(
-    "UPDATE cdc_worker.excluded SET until_lsn = marker.lsn FROM {marker}\n"
-    "WHERE worker = {worker} AND table_name = {table} AND until_lsn IS NULL"
+    "WITH marker AS MATERIALIZED (SELECT cdc_worker.mark({worker}, {table}) AS lsn), closed AS (\n"
+    "    UPDATE cdc_worker.excluded SET until_lsn = marker.lsn, triggers = true FROM marker\n"
+    "    WHERE table_name = {table} AND until_lsn IS NULL AND system_identifier = cdc_worker.cluster()\n"
+    "    RETURNING worker)\n"
+    "SELECT lsn FROM marker"
 )
 _END: Final = sql.SQL(
-    "INSERT INTO cdc_worker.excluded (worker, table_name, from_lsn)\nSELECT {worker}, {table}, lsn FROM {marker}"
+    "INSERT INTO cdc_worker.excluded (worker, table_name, from_lsn, triggers)\n"
+    "    SELECT worker, {table}, lsn, true FROM (SELECT cdc_worker.mark({worker}, {table})) AS marker (lsn),\n"
+    "        (SELECT {worker} UNION SELECT worker FROM cdc_worker.excluded WHERE table_name = {table} AND triggers)"
+    " AS of (worker)"
 )
 
 
 def _step(title: str, worker: str, table: str, *statements: sql.Composed | sql.SQL | str) -> Step:
-    marker = _MARKER.format(prefix=CUTOVER_PREFIX, worker=worker, table=table)
-    names = {"worker": worker, "table": table, "on": _on(table), "marker": marker}
+    names = {"worker": worker, "table": table, "on": _on(table)}
     parts = (part.format(**names) if isinstance(part, sql.SQL) else part for part in (_NONCE, _LOCK, *statements))
-    return Step(title, ddl.transaction(*parts), f"ACCESS EXCLUSIVE on {table}")
+    return Step(title, ddl.transaction(*parts), f"ACCESS EXCLUSIVE on {_on(table).as_string()}")
 
 
 def _on(table: str) -> sql.Identifier:
     return sql.Identifier(*qualified(table))
-
-
-def perform(connection: Connection, steps: Iterable[Step]) -> Iterator[str]:
-    """Do these steps; yields a line for each."""
-    for step in steps:
-        ddl.perform(connection, step)
-        yield step.title

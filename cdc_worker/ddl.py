@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib import resources
@@ -77,9 +78,13 @@ def steps(script: str, variables: Mapping[str, str] | None = None) -> Iterator[S
 
 def _step(text: str, *, generates: bool) -> Step:
     comment, statement = _comment_and_statement(text.strip())
-    lock = next((line.removeprefix("lock:").strip() for line in comment if line.startswith("lock:")), "")
-    title = " ".join(line for line in comment if not line.startswith("lock:")).split(". ")[0].removesuffix(".")
-    return Step(title, statement, lock, generates)
+    said = {name: value.strip() for name, _, value in (line.partition(":") for line in comment) if name in _NOTES}
+    title = " ".join(line for line in comment if line.partition(":")[0] not in _NOTES).split(". ")[0].removesuffix(".")
+    return Step(title, statement, said.get("lock", ""), generates, "administrator" in said)
+
+
+_NOTES: Final = ("lock", "administrator")
+"""Lines of a comment that say something of their own, behind a colon."""
 
 
 def _comment_and_statement(text: str) -> tuple[list[str], str]:
@@ -99,6 +104,14 @@ def transaction(*statements: sql.Composable | str) -> str:
     """Statements as one transaction. Strings are taken as they are."""
     texts = [part if isinstance(part, str) else part.as_string() for part in statements]
     return ";\n".join(["BEGIN", *texts, "COMMIT"])
+
+
+def attempt(restore: str) -> str:
+    """Statements that bring something back, as far as what they speak of is still there and nothing is in its place."""
+    return (
+        f"DO $restore$ BEGIN\n    {restore};\nEXCEPTION WHEN undefined_object OR undefined_table OR undefined_function"
+        " OR duplicate_object THEN\n    RAISE WARNING 'not brought back: %', SQLERRM;\nEND $restore$"
+    )
 
 
 def schema(name: str) -> str:
@@ -126,17 +139,33 @@ def connected(settings: Settings) -> Iterator[Connection]:
     except psycopg.errors.InsufficientPrivilege as error:
         raise errors.ServerError(
             f"the server refused: {error.diag.message_primary} (SQLSTATE {error.sqlstate})",
-            hint="do it as the owner of the tables, or as a superuser",
+            hint="do it as a superuser, or as the owner of the tables, who needs CREATE on their schemas",
         ) from error
+
+
+PATIENCE: Final = 600.0
+"""Seconds in which a step must get its locks."""
+
+# Who waited for it in the server would have a snapshot, and CREATE INDEX CONCURRENTLY waits for all who have one.
+_ONE_AT_A_TIME: Final = "SELECT pg_try_advisory_lock(hashtext('cdc-worker setup'))"
+
+
+def one_at_a_time(connection: Connection, *, patience: float = PATIENCE) -> None:
+    """Wait until nobody else changes the structure for cdc-worker. Raises ServerError after so many seconds."""
+    deadline = time.monotonic() + patience
+    while fetch_one(connection, _ONE_AT_A_TIME) != (True,):
+        if time.monotonic() > deadline:
+            raise errors.ServerError(
+                f"another setup, cutover or teardown has been at work for {patience:g} s", hint="see what it waits for"
+            )
+        log.get().warning("waiting_for_another_setup")
+        time.sleep(min(2.0, patience))
 
 
 def exists(connection: Connection, relation: str) -> bool:
     """Whether there is such a table or view."""
     return fetch_one(connection, "SELECT to_regclass(%s) IS NOT NULL", relation) == (True,)
 
-
-PATIENCE: Final = 600.0
-"""Seconds in which a step must get its locks."""
 
 LOCKS_AT_ONCE: Final = 4
 """So many relations a step locks at most."""
@@ -182,19 +211,64 @@ def perform(connection: Connection, step: Step, *, patience: float = PATIENCE) -
     return executed
 
 
+def performing(connection: Connection, steps: Iterable[Step]) -> Iterator[str]:
+    """Do these steps; yields a line for each that had something to do, and what the server warned of.
+
+    Raises AdministratorError for one that needs more than ownership.
+    """
+    warnings: list[str] = []
+
+    def note(notice: psycopg.errors.Diagnostic) -> None:
+        # 25P01 is what a ROLLBACK says where nothing was begun.
+        if notice.severity_nonlocalized == "WARNING" and notice.sqlstate != "25P01":
+            warnings.append(f"note: {notice.message_primary}")
+
+    connection.add_notice_handler(note)
+    try:
+        for step in steps:
+            try:
+                done = perform(connection, step)
+            except psycopg.errors.InsufficientPrivilege as error:
+                if not step.administrator:
+                    raise
+                raise AdministratorError(step.statements(connection)) from error
+            if done and step.title:
+                yield step.title
+            yield from warnings
+            warnings.clear()
+    finally:
+        connection.remove_notice_handler(note)
+
+
+class AdministratorError(errors.ServerError):
+    """Statements that need more than the ownership of database and tables."""
+
+    def __init__(self, statements: Iterable[str]) -> None:
+        self.statements = [*statements]
+        super().__init__(
+            "this needs more than the ownership of database and tables:\n"
+            + "\n".join(f"  {statement};" for statement in self.statements),
+            hint="have an administrator do it, then the same again",
+        )
+
+
 def brief(connection: Connection) -> int:
     """How long to wait for one lock, in milliseconds: all that a step waits for, in less than half a deadlock_timeout.
 
     So neither do others queue behind us for long, nor can it be one of them whom the server ends in a deadlock.
     """
-    (milliseconds,) = fetch_one(connection, "SELECT reset_val::int FROM pg_settings WHERE name = 'deadlock_timeout'")
+    (milliseconds,) = fetch_one(
+        connection, "SELECT least(reset_val::int, boot_val::int) FROM pg_settings WHERE name = 'deadlock_timeout'"
+    )
     return max(1, int(milliseconds * 0.4 / LOCKS_AT_ONCE))
 
 
 _HOLDERS: Final = """
-SELECT DISTINCT format('process %%s (%%s)', pid, coalesce(nullif(application_name, ''), backend_type))
-FROM pg_locks JOIN pg_stat_activity USING (pid)
-WHERE granted AND pid <> pg_backend_pid() AND relation = ANY (SELECT to_regclass(name) FROM unnest(%s::text[]) name)
+SELECT DISTINCT coalesce(format('process %%s (%%s)', pid, coalesce(nullif(application_name, ''), backend_type)),
+                         'a prepared transaction')
+FROM pg_locks LEFT JOIN pg_stat_activity USING (pid)
+WHERE granted AND pid IS DISTINCT FROM pg_backend_pid()
+    AND relation = ANY (SELECT to_regclass(name) FROM unnest(%s::text[]) name)
 ORDER BY 1
 """
 
@@ -218,4 +292,14 @@ def script(connection: Connection, step: Step) -> str:
     if step.lock:
         sizes = ", ".join(f"{name}: {size}" for name, size in connection.execute(_SIZES, (step.tables,)))
         lines.append(f"-- lock: {step.lock}" + (f" ({sizes})" if sizes else ""))
-    return "\n".join([*lines, *(f"{statement.rstrip().removesuffix(';')};" for statement in statements)]) + "\n"
+    if step.administrator:
+        lines.append("-- for an administrator, unless you may do it yourself")
+    lines += [f"{statement.rstrip().removesuffix(';')};" for statement in statements]
+    if any("CONCURRENTLY" in statement for statement in statements):  # which makes nobody wait
+        lines = [*lines[:1], "SET lock_timeout = '30s';", *lines[1:], f"SET lock_timeout = {brief(connection)};"]
+    return "\n".join(lines) + "\n"
+
+
+def header(connection: Connection) -> str:
+    """How a script begins that psql may run: it ends at the first error, and waits for locks as briefly as we do."""
+    return f"\\set ON_ERROR_STOP on\nSET search_path = public;\nSET lock_timeout = {brief(connection)};\n"

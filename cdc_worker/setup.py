@@ -6,7 +6,6 @@ have recorded changes so far: in this order, each step committed, so that it can
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Final
@@ -20,9 +19,6 @@ from cdc_worker.ddl import Step
 from cdc_worker.postgres import Connection, fetch_one
 from cdc_worker.profile import Profile
 from cdc_worker.rules import Table, compile_rules, qualified
-
-# Who waited for it in the server would have a snapshot, and CREATE INDEX CONCURRENTLY waits for all who have one.
-_ONE_AT_A_TIME: Final = "SELECT pg_try_advisory_lock(hashtext('cdc-worker setup'))"
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,71 +40,56 @@ def setup(settings: Settings, profile: Profile, wishes: Wishes = _PLAIN) -> Iter
     Raises ServerError, at the end, with the statements that need more than ownership and have not been done.
     """
     with ddl.connected(settings) as connection:
-        while fetch_one(connection, _ONE_AT_A_TIME) != (True,):
-            time.sleep(0.2)
-        warnings: list[str] = []
-        connection.add_notice_handler(lambda notice: warnings.append(_warning(notice)))
-        refused: list[Step] = []
-        for step in _steps(connection, settings, profile, wishes):
-            if refused:  # what follows is about a role that isn't there yet
-                if step.administrator:
-                    refused.append(step)
-                continue
-            try:
-                done = ddl.perform(connection, step)
-            except psycopg.errors.InsufficientPrivilege:
-                if not step.administrator:
-                    raise
-                refused.append(step)
-                continue
-            if done and step.title:
-                yield step.title
-            yield from filter(None, warnings)
-            warnings.clear()
+        ddl.one_at_a_time(connection)
+        steps = _steps(connection, settings, profile, wishes)
+        refused: list[str] = []
+        try:
+            yield from ddl.performing(connection, steps)
+        except ddl.AdministratorError as error:
+            # What comes next is about what isn't there yet, and nothing at all can be done without the schema.
+            refused = [*error.statements, *(s.text for s in steps if s.administrator and not s.generates)]
+            if not ddl.exists(connection, "cdc_worker.checkpoint"):
+                raise
         rules = compile_rules(profile)
         postgres.check_catalog(connection, profile, rules)
         yield from _kept_keys(connection, profile)
-        trackers = cutover.trackers(connection, profile, rules)
-        slot_step = _slot_step(settings.slot, failover=wishes.failover)
-        may_replicate = postgres.server(connection).may_replicate
-        if not may_replicate and slot.read(connection, settings.slot) is None:
+        if not postgres.server(connection).may_replicate and slot.read(connection, settings.slot) is None:
             if _libraries(connection) is not None:
-                refused.append(Step("", f"SET output_plugin_libraries = pgoutput, {wal2json.PLUGIN}"))
-            refused.append(slot_step)
+                refused.append(f"SET output_plugin_libraries = pgoutput, {wal2json.PLUGIN}")
+            refused.append(_slot_step(settings.slot, failover=wishes.failover).text)
         else:
-            yield from _slot(connection, settings, trackers, wishes)
+            yield from _slot(connection, settings, wishes)
         if refused:
-            raise errors.ServerError(
-                "this needs more than the ownership of database and tables:\n"
-                + "\n".join(f"  {step.text};" for step in refused),
-                hint="have an administrator do it, then again: cdc-worker setup",
-            )
+            raise ddl.AdministratorError(refused)
+        trackers = cutover.trackers(connection, profile, rules)
+        yield from cutover.unclear(connection, profile, rules)
         if wishes.cutover:
-            yield from cutover.perform(connection, cutover.forward(connection, settings.worker, trackers))
+            left = cutover.given_back(connection, settings.worker)
+            for table in left:
+                yield f"note: {table} is left to its triggers since cutover --back; to take over: cdc-worker cutover"
+            yield from cutover.not_yet(connection, settings.worker, trackers)
+            steps = cutover.forward(connection, settings.worker, trackers, given_back=left)
+            yield from ddl.performing(connection, steps)
 
 
 def plan(settings: Settings, profile: Profile, wishes: Wishes = _PLAIN) -> Iterator[str]:
     """What `setup` would do, as SQL with comments, from how things are now."""
     with ddl.connected(settings) as connection:
-        yield f"SET search_path = public;\nSET lock_timeout = {ddl.brief(connection)};\n"
+        yield ddl.header(connection)
         worker, rules = settings.worker, compile_rules(profile)
         for step in _steps(connection, settings, profile, wishes):
             yield ddl.script(connection, step)
         name = settings.slot
         if slot.read(connection, name) is None:
             yield ddl.script(connection, _slot_step(name, failover=wishes.failover))
-        found = cutover.trackers(connection, profile, rules)
         if _checkpoint(connection, worker) is None:
-            yield ddl.script(connection, checkpoint.create(worker, name, [t.table for t in found]))
+            yield ddl.script(connection, checkpoint.create(worker, name))
         if wishes.cutover:
-            for step in cutover.forward(connection, worker, found):
+            left = cutover.given_back(connection, worker)
+            for step in cutover.forward(
+                connection, worker, cutover.trackers(connection, profile, rules), given_back=left
+            ):
                 yield ddl.script(connection, step)
-
-
-def _warning(notice: psycopg.errors.Diagnostic) -> str:
-    # 25P01 is what a ROLLBACK says where nothing was begun.
-    told = notice.severity_nonlocalized == "WARNING" and notice.sqlstate != "25P01"
-    return f"note: {notice.message_primary}" if told else ""
 
 
 def _steps(connection: Connection, settings: Settings, profile: Profile, wishes: Wishes) -> Iterator[Step]:
@@ -120,15 +101,20 @@ def _steps(connection: Connection, settings: Settings, profile: Profile, wishes:
     for name in ("010_cdc_worker.sql", *files):
         yield from _file(name, applied.get(name))
     rules = compile_rules(profile)
+    tracked = {tracker.table for tracker in cutover.trackers(connection, profile, rules)}
     for table in rules.values():
-        yield from _table(connection, table, settings.worker)
+        yield from _table(connection, table, settings.worker, tracked=table.name in tracked)
     if wishes.role is not None:
         yield from _role(connection, wishes.role)
         key = next(column for column, field in profile.target.columns.items() if field == "change_key")
-        target = sql.Identifier(*qualified(profile.target.table)).as_string()
-        yield from _file(
-            "080_grants.sql", applied.get("080_grants.sql"), {"role": wishes.role, "target": target, "key": key}
-        )
+        target = qualified(profile.target.table)
+        variables = {
+            "role": wishes.role,
+            "target": sql.Identifier(*target).as_string(),
+            "key": key,
+            "schemas": ",".join(sorted({target[0], *(schema for schema, _ in rules)})),
+        }
+        yield from _file("080_grants.sql", applied.get("080_grants.sql"), variables)
 
 
 _APPLIED: Final = (
@@ -156,8 +142,9 @@ def _file(name: str, applied: str | None, variables: dict[str, str] | None = Non
 _IDENTITY: Final = """
 SELECT relreplident::text, CASE relreplident
            WHEN 'd' THEN 'DEFAULT' WHEN 'n' THEN 'NOTHING' WHEN 'f' THEN 'FULL'
-           ELSE 'USING INDEX ' || (SELECT quote_ident(i.relname) FROM pg_index JOIN pg_class i ON i.oid = indexrelid
-                                   WHERE indrelid = c.oid AND indisreplident) END
+           ELSE coalesce((SELECT 'USING INDEX ' || quote_ident(i.relname)
+                          FROM pg_index JOIN pg_class i ON i.oid = indexrelid
+                          WHERE indrelid = c.oid AND indisreplident), 'NOTHING') END
 FROM pg_class c WHERE oid = to_regclass(%s)
 """
 
@@ -166,17 +153,23 @@ INSERT INTO cdc_worker.replaced (kind, table_name, name, restore)
 VALUES ('replica_identity', {}, '', {}) ON CONFLICT DO NOTHING"""
 
 _BEGINS: Final = """\
-INSERT INTO cdc_worker.excluded (worker, table_name, from_lsn, until_lsn)
-VALUES ({}, {}, '0/0', {}) ON CONFLICT DO NOTHING"""
+INSERT INTO cdc_worker.excluded (worker, table_name, from_lsn, until_lsn, triggers)
+VALUES ({}, {}, '0/0', {}, {}) ON CONFLICT DO NOTHING"""
 
-_KNOWN: Final = "SELECT 1 FROM cdc_worker.excluded WHERE worker = %s AND table_name = %s AND from_lsn = '0/0'"
+_KNOWN: Final = """
+SELECT 1 FROM cdc_worker.excluded
+WHERE worker = %s AND table_name = %s AND from_lsn = '0/0' AND system_identifier = cdc_worker.cluster()
+"""
+
+_NONCE: Final = "UPDATE cdc_worker.checkpoint SET nonce = gen_random_uuid() WHERE worker = {}"
 
 
-def _table(connection: Connection, table: Table, worker: str) -> Iterator[Step]:
+def _table(connection: Connection, table: Table, worker: str, *, tracked: bool) -> Iterator[Step]:
     """Let a table's old rows be written to the WAL, and note from where on it is recorded.
 
     With the table locked, everyone who wrote to it without its old rows has ended. Only when it is new to the worker
-    is that where it begins: otherwise such changes are its own, and become dead letters rather than being left out.
+    is that where it begins (or at the cut-over, if it is `tracked` by triggers): otherwise such changes are its own,
+    and become dead letters rather than being left out. A worker that runs hears of it by nonce and marker.
     """
     relation = sql.Identifier(*table.name).as_string()
     found = connection.execute(_IDENTITY, (relation,)).fetchone()
@@ -184,16 +177,21 @@ def _table(connection: Connection, table: Table, worker: str) -> Iterator[Step]:
         return
     identity, definition = found
     name = ".".join(table.name)
+    statements: list[sql.Composable | str] = []
     if table.needs_old_rows and identity != "f":
         restore = f"ALTER TABLE {relation} REPLICA IDENTITY {definition}"
-        text = ddl.transaction(
-            f"ALTER TABLE {relation} REPLICA IDENTITY FULL",
-            sql.SQL(_FOUND).format(name, restore),
-            sql.SQL(_BEGINS).format(worker, name, sql.SQL("pg_current_wal_insert_lsn()")),
-        )
-        yield Step(f"replica identity of {name} is FULL", text, f"ACCESS EXCLUSIVE on {relation}")
-    elif not (ddl.exists(connection, "cdc_worker.excluded") and connection.execute(_KNOWN, (worker, name)).fetchone()):
-        yield Step("", sql.SQL(_BEGINS).format(worker, name, "0/1").as_string())
+        statements += [f"ALTER TABLE {relation} REPLICA IDENTITY FULL", sql.SQL(_FOUND).format(name, restore)]
+    full = bool(statements)
+    installed = ddl.exists(connection, "cdc_worker.excluded")
+    if not installed or connection.execute(_KNOWN, (worker, name)).fetchone() is None:
+        until = "NULL" if tracked else "pg_current_wal_insert_lsn()" if full else "'0/1'"
+        statements.append(sql.SQL(_BEGINS).format(worker, name, sql.SQL(until), tracked))
+        if _checkpoint(connection, worker) is not None:
+            statements.insert(0, sql.SQL(_NONCE).format(worker))
+            statements.append(sql.SQL("SELECT cdc_worker.mark({}, {})").format(worker, name))
+    if statements:
+        title = f"replica identity of {name} is FULL" if full else f"{name} is set up"
+        yield Step(title, ddl.transaction(*statements), f"ACCESS EXCLUSIVE on {relation}" if full else "")
 
 
 _ROLE: Final = """
@@ -278,17 +276,14 @@ def _no_failover(connection: Connection, server: postgres.Server, name: str) -> 
         yield f'note: slot "{name}" is there, and is no failover slot; on a replication connection: {command}'
 
 
-def _slot(connection: Connection, settings: Settings, trackers: list[cutover.Tracker], wishes: Wishes) -> Iterator[str]:
+def _slot(connection: Connection, settings: Settings, wishes: Wishes) -> Iterator[str]:
     worker, name = settings.worker, settings.slot
     server = postgres.server(connection)
     found, known = slot.read(connection, name), _checkpoint(connection, worker)
     if wishes.failover and found is not None:
         yield from _no_failover(connection, server, name)
     if known is not None:
-        (system_identifier,) = fetch_one(connection, "SELECT system_identifier::text FROM pg_control_system()")
-        wal_end = slot.committed_so_far(connection)
-        checkpoint.check(known, slot=name, system_identifier=system_identifier, wal_end=wal_end)
-        slot.check(found, name=name, database=connection.info.dbname, checkpoint=known.position.lsn)
+        slot.check_checkpoint(connection, known, name)
         yield f'slot "{name}" is there, and its checkpoint at {known.position}'
         return
     if found is None:
@@ -298,5 +293,5 @@ def _slot(connection: Connection, settings: Settings, trackers: list[cutover.Tra
         # Made by an administrator, or by a set-up that was interrupted here: nothing has been read from it yet.
         checkpoint.check_unclaimed(connection, name)
         position = slot.check_unread(found, database=connection.info.dbname)
-    ddl.perform(connection, checkpoint.create(worker, name, [tracker.table for tracker in trackers]))
+    ddl.perform(connection, checkpoint.create(worker, name))
     yield f'worker "{worker}" begins at {position}'

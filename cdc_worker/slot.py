@@ -8,7 +8,8 @@ from typing import Final
 import psycopg
 from psycopg import sql
 
-from cdc_worker import errors, wal2json
+from cdc_worker import checkpoint, errors, wal2json
+from cdc_worker.checkpoint import Checkpoint
 from cdc_worker.lsn import LSN
 from cdc_worker.postgres import APPLICATION_NAME, Connection, Server, fetch_one, listed
 
@@ -133,6 +134,14 @@ def check(slot: Slot | None, *, name: str, database: str, checkpoint: LSN) -> Sl
             f"{_forget(name)}; then: cdc-worker setup",
         )
     return slot
+
+
+def check_checkpoint(connection: Connection, known: Checkpoint, name: str) -> None:
+    """Raise unless checkpoint, cluster and slot fit each other, as `run` would."""
+    (system_identifier,) = fetch_one(connection, "SELECT system_identifier::text FROM pg_control_system()")
+    wal_end = committed_so_far(connection)
+    checkpoint.check(known, slot=name, system_identifier=system_identifier, wal_end=wal_end)
+    check(read(connection, name), name=name, database=connection.info.dbname, checkpoint=known.position.lsn)
 
 
 _COMMITTED: Final = """

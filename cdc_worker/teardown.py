@@ -8,33 +8,29 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Final
 
-import psycopg
 from psycopg import sql
 
-from cdc_worker import ddl, errors, slot
+from cdc_worker import cutover, ddl, errors, slot
 from cdc_worker.config import Settings
 from cdc_worker.ddl import Step
 from cdc_worker.postgres import Connection
 from cdc_worker.profile import Profile
-from cdc_worker.rules import qualified
+from cdc_worker.rules import compile_rules, qualified
 
 
 def teardown(
     settings: Settings, profile: Profile, *, everything: bool = False, restore_triggers: bool = False
 ) -> Iterator[str]:
-    """Take down; yields a line for each thing done. May be repeated, also after an interruption."""
+    """Take down; yields a line for each thing done. May be repeated, also after an interruption.
+
+    With `restore_triggers` these record again first, and what was committed before is the worker's to record: raises
+    ServerError when it has not done so yet.
+    """
     with ddl.connected(settings) as connection:
-        for step in _steps(connection, settings, profile, everything=everything, restore_triggers=restore_triggers):
-            try:
-                ddl.perform(connection, step)
-            except psycopg.errors.InsufficientPrivilege as error:
-                if not step.administrator:
-                    raise
-                raise errors.ServerError(
-                    f"this needs more than the ownership of database and tables:\n  {step.text};",
-                    hint="have an administrator do it, then again: cdc-worker teardown",
-                ) from error
-            yield step.title
+        ddl.one_at_a_time(connection)
+        yield from ddl.performing(
+            connection, _steps(connection, settings, profile, everything=everything, restore_triggers=restore_triggers)
+        )
 
 
 def plan(
@@ -42,11 +38,12 @@ def plan(
 ) -> Iterator[str]:
     """What `teardown` would do, as SQL with comments."""
     with ddl.connected(settings) as connection:
+        yield ddl.header(connection)
         for step in _steps(connection, settings, profile, everything=everything, restore_triggers=restore_triggers):
             yield ddl.script(connection, step)
 
 
-_OTHERS: Final = "SELECT worker FROM cdc_worker.checkpoint WHERE worker <> %s ORDER BY worker"
+_WORKERS: Final = "SELECT worker, slot, lsn FROM cdc_worker.checkpoint ORDER BY worker"
 
 
 def _steps(
@@ -54,28 +51,58 @@ def _steps(
 ) -> Iterator[Step]:
     worker, name = settings.worker, settings.slot
     found = slot.read(connection, name)
-    if found is not None and found.active_pid is not None:
-        raise slot.taken(found)
-    installed = ddl.exists(connection, "cdc_worker.replaced")
-    if everything and installed:
-        others = [other for (other,) in connection.execute(_OTHERS, (worker,))]
-        if others:
-            raise errors.ServerError(
-                f"other workers are set up here as well: {', '.join(others)}",
-                hint="tear these down first, or leave out --all",
-            )
     if found is not None:
         slot.check_disposable(found, database=connection.info.dbname)
+    installed = ddl.exists(connection, "cdc_worker.replaced")
+    workers = {of: rest for of, *rest in connection.execute(_WORKERS)} if installed else {}
+    _check(workers, worker, name, everything=everything)
+    if installed and restore_triggers:
+        yield from cutover.back(connection, worker, compile_rules(profile))
+        if worker in workers and found is not None:
+            _check_recorded(connection, worker)
+    if found is not None:
+        if found.active_pid is not None:
+            raise slot.taken(found)
         text = sql.SQL("SELECT pg_drop_replication_slot({})").format(name).as_string()
         yield Step(f'slot "{name}" is dropped', text, administrator=True)
     if not installed:
         return
-    yield Step(
-        f'worker "{worker}" has no checkpoint any more',
-        ddl.transaction(*(sql.SQL(statement).format(worker) for statement in _STATE)),
-    )
+    if worker in workers:
+        yield Step(
+            f'worker "{worker}" ends at {workers[worker][1]}: what was committed after it is not recorded',
+            ddl.transaction(*(sql.SQL(statement).format(worker) for statement in _STATE)),
+        )
     if everything:
-        yield from _everything(connection, profile, restore_triggers=restore_triggers)
+        yield from _everything(connection, profile)
+
+
+def _check(workers: dict[str, list[str]], worker: str, name: str, *, everything: bool) -> None:
+    for other, (its_slot, _) in workers.items():
+        if (other == worker) != (its_slot == name):
+            raise errors.SlotMismatchError(
+                f'the worker "{other}" reads the slot "{its_slot}": "{worker}" and "{name}" are no pair',
+                hint="name worker and slot as they were set up, in CDC_WORKER_NAME and CDC_WORKER_SLOT",
+            )
+    others = ", ".join(sorted(workers.keys() - {worker}))
+    if everything and others:
+        raise errors.ServerError(
+            f"other workers are set up here as well: {others}", hint="tear these down first, or leave out --all"
+        )
+
+
+_RECORDED: Final = """
+SELECT e.from_lsn FROM cdc_worker.excluded e JOIN cdc_worker.checkpoint c USING (worker, system_identifier)
+WHERE worker = %s AND triggers AND until_lsn IS NULL AND e.from_lsn > c.lsn ORDER BY 1 DESC LIMIT 1
+"""
+
+
+def _check_recorded(connection: Connection, worker: str) -> None:
+    found = connection.execute(_RECORDED, (worker,)).fetchone()
+    if found is not None:
+        raise errors.ServerError(
+            f"the triggers record again from {found[0]} on, and what was committed before is not all recorded yet",
+            hint="run: cdc-worker run --once; then the same again",
+        )
 
 
 _STATE: Final = (
@@ -112,7 +139,10 @@ FROM pg_proc WHERE pronamespace = to_regnamespace('cdc_worker') HAVING count(*) 
 """
 
 
-def _everything(connection: Connection, profile: Profile, *, restore_triggers: bool) -> Iterator[Step]:
+_THERE: Final = "SELECT 1 FROM pg_trigger WHERE tgrelid = to_regclass(%s) AND tgname = %s"
+
+
+def _everything(connection: Connection, profile: Profile) -> Iterator[Step]:
     """In the order that leaves nothing broken: what stands on the schema first, the schema last."""
     target = sql.Identifier(*qualified(profile.target.table)).as_string()
     for (name,) in connection.execute(_PROTECTION, (target,)).fetchall():
@@ -121,12 +151,10 @@ def _everything(connection: Connection, profile: Profile, *, restore_triggers: b
     for kind, table, name, restore in connection.execute(_REPLACED).fetchall():
         on = "" if kind == "grant" else sql.Identifier(*qualified(table)).as_string()
         remove = sql.SQL(_REMOVE).format(kind, table, name)
-        text, lock = ddl.transaction(restore, remove), f"ACCESS EXCLUSIVE on {on}"
+        text, lock = ddl.transaction(ddl.attempt(restore), remove), f"ACCESS EXCLUSIVE on {on}"
         match kind:
-            case "trigger":
+            case "trigger" if connection.execute(_THERE, (on, name)).fetchone():
                 yield Step(f"{table}: trigger {name} is as it was", text, lock)
-            case "tracker" if restore_triggers:
-                yield Step(f"{table}: {name} records again", text, lock)
             case "replica_identity" if connection.execute(_FULL, (on,)).fetchone() == (True,):
                 yield Step(f"{table}: replica identity is as it was", text, lock)
             case "grant":

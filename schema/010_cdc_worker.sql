@@ -1,9 +1,17 @@
 -- The worker's own state: where it is, and what it could not write. All of it is in the database, so that the process
 -- can be killed and moved, and so that the checkpoint moves in the same transaction as the activities.
 
-CREATE SCHEMA IF NOT EXISTS cdc_worker;
+-- schema cdc_worker is made
+-- administrator: CREATE on the database
+SELECT format('CREATE SCHEMA cdc_worker AUTHORIZATION %I', current_user) WHERE to_regnamespace('cdc_worker') IS NULL
+\gexec
 
 COMMENT ON SCHEMA cdc_worker IS 'State of cdc-worker, which records changes as system activities';
+
+CREATE OR REPLACE FUNCTION cdc_worker.cluster() RETURNS text LANGUAGE sql STABLE AS
+    'SELECT system_identifier::text FROM pg_catalog.pg_control_system()';
+
+COMMENT ON FUNCTION cdc_worker.cluster IS 'The cluster on which positions mean something';
 
 CREATE TABLE IF NOT EXISTS cdc_worker.checkpoint (
     worker            text PRIMARY KEY,
@@ -21,7 +29,9 @@ CREATE TABLE IF NOT EXISTS cdc_worker.checkpoint (
     backend_start     timestamptz
 );
 
-ALTER TABLE cdc_worker.checkpoint ADD COLUMN IF NOT EXISTS nonce uuid NOT NULL DEFAULT gen_random_uuid();
+ALTER TABLE cdc_worker.checkpoint
+    ADD COLUMN IF NOT EXISTS nonce uuid NOT NULL DEFAULT gen_random_uuid(),
+    ADD COLUMN IF NOT EXISTS tables text[];
 
 COMMENT ON TABLE cdc_worker.checkpoint IS 'How far each worker has written, one row a worker';
 COMMENT ON COLUMN cdc_worker.checkpoint.worker IS 'Name of the worker, part of every change_key';
@@ -35,16 +45,22 @@ COMMENT ON COLUMN cdc_worker.checkpoint.owner IS 'Token of the process that may 
 COMMENT ON COLUMN cdc_worker.checkpoint.backend_pid IS 'Its writing connection, which a successor terminates first';
 COMMENT ON COLUMN cdc_worker.checkpoint.nonce IS 'Made anew with each cut-over and erasure: who writes must know the last';
 
+COMMENT ON COLUMN cdc_worker.checkpoint.tables IS 'The tables that its owner captures: what changes counts';
+
 CREATE TABLE IF NOT EXISTS cdc_worker.excluded (
-    worker      text NOT NULL,
-    table_name  text NOT NULL,
-    from_lsn    pg_lsn NOT NULL,
-    until_lsn   pg_lsn CHECK (until_lsn > from_lsn),
-    PRIMARY KEY (worker, table_name, from_lsn)
+    worker             text NOT NULL,
+    table_name         text NOT NULL,
+    system_identifier  text NOT NULL DEFAULT cdc_worker.cluster(),
+    from_lsn           pg_lsn NOT NULL,
+    until_lsn          pg_lsn CHECK (until_lsn > from_lsn),
+    triggers           boolean NOT NULL DEFAULT false,
+    PRIMARY KEY (worker, table_name, system_identifier, from_lsn)
 );
 
 COMMENT ON TABLE cdc_worker.excluded IS
-    'Stretches of WAL in which the changes of a table are not the worker''s: its triggers recorded them, or it was not set up';
+    'Stretches of WAL in which the changes of a table are not the worker''s; each table that is set up has one from 0/0 on';
+COMMENT ON COLUMN cdc_worker.excluded.system_identifier IS 'The cluster whose positions these are';
+COMMENT ON COLUMN cdc_worker.excluded.triggers IS 'Triggers recorded them; else the table was not set up yet';
 COMMENT ON COLUMN cdc_worker.excluded.table_name IS 'Schema and table, as in lead of public: public.lead';
 COMMENT ON COLUMN cdc_worker.excluded.from_lsn IS 'Commits at or after it are left out';
 COMMENT ON COLUMN cdc_worker.excluded.until_lsn IS 'Commits at or after it are recorded; NULL until cut-over';
@@ -56,7 +72,8 @@ CREATE TABLE IF NOT EXISTS cdc_worker.erased (
     erased_lsn  pg_lsn NOT NULL,
     until_lsn   pg_lsn,
     erased_at   timestamptz NOT NULL DEFAULT now(),
-    PRIMARY KEY (worker, field, key, erased_lsn)
+    system_identifier  text NOT NULL DEFAULT cdc_worker.cluster(),
+    PRIMARY KEY (worker, field, key, system_identifier, erased_lsn)
 );
 
 COMMENT ON TABLE cdc_worker.erased IS 'Persons of whom nothing may be told any more';
@@ -105,3 +122,17 @@ COMMENT ON TABLE cdc_worker.dead_letter IS 'Changes that could not become activi
 COMMENT ON COLUMN cdc_worker.dead_letter.change_key IS 'What the key of the activity would have been';
 COMMENT ON COLUMN cdc_worker.dead_letter.change IS 'The change: operation, schema, table, old and new row';
 COMMENT ON COLUMN cdc_worker.dead_letter.fields IS 'The activity that the target refused';
+
+CREATE OR REPLACE FUNCTION cdc_worker.mark(own text, relation text) RETURNS pg_lsn LANGUAGE plpgsql AS $$
+DECLARE
+    its_nonce uuid := (SELECT nonce FROM cdc_worker.checkpoint WHERE worker = own);
+BEGIN
+    IF its_nonce IS NULL THEN
+        RAISE 'the worker "%" has no checkpoint: nobody would record %', own, relation USING ERRCODE = 'no_data_found';
+    END IF;
+    RETURN pg_logical_emit_message(
+        true, 'cdc_worker.cutover', jsonb_build_object('table', relation, 'nonce', its_nonce)::text);
+END
+$$;
+
+COMMENT ON FUNCTION cdc_worker.mark IS 'Puts the marker of a cut-over into the WAL; returns where it is';

@@ -1,7 +1,7 @@
 -- What the role of the worker needs, and no more: it makes no tables and is no superuser.
 --
--- For psql: -v role=cdc -v target=public.activity -v key=change_key. That it may read a slot is an administrator's to
--- give: ALTER ROLE cdc REPLICATION.
+-- For psql: -v role=cdc -v target=public.activity -v key=change_key -v schemas=public. That it may read a slot is an
+-- administrator's to give: ALTER ROLE cdc REPLICATION.
 
 -- the worker's role has its grants on the worker's own tables
 SELECT format('GRANT %s ON %s TO %I', privilege, object, :'role')
@@ -37,9 +37,13 @@ FROM (SELECT (SELECT oid FROM pg_roles WHERE rolname = :'role'), to_regclass(:'t
         SELECT format('SELECT (%I)', :'key'), :'target',
             has_column_privilege(oid, target, (SELECT attnum FROM pg_attribute WHERE attrelid = target AND attname = :'key'), 'SELECT')
         UNION ALL
-        SELECT 'USAGE', 'SEQUENCE ' || seqrelid::regclass, has_sequence_privilege(role.oid, seqrelid, 'USAGE')
-        FROM pg_sequence JOIN pg_depend ON objid = seqrelid
-        WHERE refobjid = target AND classid = 'pg_class'::regclass AND deptype = 'a'
+        SELECT DISTINCT 'USAGE', 'SEQUENCE ' || seqrelid::regclass, has_sequence_privilege(role.oid, seqrelid, 'USAGE')
+        FROM pg_attrdef a JOIN pg_depend d ON classid = 'pg_attrdef'::regclass AND objid = a.oid
+        JOIN pg_sequence ON seqrelid = refobjid
+        WHERE adrelid = target
+        UNION ALL
+        SELECT 'USAGE', format('SCHEMA %I', name), has_schema_privilege(role.oid, to_regnamespace(quote_ident(name))::oid, 'USAGE')
+        FROM unnest(string_to_array(:'schemas', ',')) AS name
     ) AS needed (privilege, object, granted)
 WHERE granted IS NOT TRUE
 \gexec

@@ -54,6 +54,11 @@ def shown(document: str, first: str) -> list[str]:
     return found.split("…\n")
 
 
+def positions(text: str) -> str:
+    """A text with all positions alike."""
+    return re.sub(r"\b[0-9A-F]+/[0-9A-F]+\b", "0/0", text)
+
+
 def test_installing_prints_what_its_page_shows(bare_crm: Crm) -> None:
     bare_crm.settings["slot"] = "cdc_worker"
     for name in ("legacy.sql", "rows.sql", "old_migration.sql"):
@@ -69,10 +74,12 @@ def test_installing_prints_what_its_page_shows(bare_crm: Crm) -> None:
         printed += [
             bare_crm.succeed("run", "--once"),
             bare_crm.succeed("forget", "--lead", "7", "--yes"),
-            bare_crm.succeed("teardown", "--all", "--restore-triggers", "--yes"),
+            bare_crm.succeed("cutover", "--back"),
+            bare_crm.succeed("run", "--once"),
+            bare_crm.succeed("teardown", "--all", "--yes"),
         ]
     finally:
         bare_crm.execute("DROP ROLE IF EXISTS cdc")
     for first in ("-- The links of manual activities stand", "forgotten: lead 7", 'slot "cdc_worker" is dropped'):
         for part in shown("docs/installing.md", first):
-            assert any(part in text for text in printed), f"not printed:\n{part}\nbut:\n" + "\n".join(printed)
+            assert any(positions(part) in positions(text) for text in printed), f"not printed:\n{part}\nbut:\n" + "\n".join(printed)

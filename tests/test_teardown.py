@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
 import psycopg
 import pytest
-from application import Application, everything
+from application import Application, everything, owed, told
 from support import Crm, eventually
 
 LEGACY = Path(__file__).parent / "legacy"
@@ -50,9 +51,10 @@ def tracked_crm(bare_crm: Crm) -> Crm:
 def test_tearing_down_drops_slot_and_checkpoint_and_keeps_the_rest(crm: Crm) -> None:
     crm.add_leads(1)
     crm.record()
+    ends = crm.value("SELECT lsn::text FROM cdc_worker.checkpoint")
     assert crm.succeed("teardown", "--yes").splitlines() == [
         f'slot "{crm.slot}" is dropped',
-        f'worker "{crm.slot}" has no checkpoint any more',
+        f'worker "{crm.slot}" ends at {ends}: what was committed after it is not recorded',
     ]
     assert crm.value("SELECT count(*) FROM pg_replication_slots WHERE slot_name = %s", crm.slot) == 0
     assert crm.types() == ["lead_created"]
@@ -63,22 +65,29 @@ def test_tearing_down_drops_slot_and_checkpoint_and_keeps_the_rest(crm: Crm) -> 
     assert crm.types() == ["lead_created", "lead_created"]
 
 
-def test_tearing_down_all_leaves_everything_as_it_was_found(tracked_crm: Crm) -> None:
+def test_tearing_down_all_leaves_everything_as_it_was_found_and_nothing_unrecorded(tracked_crm: Crm) -> None:
+    """The triggers are back before the slot goes, and what the worker owes until then it records first."""
     role = f"cdc_{tracked_crm.slot}"
     before = structure(tracked_crm)
     tracked_crm.succeed("setup", "--role", role)
     try:
         with Application(tracked_crm, everything) as application:
-            with tracked_crm.worker():
+            with tracked_crm.worker() as worker:
                 application.go_on(20)
                 eventually(tracked_crm.activities)
+                worker.kill()
             eventually(lambda: not reader(tracked_crm))
-            recorded = len(tracked_crm.activities())
-            said = tracked_crm.succeed("teardown", "--all", "--restore-triggers", "--yes")
+            application.go_on(20)
+            done = tracked_crm.command("teardown", "--all", "--restore-triggers", "--yes")
+            assert done.returncode == 1
+            assert "public.lead: recorded by lead_activity_tracker again" in done.stdout
+            assert "hint: run: cdc-worker run --once; then the same again" in done.stderr
+            application.go_on(20)
+            tracked_crm.record()
+            tracked_crm.succeed("teardown", "--all", "--restore-triggers", "--yes")
             application.go_on(20)
         assert structure(tracked_crm) == before
-        assert "public.lead: lead_activity_tracker records again" in said
-        assert len(tracked_crm.activities()) == recorded > 0
+        assert told(tracked_crm) == Counter(owed(application.done))
         assert tracked_crm.succeed("teardown", "--all", "--yes") == ""
     finally:
         tracked_crm.connection.execute(f"DROP ROLE {role}".encode())
@@ -113,7 +122,7 @@ def test_an_identity_that_somebody_changed_since_is_left_alone(crm: Crm) -> None
 def test_tearing_down_goes_on_where_it_was_interrupted(tracked_crm: Crm, arguments: tuple[str, ...]) -> None:
     """The dry run's script, statement by statement, is where it can be interrupted."""
     tracked_crm.setup()
-    script = tracked_crm.succeed("teardown", *arguments[:-1], "--dry-run")
+    script = tracked_crm.succeed("teardown", *arguments[:-1], "--dry-run").partition("\n\n")[2]
     assert structure(tracked_crm)[-1] == (tracked_crm.slot,)
     for paragraph in filter(str.strip, script.split("\n\n")):
         tracked_crm.connection.execute(paragraph.encode())
@@ -147,7 +156,7 @@ def test_a_slot_that_one_may_not_drop_is_an_administrators_to_drop_first(crm: Cr
         assert done.stderr == (
             "error: this needs more than the ownership of database and tables:\n"
             f"  SELECT pg_drop_replication_slot('{crm.slot}');\n"
-            "hint: have an administrator do it, then again: cdc-worker teardown\n"
+            "hint: have an administrator do it, then the same again\n"
         )
         assert crm.value("SELECT count(*) FROM cdc_worker.checkpoint") == 1
         crm.execute("SELECT pg_drop_replication_slot(%s)", crm.slot)
