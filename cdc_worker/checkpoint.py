@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Final
@@ -15,7 +14,7 @@ from psycopg import sql
 from cdc_worker import errors
 from cdc_worker.activities import Position, Scope, Stretch
 from cdc_worker.ddl import Step
-from cdc_worker.lsn import INVALID, LSN
+from cdc_worker.lsn import LSN
 from cdc_worker.postgres import Connection, fetch_one
 from cdc_worker.rules import qualified
 
@@ -54,7 +53,8 @@ def read(connection: Connection, worker: str) -> Checkpoint:
         raise errors.NotSetUpError("the database has no tables of cdc-worker", hint="run: cdc-worker setup") from error
     except psycopg.errors.UndefinedColumn as error:
         raise errors.NotSetUpError(
-            "the tables of cdc-worker are those of an earlier version", hint="run: cdc-worker setup"
+            f"the tables of cdc-worker are not those of this version: {error.diag.message_primary}",
+            hint="run: cdc-worker setup; what someone has renamed or dropped there, bring back",
         ) from error
     if row is None:
         raise errors.NotSetUpError(f'there is no checkpoint of the worker "{worker}"', hint="run: cdc-worker setup")
@@ -125,10 +125,10 @@ WHERE worker = %(worker)s AND (system_identifier = %(cluster)s OR until_lsn IS N
 """
 
 
-def scope(connection: Connection, found: Checkpoint, tables: Iterable[tuple[str, str]]) -> Scope:
+def scope(connection: Connection, found: Checkpoint) -> Scope:
     """What the worker leaves out and keeps silent about: read it after the checkpoint, whose nonce it goes with.
 
-    Of its `tables` those that setup has not seen are left out whole.
+    Tables that setup has not seen are not in it: nobody has noted from where on they can be recorded.
     """
     excluded: dict[tuple[str, str], list[Stretch]] = {}
     erased: dict[tuple[str, str], list[Stretch]] = {}
@@ -139,7 +139,7 @@ def scope(connection: Connection, found: Checkpoint, tables: Iterable[tuple[str,
             excluded.setdefault(qualified(table), []).append(stretch)
         else:
             erased.setdefault((field, key), []).append(stretch)
-    return Scope({**{table: [(INVALID, None)] for table in tables}, **excluded}, erased)
+    return Scope(excluded, erased)
 
 
 def check_tables(checkpoint: Checkpoint, tables: list[str]) -> None:

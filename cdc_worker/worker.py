@@ -18,8 +18,8 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field
+from contextlib import ExitStack, closing, contextmanager, suppress
+from dataclasses import dataclass, field, replace
 from types import FrameType
 from typing import Final
 
@@ -32,7 +32,7 @@ from cdc_worker.activities import Activity, Batch, DeadLetter, Line, Position, S
 from cdc_worker.changes import CUTOVER_PREFIX, Assembler, Transaction
 from cdc_worker.config import Settings
 from cdc_worker.log import Logger
-from cdc_worker.lsn import LSN
+from cdc_worker.lsn import INVALID, LSN
 from cdc_worker.profile import Profile
 from cdc_worker.profile import load as load_profile
 from cdc_worker.protocol import PrimaryKeepalive
@@ -144,6 +144,7 @@ class Worker:
         self._once = once
         self._started = False
         self._owner: uuid.UUID | None = None
+        self._nonce: uuid.UUID | None = None  # what was in force when the profile was read
         self._until: LSN | None = None
 
     def run(self) -> None:
@@ -193,29 +194,42 @@ class Worker:
         try:
             stream.run()
         except errors.FencedError:
-            with postgres.connect(self._settings.dsn.get_secret_value(), self._settings.worker) as connection:
-                if checkpoint.read(connection, self._settings.worker).owner != self._owner:
-                    raise
-            self._log.info("scope_changed")  # a cut-over or an erasure, while we were writing
-            return True
+            with self._stop.interrupting(), closing(self._connect()) as connection:
+                found = checkpoint.read(connection, self._settings.worker)
+            if found.owner != self._owner:
+                raise
+            self._log.info("scope_changed")  # a cut-over, an erasure or a new table, while we were writing
+            self._nonce = found.nonce
+            self._stop.reload_requested = True
+            if found.position.commit_lsn:
+                return True  # the changes of this commit were counted with the profile that we have
         if not self._stop.reload_requested or self._stop.is_set():
             return False
-        self._reload()
+        with self._stop.interrupting():
+            self._reload()
         return True
 
     def _reload(self) -> None:
         """Read the profile anew; one that is wrong, or doesn't fit the database, changes nothing."""
+        self._stop.reload_requested = False  # first: whoever requests it meanwhile has changed the profile again
         try:
             found = load_profile(self._settings.profile)
             rules = compile_rules(found)
-            with postgres.connect(self._settings.dsn.get_secret_value(), self._settings.worker) as connection:
+            with closing(self._connect()) as connection:
                 postgres.check_catalog(connection, found, rules)
         except (errors.ProfileError, errors.CatalogMismatchError) as error:
             self._log.error("profile_refused", reason=str(error))
+        except psycopg.errors.InsufficientPrivilege as error:
+            self._log.error("profile_refused", reason=str(postgres.failure(error)))
+        except (errors.CdcWorkerError, psycopg.Error):
+            self._stop.reload_requested = True  # the server couldn't be asked
+            raise
         else:
             self._profile, self._rules = found, rules
             self._log.info("profile_reloaded", profile=found.name, tables=sorted(map(".".join, rules)))
-        self._stop.reload_requested = False
+
+    def _connect(self) -> postgres.Connection:
+        return postgres.connect(self._settings.dsn.get_secret_value(), self._settings.worker)
 
     def _may_heal(self, error: BaseException) -> bool:
         if self._once:
@@ -230,13 +244,14 @@ class Worker:
         settings, log = self._settings, self._log
         dsn, worker = settings.dsn.get_secret_value(), settings.worker
         with self._stop.interrupting():
-            connection = postgres.connect(dsn, worker)
+            connection = self._connect()
             stack.callback(connection.close)
             server = postgres.server(connection)
             postgres.check_server(server, worker)
             # In this order: another worker may still be at it, who writes the checkpoint first and confirms it then.
             replica = slot.read(connection, settings.slot)
             found = checkpoint.read(connection, worker)
+            self._nonce = self._nonce or found.nonce
             wal_end = slot.committed_so_far(connection)
             table = postgres.check_catalog(connection, self._profile, self._rules)
             replication = Replication(postgres.connect_replication(dsn, worker), on_dropped=self._warn_of_dropped)
@@ -249,9 +264,11 @@ class Worker:
                 self._until = wal_end
             timeout = replication.wal_sender_timeout()
             self._start(connection, replication, found.position.lsn, server)
-            found = checkpoint.take_over(connection, worker)
+            found = checkpoint.take_over(connection, worker, sorted(map(".".join, self._rules)))
+            # With a nonce that is newer than the profile, a table that came with it would be passed over.
+            found = replace(found, nonce=self._nonce)
             position = found.position
-            scope = checkpoint.scope(connection, worker)
+            scope = self._scope(checkpoint.scope(connection, found))
             # While we waited for the slot it may have become another one.
             replica = slot.read(connection, settings.slot)
             replica = slot.check(replica, name=settings.slot, database=database, checkpoint=position.lsn)
@@ -267,7 +284,6 @@ class Worker:
         self._started = True
         self._owner = found.owner
         log.info("replication_started", lsn=str(position.lsn), plugin=replica.plugin, time_zone=time_zone)
-        self._warn_of_excluded(scope)
         transformer = Transformer(self._rules, worker=worker, system_identifier=found.system_identifier, scope=scope)
         return _Stream(
             replication,
@@ -305,10 +321,21 @@ class Worker:
             except psycopg.Error as error:
                 raise slot.plugin_error(error, server) from error
 
-    def _warn_of_excluded(self, scope: Scope) -> None:
-        waiting = sorted(".".join(table) for table, stretches in scope.excluded.items() if stretches[-1][1] is None)
-        if waiting:
-            self._log.warning("cutover_pending", tables=waiting, mend="cdc-worker cutover")
+    def _scope(self, known: Scope) -> Scope:
+        """What is `known` to be left out, and whole tables that setup has not seen. Warns of what is to be done."""
+        captured = {table.name for table in self._rules.values() if any(table.rules.values())}
+        excluded = known.excluded
+        fresh = captured - excluded.keys()
+        waiting = {table for table in captured - fresh if any(end is None for _, end in excluded[table])}
+        others = {table for table in excluded.keys() - captured if any(not begin for begin, _ in excluded[table])}
+        for event, tables, mend in (
+            ("table_not_set_up", fresh, "cdc-worker setup"),
+            ("cutover_pending", waiting, "cdc-worker cutover"),
+            ("table_not_in_profile", others, "the profile, then SIGHUP"),
+        ):
+            if tables:
+                self._log.warning(event, tables=sorted(map(".".join, tables)), mend=mend)
+        return Scope({**excluded, **{table: [(INVALID, None)] for table in fresh}}, known.erased)
 
     def _warn_of_dropped(self, operation: str, table: str) -> None:
         self._log.warning(
@@ -389,12 +416,19 @@ class _Stream:
     @property
     def _idle(self) -> bool:
         """Whether nothing is open, unwritten or being written."""
-        return not (self._assembler.open or self._unfinished or not self._batch.empty or self._writing)
+        return not (self._assembler.open or self._unfinished or self._owed or self._writing)
+
+    @property
+    def _owed(self) -> bool:
+        """Whether there is something to write, if only that a commit is done of which a part was written."""
+        batch = self._batch
+        done = bool(self._sink.position.commit_lsn) and not batch.end.commit_lsn
+        return not batch.empty or self._marked or done
 
     @property
     def _reloading(self) -> bool:
         """Whether nothing more is to be read before the profile has been."""
-        return self._stop.reload_requested and not self._assembler.open and self._unfinished is None
+        return self._stop.reload_requested and not self._assembler.open and not self._batch.end.commit_lsn
 
     @property
     def _complete(self) -> bool:
@@ -454,7 +488,7 @@ class _Stream:
     def _begin(self, now: float) -> None:
         """Start to write what has come together, or now and then where an otherwise quiet stream has got to."""
         batch = self._batch
-        if not batch.empty or self._marked:
+        if self._owed:
             self._marked = False
             self._batch = Batch(batch.end)
         elif (
