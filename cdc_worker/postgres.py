@@ -271,6 +271,18 @@ def columns(connection: Connection, table: tuple[str, str]) -> dict[str, str]:
     return dict(connection.execute(_COLUMNS, table).fetchall())
 
 
+_UNDECODED: Final = """
+SELECT CASE WHEN relkind = 'p' THEN 'partitioned: its changes bear the names of its partitions, capture those'
+            WHEN relkind IN ('v', 'm') THEN 'a view: capture the tables that it shows'
+            WHEN relkind = 'f' THEN 'foreign: its changes are another server''s, capture it there'
+            WHEN relkind <> 'r' THEN 'no table'
+            WHEN relpersistence = 'u' THEN
+                format('unlogged: its changes are not in the WAL, ALTER TABLE %%s SET LOGGED', c.oid::regclass)
+            WHEN relpersistence = 't' THEN 'temporary: its changes are not in the WAL' END
+FROM pg_class c WHERE c.oid = to_regclass(format('%%I.%%I', %s::text, %s::text))
+"""
+
+
 @dataclass(frozen=True, slots=True)
 class TargetTable:
     """What the sink must know of the table that it writes to, beyond what the profile says.
@@ -337,6 +349,8 @@ def check_catalog(connection: Connection, profile: Profile, rules: Rules) -> Tar
             faults.append(f"captured table {name} does not exist")
         elif missing := sorted(table.columns - found.keys()):
             faults.append(f"captured table {name} has no column {', '.join(missing)}")
+        elif (undecoded := fetch_one(connection, _UNDECODED, *table.name)[0]) is not None:
+            faults.append(f"captured table {name} is {undecoded}")
     target = columns(connection, qualified(profile.target.table))
     name = ".".join(qualified(profile.target.table))
     if not target:

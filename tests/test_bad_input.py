@@ -594,6 +594,36 @@ def test_a_profile_that_does_not_fit_the_database(crm: Crm, tmp_path: Path) -> N
     assert names(crm) == ["Ann"]
 
 
+def test_tables_of_which_nothing_would_come(crm: Crm, tmp_path: Path) -> None:
+    add(crm, "Ann")
+    crm.connection.execute(
+        """
+        CREATE TABLE parted (id int PRIMARY KEY) PARTITION BY RANGE (id);
+        CREATE TABLE part PARTITION OF parted DEFAULT;
+        CREATE VIEW seen AS SELECT id FROM parted;
+        CREATE MATERIALIZED VIEW kept AS SELECT id FROM parted;
+        CREATE FOREIGN DATA WRAPPER nothing;
+        CREATE SERVER nowhere FOREIGN DATA WRAPPER nothing;
+        CREATE FOREIGN TABLE remote (id int) SERVER nowhere;
+        CREATE UNLOGGED TABLE fast (id int PRIMARY KEY);
+        """
+    )
+    rule = '[tables.{0}]\nidentity = {{ id = "{{row.id}}" }}\nfields = {{}}\n'
+    rule += '[[tables.{0}.rules]]\non = "insert"\ntype = "made"\ndescription = "made"\n'
+    more = "".join(rule.format(table) for table in ("parted", "part", "seen", "kept", "remote", "fast"))
+    profile = leadfi_with(tmp_path, ("[tables.contact]", f"{more}[tables.contact]"))
+    said, _ = refused(crm, errors.CatalogMismatchError, profile=profile)
+    assert said.splitlines()[1:] == [
+        "  captured table public.parted is partitioned: its changes bear the names of its partitions, capture those",
+        "  captured table public.seen is a view: capture the tables that it shows",
+        "  captured table public.kept is a view: capture the tables that it shows",
+        "  captured table public.remote is foreign: its changes are another server's, capture it there",
+        "  captured table public.fast is unlogged: its changes are not in the WAL, ALTER TABLE fast SET LOGGED",
+    ]
+    crm.record()
+    assert names(crm) == ["Ann"]
+
+
 # Rights
 
 
@@ -645,17 +675,22 @@ def test_a_role_without_a_right_that_the_worker_needs(spare_crm: Crm) -> None:
 def test_a_role_that_may_not_set_up(spare: Cluster, tmp_path: Path) -> None:
     with crm_on(spare, tmp_path) as crm, role(crm, "REPLICATION", granted=False):
         said, hint = one_error(crm, ["setup"], 1)
-        assert "SQLSTATE 42501" in said
-        assert hint == "set up as the owner of the tables, or as a superuser"
+        assert said.endswith("\n  CREATE SCHEMA cdc_worker AUTHORIZATION cdc;")
+        assert hint == "have an administrator do it, then the same again"
+        crm.execute("CREATE SCHEMA cdc_worker AUTHORIZATION cdc")
+        said, hint = one_error(crm, ["setup"], 1)
+        assert said == "the server refused: permission denied for schema public (SQLSTATE 42501)"
+        assert hint == "do it as a superuser, or as the owner of the tables, who needs CREATE on their schemas"
 
 
 def test_a_database_that_is_read_only(crm: Crm) -> None:
     add(crm, "Ann")
+    crm.execute("ALTER TABLE lead REPLICA IDENTITY DEFAULT")  # setup has something to do
     database = sql.Identifier(crm.connection.info.dbname)
     crm.connection.execute(sql.SQL("ALTER DATABASE {} SET default_transaction_read_only = on").format(database))
     said, hint = refused(crm, errors.TargetUnusableError)
     assert "SQLSTATE 25006" in said
-    one_error(crm, ["setup"], 1)
+    assert one_error(crm, ["setup"], 1)[1] == hint
     assert hint == "let the database be written, or name the primary in CDC_WORKER_DSN"
     crm.connection.execute(sql.SQL("ALTER DATABASE {} RESET default_transaction_read_only").format(database))
     crm.record()
@@ -665,8 +700,9 @@ def test_a_database_that_is_read_only(crm: Crm) -> None:
 def test_tables_of_the_worker_that_someone_altered(crm: Crm) -> None:
     add(crm, "Ann")
     crm.execute("ALTER TABLE cdc_worker.checkpoint RENAME commit_lsn TO commit")
-    said, _ = refused(crm, errors.TargetUnusableError, "status")
-    assert "SQLSTATE 42703" in said
+    said, hint = refused(crm, errors.NotSetUpError, "status")
+    assert said == 'the tables of cdc-worker are not those of this version: column "commit_lsn" does not exist'
+    assert hint == "run: cdc-worker setup; what someone has renamed or dropped there, bring back"
     crm.execute("ALTER TABLE cdc_worker.checkpoint RENAME commit TO commit_lsn")
     crm.record()
     assert names(crm) == ["Ann"]
