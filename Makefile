@@ -2,6 +2,7 @@
 
 PYTHON ?= python3
 VENV := .venv
+JOBS ?= 2
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test lint types bench format clean
@@ -12,8 +13,8 @@ help: ## Show this list
 demo: $(VENV)/.installed ## Play a sales day against a private PostgreSQL, and check every activity (DEMO_ARGS)
 	@$(VENV)/bin/cdc-worker demo $(DEMO_ARGS)
 
-test: $(VENV)/.installed-dev ## Run the suite against a private PostgreSQL (PYTEST_ARGS)
-	@$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
+test: $(VENV)/.installed-dev ## Run the suite against private PostgreSQL servers, one a job (JOBS, PYTEST_ARGS)
+	@$(VENV)/bin/python -m pytest -n $(JOBS) --dist worksteal $(PYTEST_ARGS)
 
 lint: $(VENV)/.installed-dev ## Check style and format
 	@$(VENV)/bin/ruff check .

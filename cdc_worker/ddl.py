@@ -183,7 +183,7 @@ def perform(connection: Connection, step: Step, *, patience: float = PATIENCE) -
 
     attempts = Retrying(
         retry=retry_if_exception_type((psycopg.errors.LockNotAvailable, psycopg.errors.DeadlockDetected)),
-        wait=wait_random_exponential(multiplier=wait / 1000, max=10),
+        wait=wait_random_exponential(multiplier=wait / 1000, max=2),
         stop=stop_after_delay(patience),
         before_sleep=tell,
     )

@@ -267,7 +267,7 @@ def test_in_a_deadlock_it_is_never_the_application_that_fails(tracked_crm: Crm) 
     with Application(tracked_crm, crosswise, sessions=4) as application:
         application.go_on(20)
         tracked_crm.succeed("setup")
-        for _ in range(5):
+        for _ in range(3):
             tracked_crm.succeed("cutover", "--back")
             tracked_crm.succeed("cutover")
         application.go_on(20)

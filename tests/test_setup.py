@@ -229,6 +229,24 @@ def test_a_slot_that_is_older_than_the_replica_identities_yields_what_came_after
 # Held up
 
 
+def test_whoever_holds_what_setup_waits_for_is_not_ended_for_wanting_what_setup_holds(bare_crm: Crm) -> None:
+    """A foreign key is moved with both tables locked: a deadlock with who has the lead, and comes to its activities."""
+    bare_crm.connection.execute((LEGACY / "legacy.sql").read_bytes())
+    bare_crm.add_leads(1)
+    environment, log = bare_crm.environment(), bare_crm.directory / "setup.log"
+    with psycopg.connect(bare_crm.dsn) as busy, WorkerProcess(["setup"], environment, log) as process:
+        busy.execute("UPDATE lead SET status = 'x'")
+        waiting = eventually(
+            lambda: [event for event in process.events("waiting_for_lock") if "Foreign keys" in event["step"]]
+        )
+        assert waiting[0]["held_by"] == [f"process {busy.info.backend_pid} (client backend)"]
+        for _ in range(20):
+            busy.execute("INSERT INTO activity (lead_id, activity_type, bd) VALUES (1, 'call', 'jane')")
+        busy.commit()
+        assert process.wait() == 0
+    assert bare_crm.value("SELECT count(*) FROM activity WHERE manual_lead_id = 1 AND bd_in_charge = 'jane'") == 20
+
+
 def test_what_holds_up_the_slot_is_named(bare_crm: Crm) -> None:
     with psycopg.connect(bare_crm.dsn) as other, postgres.connect(bare_crm.dsn, "x") as connection:
         other.execute("INSERT INTO lead (full_name, source, bd_in_charge, type) VALUES ('Ann', 's', 'b', 't')")
