@@ -264,7 +264,9 @@ class Worker:
                 self._until = wal_end
             timeout = replication.wal_sender_timeout()
             self._start(connection, replication, found.position.lsn, server)
-            found = checkpoint.take_over(connection, worker, sorted(map(".".join, self._rules)))
+            # A table without rules tells of others: it counts, and it isn't recorded.
+            tables = [f"{'.'.join(of)}{'' if any(t.rules.values()) else ' (facts)'}" for of, t in self._rules.items()]
+            found = checkpoint.take_over(connection, worker, sorted(tables))
             # With a nonce that is newer than the profile, a table that came with it would be passed over.
             found = replace(found, nonce=self._nonce)
             position = found.position

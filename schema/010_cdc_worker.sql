@@ -45,7 +45,7 @@ COMMENT ON COLUMN cdc_worker.checkpoint.owner IS 'Token of the process that may 
 COMMENT ON COLUMN cdc_worker.checkpoint.backend_pid IS 'Its writing connection, which a successor terminates first';
 COMMENT ON COLUMN cdc_worker.checkpoint.nonce IS 'Made anew with each cut-over and erasure: who writes must know the last';
 
-COMMENT ON COLUMN cdc_worker.checkpoint.tables IS 'The tables that its owner captures: what changes counts';
+COMMENT ON COLUMN cdc_worker.checkpoint.tables IS 'The tables that its owner captures: what changes counts; (facts) are not recorded themselves';
 
 CREATE TABLE IF NOT EXISTS cdc_worker.excluded (
     worker             text NOT NULL,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from pathlib import Path
 
@@ -84,6 +85,53 @@ def test_only_triggers_that_record_are_taken_for_trackers(bare_crm: Crm) -> None
         )
     bare_crm.execute("ALTER TABLE lead DISABLE TRIGGER f_disabled")
     assert found(bare_crm) == [("lead", "a_direct"), ("lead", "b_qualified")]
+
+
+@pytest.mark.parametrize(
+    ("body", "taken"),
+    [
+        ("PERFORM writes(1);", True),
+        ('PERFORM public."writes" (1);', True),
+        ("PERFORM atomic(1);", True),
+        ("PERFORM other.writes(1);", False),
+        ("-- formerly: INSERT INTO activity (lead_id)\n", False),
+        ("/* INSERT INTO activity\n SELECT writes(1) */", False),
+        ("PERFORM rewrites(1);", False),
+        ("INSERT INTO other.activity VALUES (1);", False),
+    ],
+)
+def test_what_a_trigger_writes_is_read_from_the_text_of_functions(bare_crm: Crm, body: str, taken: bool) -> None:
+    bare_crm.setup()
+    bare_crm.execute("CREATE SCHEMA other")
+    inserts = "INSERT INTO activity (activity_type, lead_id) VALUES ('x', n)"
+    for function in (
+        f"writes(n integer) RETURNS void LANGUAGE plpgsql AS $$ BEGIN {inserts}; END $$",
+        f"atomic(n integer) RETURNS void LANGUAGE sql BEGIN ATOMIC {inserts}; END",
+        "other.writes(n integer) RETURNS void LANGUAGE sql AS 'SELECT'",
+        "rewrites(n integer) RETURNS void LANGUAGE sql AS 'SELECT'",
+        f"fires() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN {body} RETURN NEW; END $$",
+    ):
+        bare_crm.connection.execute(f"CREATE FUNCTION {function}".encode())
+    bare_crm.execute("CREATE TRIGGER fires AFTER INSERT ON lead FOR EACH ROW EXECUTE FUNCTION fires()")
+    assert found(bare_crm) == [("lead", "fires")] * taken
+
+
+def test_triggers_that_may_record_and_are_not_taken_away_are_told_of(crm: Crm) -> None:
+    for name, body in (
+        ("runs", "EXECUTE 'SELECT 1';"),
+        ("writes", "INSERT INTO activity (activity_type) VALUES ('x');"),
+    ):
+        crm.connection.execute(
+            f"CREATE FUNCTION {name}() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN {body} RETURN NEW; END $$".encode()
+        )
+    crm.execute("CREATE TRIGGER runs AFTER INSERT ON lead FOR EACH ROW EXECUTE FUNCTION runs()")
+    crm.execute("CREATE TRIGGER writes BEFORE INSERT ON lead FOR EACH ROW EXECUTE FUNCTION writes()")
+    see = "see whether it records what the worker records"
+    assert crm.succeed("cutover").splitlines()[:2] == [
+        f"note: trigger runs of public.lead runs statements that its text doesn't tell: {see}",
+        "note: trigger writes of public.lead writes activity before the row is changed, and may change the row as well:"
+        f" {see}",
+    ]
 
 
 # Cutting over
@@ -215,6 +263,110 @@ def test_going_back_restores_the_triggers_as_they_were(tracked_crm: Crm) -> None
     assert triggers(tracked_crm) == before
     said = tracked_crm.succeed("cutover", "--back")
     assert said == "nothing to do: no trigger of a captured table has been taken away\n"
+
+
+def test_setting_up_again_does_not_take_back_what_was_given_back(tracked_crm: Crm) -> None:
+    tracked_crm.setup()
+    tracked_crm.succeed("cutover", "--back")
+    before = triggers(tracked_crm)
+    assert "note: public.lead is left to its triggers since cutover --back; to take over: cdc-worker cutover" in (
+        tracked_crm.succeed("setup").splitlines()
+    )
+    assert triggers(tracked_crm) == before
+    tracked_crm.succeed("cutover")
+    assert len(triggers(tracked_crm)) == len(before) - 2
+
+
+def test_workers_that_leave_a_table_to_its_triggers_take_over_together(tracked_crm: Crm) -> None:
+    other = {"name": "b", "slot": f"{tracked_crm.slot}_b"}
+    tracked_crm.succeed("setup", "--no-cutover")
+    tracked_crm.succeed("setup", "--no-cutover", **other)
+
+    def change(status: str) -> None:
+        tracked_crm.connection.execute("UPDATE lead SET status = %s WHERE lead_id = 1", (status,))
+
+    with tracked_crm.worker() as worker:
+        worker.wait_for("replication_started")
+        change("triggers")
+        tracked_crm.succeed("cutover", **other)
+        change("workers")
+        tracked_crm.succeed("cutover", "--back")
+        change("triggers again")
+        tracked_crm.succeed("cutover", **other)
+        change("workers again")
+        eventually(lambda: told(tracked_crm)["workers again"])
+    tracked_crm.record()
+    tracked_crm.record(**other)
+    assert told(tracked_crm) == Counter({"triggers": 1, "workers": 2, "triggers again": 1, "workers again": 2})
+
+
+def test_a_table_that_is_new_to_a_worker_stays_with_its_triggers_until_it_captures_it(crm: Crm) -> None:
+    """Else nobody would record it between the cut-over and the profile's arrival."""
+    leadfi = (Path(ddl.__file__).parent / "profiles" / "leadfi.toml").read_text("utf-8")
+    rule = '[[tables.contact.rules]]\non = "insert"\ntype = "contact_added"\ndescription = "{new.contact_id}"\n'
+    path = crm.directory / "profile.toml"
+    path.write_text(leadfi + rule, "utf-8")
+    crm.execute(
+        "CREATE FUNCTION track() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN INSERT INTO activity (activity_type,"
+        " activity_category, description) VALUES ('contact_added', 'system', NEW.contact_id); RETURN NEW; END $$"
+    )
+    crm.execute("CREATE TRIGGER track AFTER INSERT ON contact FOR EACH ROW EXECUTE FUNCTION track()")
+    crm.add_leads(1)
+    crm.execute("INSERT INTO customer (customer_uid, name) VALUES (1, 'Acme')")
+    contacts = (crm.execute("INSERT INTO contact VALUES (%s, 1, 1)", number) for number in itertools.count(1))
+    with crm.worker() as worker:
+        eventually(crm.activities)
+        next(contacts)
+        said = crm.succeed("setup", profile=str(path))
+        assert "note: public.contact stays with its triggers, for the worker has not run with it yet" in said
+        next(contacts)
+        assert worker.terminate() == 0
+    next(contacts)
+    assert "note: public.contact stays" in crm.succeed("cutover", profile=str(path))
+    with crm.worker(profile=str(path)) as worker:
+        worker.wait_for("replication_started")
+        next(contacts)
+        assert "public.contact: the worker records in place of track" in crm.succeed("cutover", profile=str(path))
+        next(contacts)
+        eventually(lambda: crm.value("SELECT count(*) FROM activity WHERE activity_type = 'contact_added'") == 5)
+    crm.record(profile=str(path))
+    added = crm.execute(
+        "SELECT description, change_key IS NOT NULL FROM activity WHERE activity_type = 'contact_added' ORDER BY 1"
+    )
+    assert added == [("1", False), ("2", False), ("3", False), ("4", False), ("5", True)]
+
+
+def test_positions_of_another_cluster_exclude_nothing_on_this_one(tracked_crm: Crm) -> None:
+    """A dump carries them along, and the WAL of where it is restored may be shorter or longer."""
+    tracked_crm.setup()
+    tracked_crm.execute("UPDATE cdc_worker.excluded SET system_identifier = '1', until_lsn = 'FFFF/0'")
+    tracked_crm.execute("DELETE FROM cdc_worker.checkpoint")
+    tracked_crm.execute("SELECT pg_drop_replication_slot(%s)", tracked_crm.slot)
+    tracked_crm.setup()
+    tracked_crm.execute("UPDATE lead SET status = 'x' WHERE lead_id = 1")
+    tracked_crm.record()
+    assert told(tracked_crm) == Counter(["x"])
+
+
+def test_cutting_over_needs_the_slot_that_keeps_what_comes_after(tracked_crm: Crm) -> None:
+    tracked_crm.succeed("setup", "--no-cutover")
+    before = triggers(tracked_crm)
+    tracked_crm.execute("SELECT pg_drop_replication_slot(%s)", tracked_crm.slot)
+    done = tracked_crm.command("cutover")
+    assert (done.returncode, "does not exist: changes from" in done.stderr) == (1, True)
+    assert triggers(tracked_crm) == before
+
+
+def test_without_a_checkpoint_the_statements_take_no_trigger_away(tracked_crm: Crm) -> None:
+    """Whoever runs a dry run's script by hand may run it too late."""
+    tracked_crm.succeed("setup", "--no-cutover")
+    before = triggers(tracked_crm)
+    script = tracked_crm.succeed("cutover", "--dry-run").partition("\n\n")[2]
+    tracked_crm.execute("DELETE FROM cdc_worker.checkpoint")
+    with pytest.raises(psycopg.errors.NoDataFound, match=r"has no checkpoint: nobody would record public\.customer"):
+        tracked_crm.connection.execute(script.encode())
+    tracked_crm.connection.execute("ROLLBACK")
+    assert triggers(tracked_crm) == before
 
 
 def test_a_dry_run_prints_the_sql_and_changes_nothing(tracked_crm: Crm) -> None:

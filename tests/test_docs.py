@@ -82,4 +82,6 @@ def test_installing_prints_what_its_page_shows(bare_crm: Crm) -> None:
         bare_crm.execute("DROP ROLE IF EXISTS cdc")
     for first in ("-- The links of manual activities stand", "forgotten: lead 7", 'slot "cdc_worker" is dropped'):
         for part in shown("docs/installing.md", first):
-            assert any(positions(part) in positions(text) for text in printed), f"not printed:\n{part}\nbut:\n" + "\n".join(printed)
+            assert any(positions(part) in positions(text) for text in printed), (
+                f"not printed:\n{part}\nbut:\n" + "\n".join(printed)
+            )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ from application import Application, everything, owed, told
 from psycopg import sql
 from support import Crm, WorkerProcess, crm_on, eventually, grant
 
-from cdc_worker import config, errors, postgres, profile, slot
+from cdc_worker import config, ddl, errors, postgres, profile, slot
 from cdc_worker.cluster import Cluster, find_binaries
 from cdc_worker.lsn import LSN
 from cdc_worker.setup import setup
@@ -358,6 +359,46 @@ def test_what_a_server_refuses_by_default_is_printed_for_an_administrator_as_wel
             assert names(crm) == ["Lead 1"]
         finally:
             drop(crm, owner, role)
+
+
+def test_the_schema_is_an_administrators_to_make_for_an_owner_of_the_tables_alone(bare_crm: Crm) -> None:
+    owner, database = owned(bare_crm), sql.Identifier(bare_crm.connection.info.dbname)
+    bare_crm.connection.execute(sql.SQL("ALTER DATABASE {} OWNER TO postgres").format(database))
+    bare_crm.connection.execute(sql.SQL("ALTER ROLE {} REPLICATION").format(sql.Identifier(owner)))
+    try:
+        done = bare_crm.command("setup")
+        assert done.returncode == 1
+        _, statement, _ = done.stderr.splitlines()
+        assert statement == f"  CREATE SCHEMA cdc_worker AUTHORIZATION {owner};"
+        bare_crm.connection.execute(statement.encode())
+        bare_crm.setup()
+        bare_crm.add_leads(1)
+        bare_crm.record()
+        assert names(bare_crm) == ["Lead 1"]
+    finally:
+        drop(bare_crm, owner)
+
+
+def test_a_role_may_use_the_schemas_that_the_profile_names(bare_crm: Crm) -> None:
+    """And the sequence from which the target's key comes, whoever owns that."""
+    role = f"cdc_{bare_crm.slot}"
+    bare_crm.setup()
+    bare_crm.execute("CREATE SCHEMA crm; ALTER TABLE lead SET SCHEMA crm; ALTER TABLE activity SET SCHEMA crm")
+    bare_crm.execute("ALTER SEQUENCE crm.activity_activity_id_seq OWNED BY NONE")
+    text = (Path(ddl.__file__).parent / "profiles" / "leadfi.toml").read_text("utf-8")
+    text = text.replace('table = "activity"', 'table = "crm.activity"').replace("[tables.lead", '[tables."crm.lead"')
+    text = text.replace('"crm.lead".facts', '"crm.lead".facts').replace("[[tables.lead", '[[tables."crm.lead"')
+    path = bare_crm.directory / "profile.toml"
+    path.write_text(re.sub(r"prepare = \[.*?\]\n", "", text, flags=re.DOTALL), "utf-8")
+    bare_crm.settings["profile"] = str(path)
+    try:
+        bare_crm.succeed("setup", "--role", role)
+        bare_crm.settings["dsn"] = psycopg.conninfo.make_conninfo(bare_crm.dsn, user=role)
+        bare_crm.execute("INSERT INTO crm.lead (full_name, source, bd_in_charge, type) VALUES ('Ann', 's', 'b', 't')")
+        bare_crm.record()
+        assert bare_crm.value("SELECT description FROM crm.activity") == 'Lead "Ann" created by b'
+    finally:
+        drop(bare_crm, role)
 
 
 def test_a_role_that_may_not_replicate_is_named_to_the_administrator(bare_crm: Crm) -> None:

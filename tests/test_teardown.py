@@ -184,6 +184,36 @@ def test_the_slot_of_something_else_is_not_dropped(crm: Crm) -> None:
     assert f'slot "{crm.slot}_other" is of the plugin "test_decoding"' in done.stderr
 
 
+def test_worker_and_slot_that_are_no_pair_are_not_torn_down(crm: Crm) -> None:
+    crm.succeed("setup", slot=f"{crm.slot}_b", name="b")
+    for name, slot, other in ((crm.slot, f"{crm.slot}_b", "b"), ("c", crm.slot, crm.slot), ("b", "none", "b")):
+        done = crm.command("teardown", "--yes", name=name, slot=slot)
+        assert done.returncode == 1
+        assert f'error: the worker "{other}" reads the slot ' in done.stderr or f'"{name}" reads' in done.stderr
+    assert crm.value("SELECT count(*) FROM cdc_worker.checkpoint") == 2
+    assert crm.value("SELECT count(*) FROM pg_replication_slots WHERE database = current_database()") == 2
+
+
+def test_what_can_not_be_brought_back_any_more_holds_nothing_up(tracked_crm: Crm) -> None:
+    role = f"cdc_{tracked_crm.slot}"
+    tracked_crm.succeed("setup", "--role", role)
+    tracked_crm.connection.execute(f"DROP OWNED BY {role}; DROP ROLE {role}".encode())
+    tracked_crm.execute("ALTER TABLE lead DROP CONSTRAINT lead_pkey CASCADE")
+    tracked_crm.execute("DROP TRIGGER set_timestamp ON activity")
+    tracked_crm.execute(
+        "CREATE TRIGGER lead_activity_tracker AFTER INSERT ON lead FOR EACH ROW EXECUTE FUNCTION track_lead_changes()"
+    )
+    tracked_crm.succeed("cutover", "--back")
+    tracked_crm.record()
+    said = tracked_crm.succeed("teardown", "--all", "--yes").splitlines()
+    assert f'note: not brought back: role "{role}" does not exist' in said
+    assert 'note: not brought back: index "lead_pkey" for table "lead" does not exist' in said
+    assert said[-1].startswith("schema cdc_worker is dropped")
+    assert not tracked_crm.execute(
+        "SELECT 1 FROM pg_trigger WHERE tgrelid = 'activity'::regclass AND tgname = 'set_timestamp'"
+    )
+
+
 def test_without_a_terminal_it_wants_to_be_told_yes(crm: Crm) -> None:
     done = crm.command("teardown")
     assert done.returncode == 2
