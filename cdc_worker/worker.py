@@ -19,7 +19,7 @@ import uuid
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from types import FrameType
 from typing import Final
 
@@ -190,15 +190,14 @@ class Worker:
 
     def _run(self, stack: ExitStack) -> bool:
         """Stream, until told to stop or to begin anew; returns whether it is the latter."""
-        stream = self._open(stack)
         try:
-            stream.run()
+            self._open(stack).run()
         except errors.FencedError:
             with self._stop.interrupting(), closing(self._connect()) as connection:
                 found = checkpoint.read(connection, self._settings.worker)
             if found.owner != self._owner:
                 raise
-            self._log.info("scope_changed")  # a cut-over, an erasure or a new table, while we were writing
+            self._log.info("scope_changed")  # a cut-over, an erasure or a new table
             self._nonce = found.nonce
             self._stop.reload_requested = True
             if found.position.commit_lsn:
@@ -267,8 +266,9 @@ class Worker:
             # A table without rules tells of others: it counts, and it isn't recorded.
             tables = [f"{'.'.join(of)}{'' if any(t.rules.values()) else ' (facts)'}" for of, t in self._rules.items()]
             found = checkpoint.take_over(connection, worker, sorted(tables))
-            # With a nonce that is newer than the profile, a table that came with it would be passed over.
-            found = replace(found, nonce=self._nonce)
+            self._owner = found.owner
+            if found.nonce != self._nonce:
+                raise checkpoint.fenced(worker)  # a table that came with it would be passed over with our profile
             position = found.position
             scope = self._scope(checkpoint.scope(connection, found))
             # While we waited for the slot it may have become another one.
@@ -284,7 +284,6 @@ class Worker:
                 decode=wal2json.decode,
             )
         self._started = True
-        self._owner = found.owner
         log.info("replication_started", lsn=str(position.lsn), plugin=replica.plugin, time_zone=time_zone)
         transformer = Transformer(self._rules, worker=worker, system_identifier=found.system_identifier, scope=scope)
         return _Stream(
