@@ -186,6 +186,12 @@ def take_over(connection: Connection, worker: str, tables: list[str], *, timeout
     return after
 
 
+def new_nonce(worker: str) -> str:
+    """The statement after which whoever writes for this worker must look again at what it leaves out and erases."""
+    query = sql.SQL("UPDATE cdc_worker.checkpoint SET nonce = gen_random_uuid() WHERE worker = {}")
+    return query.format(worker).as_string()
+
+
 def fenced(worker: str) -> errors.FencedError:
     """Another process writes now."""
     return errors.FencedError(

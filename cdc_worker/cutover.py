@@ -32,6 +32,8 @@ def cut_over(
     """
     worker, rules = settings.worker, compile_rules(profile)
     with ddl.connected(settings) as connection:
+        if not dry_run:
+            ddl.one_at_a_time(connection)  # before anything is read that another may be changing
         known = checkpoint.read(connection, worker)
         if to_triggers:
             steps = back(connection, worker, rules)
@@ -46,7 +48,6 @@ def cut_over(
         if dry_run:
             lines = [ddl.header(connection), *(ddl.script(connection, step) for step in steps)]
         else:
-            ddl.one_at_a_time(connection)
             lines = [""]
             for line in ddl.performing(connection, steps):
                 lines.append(line)
@@ -224,10 +225,7 @@ def back(connection: Connection, worker: str, rules: Rules) -> Iterator[Step]:
 
 # First of all the checkpoint's row: a worker holds it when it waits for other locks, and so must we. All workers are
 # meant that leave the table to its triggers, or did.
-_NONCE: Final = sql.SQL(
-    "UPDATE cdc_worker.checkpoint SET nonce = gen_random_uuid() WHERE worker = {worker}\n"
-    "    OR worker IN (SELECT worker FROM cdc_worker.excluded WHERE table_name = {table} AND triggers)"
-)
+_OTHERS: Final = "    OR worker IN (SELECT worker FROM cdc_worker.excluded WHERE table_name = {table} AND triggers)"
 _LOCK: Final = sql.SQL("LOCK TABLE {on} IN ACCESS EXCLUSIVE MODE")
 _DROP: Final = sql.SQL("DROP TRIGGER {trigger} ON {on}")
 _SAVE: Final = sql.SQL(
@@ -252,7 +250,8 @@ _END: Final = sql.SQL(
 
 def _step(title: str, worker: str, table: str, *statements: sql.Composed | sql.SQL | str) -> Step:
     names = {"worker": worker, "table": table, "on": _on(table)}
-    parts = (part.format(**names) if isinstance(part, sql.SQL) else part for part in (_NONCE, _LOCK, *statements))
+    nonce = f"{checkpoint.new_nonce(worker)}\n{sql.SQL(_OTHERS).format(table=table).as_string()}"
+    parts = (part.format(**names) if isinstance(part, sql.SQL) else part for part in (nonce, _LOCK, *statements))
     return Step(title, ddl.transaction(*parts), f"ACCESS EXCLUSIVE on {_on(table).as_string()}")
 
 

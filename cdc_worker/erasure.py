@@ -59,8 +59,6 @@ def lines(done: Erasure) -> Iterator[str]:
         yield f"  {what}"
 
 
-_NEW_NONCE: Final = "UPDATE cdc_worker.checkpoint SET nonce = gen_random_uuid() WHERE worker = %s"
-
 _REGISTER: Final = """
 INSERT INTO cdc_worker.erased (worker, field, key, erased_lsn) VALUES (%s, %s, %s, pg_current_wal_insert_lsn())
 """
@@ -83,7 +81,7 @@ def forget(settings: Settings, profile: Profile, persons: Mapping[str, str]) -> 
         with connection.transaction():
             connection.execute("SET LOCAL cdc_worker.protect = off")
             connection.execute("SET LOCAL row_security = off")  # an error, where a policy would hide rows from us
-            connection.execute(_NEW_NONCE, (worker,))
+            connection.execute(checkpoint.new_nonce(worker).encode())
             for person in erased.items():
                 connection.execute(_REGISTER, (worker, *person))
             linked = target.linked(connection, erased)

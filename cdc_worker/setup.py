@@ -161,8 +161,6 @@ SELECT 1 FROM cdc_worker.excluded
 WHERE worker = %s AND table_name = %s AND from_lsn = '0/0' AND system_identifier = cdc_worker.cluster()
 """
 
-_NONCE: Final = "UPDATE cdc_worker.checkpoint SET nonce = gen_random_uuid() WHERE worker = {}"
-
 
 def _table(connection: Connection, table: Table, worker: str, *, tracked: bool) -> Iterator[Step]:
     """Let a table's old rows be written to the WAL, and note from where on it is recorded.
@@ -187,7 +185,7 @@ def _table(connection: Connection, table: Table, worker: str, *, tracked: bool) 
         until = "NULL" if tracked else "pg_current_wal_insert_lsn()" if full else "'0/1'"
         statements.append(sql.SQL(_BEGINS).format(worker, name, sql.SQL(until), tracked))
         if _checkpoint(connection, worker) is not None:
-            statements.insert(0, sql.SQL(_NONCE).format(worker))
+            statements.insert(0, checkpoint.new_nonce(worker))
             statements.append(sql.SQL("SELECT cdc_worker.mark({}, {})").format(worker, name))
     if statements:
         title = f"replica identity of {name} is FULL" if full else f"{name} is set up"

@@ -44,8 +44,8 @@ COMMENT ON COLUMN cdc_worker.checkpoint.committed_at IS 'When the last change wr
 COMMENT ON COLUMN cdc_worker.checkpoint.owner IS 'Token of the process that may write';
 COMMENT ON COLUMN cdc_worker.checkpoint.backend_pid IS 'Its writing connection, which a successor terminates first';
 COMMENT ON COLUMN cdc_worker.checkpoint.nonce IS 'Made anew with each cut-over and erasure: who writes must know the last';
-
-COMMENT ON COLUMN cdc_worker.checkpoint.tables IS 'The tables that its owner captures: what changes counts; (facts) are not recorded themselves';
+COMMENT ON COLUMN cdc_worker.checkpoint.tables IS
+    'The tables that its owner captures, by which changes counts; those with (facts) are not recorded themselves';
 
 CREATE TABLE IF NOT EXISTS cdc_worker.excluded (
     worker             text NOT NULL,
@@ -66,19 +66,20 @@ COMMENT ON COLUMN cdc_worker.excluded.from_lsn IS 'Commits at or after it are le
 COMMENT ON COLUMN cdc_worker.excluded.until_lsn IS 'Commits at or after it are recorded; NULL until cut-over';
 
 CREATE TABLE IF NOT EXISTS cdc_worker.erased (
-    worker      text NOT NULL,
-    field       text NOT NULL,
-    key         text NOT NULL,
-    erased_lsn  pg_lsn NOT NULL,
-    until_lsn   pg_lsn,
-    erased_at   timestamptz NOT NULL DEFAULT now(),
+    worker             text NOT NULL,
+    field              text NOT NULL,
+    key                text NOT NULL,
     system_identifier  text NOT NULL DEFAULT cdc_worker.cluster(),
+    erased_lsn         pg_lsn NOT NULL,
+    until_lsn          pg_lsn,
+    erased_at          timestamptz NOT NULL DEFAULT now(),
     PRIMARY KEY (worker, field, key, system_identifier, erased_lsn)
 );
 
 COMMENT ON TABLE cdc_worker.erased IS 'Persons of whom nothing may be told any more';
 COMMENT ON COLUMN cdc_worker.erased.field IS 'Field of the profile''s activities that links to the person: lead, customer';
 COMMENT ON COLUMN cdc_worker.erased.key IS 'Its value, as text';
+COMMENT ON COLUMN cdc_worker.erased.system_identifier IS 'The cluster whose positions these are';
 COMMENT ON COLUMN cdc_worker.erased.erased_lsn IS 'Where the WAL was at the time';
 COMMENT ON COLUMN cdc_worker.erased.until_lsn IS 'The commit that gave the key to somebody else; NULL if none did';
 

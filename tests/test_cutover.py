@@ -265,6 +265,18 @@ def test_going_back_restores_the_triggers_as_they_were(tracked_crm: Crm) -> None
     assert said == "nothing to do: no trigger of a captured table has been taken away\n"
 
 
+def test_a_cut_over_that_waited_for_another_finds_what_that_has_left(tracked_crm: Crm) -> None:
+    tracked_crm.succeed("setup", "--no-cutover")
+    with postgres.connect(tracked_crm.dsn, "another") as another:
+        ddl.one_at_a_time(another)
+        with tracked_crm.cutting_over() as cutting:
+            cutting.wait_for("waiting_for_another_setup")
+            tracked_crm.execute("DROP TRIGGER lead_activity_tracker ON lead")
+            another.close()
+            assert cutting.wait() == 0
+    assert found(tracked_crm) == []
+
+
 def test_setting_up_again_does_not_take_back_what_was_given_back(tracked_crm: Crm) -> None:
     tracked_crm.setup()
     tracked_crm.succeed("cutover", "--back")
