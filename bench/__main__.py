@@ -132,7 +132,7 @@ class Bench:
         started = time.perf_counter()
         self.cdc("run", "--once", slot=slot)
         seconds = time.perf_counter() - started
-        ((intact,),) = self.connection.execute(INTACT, (count, count)).fetchall()  # type: ignore[arg-type]
+        ((intact,),) = self.connection.execute(INTACT.encode(), (count, count)).fetchall()
         if not intact:
             raise click.ClickException("the worker's activities are not what they should be")
         self.drop_slot(slot)

@@ -52,7 +52,7 @@ def _settings(command: Callable[P, None]) -> Callable[..., None]:
             log.configure(settings.log_level, settings.log_format)
             for variable in config.unknown_variables():
                 log.get().warning("setting_unknown", variable=variable)
-            command(settings, **given)  # type: ignore[arg-type]
+            command(settings, **given)  # type: ignore[arg-type]  # click knows which options it has
         except SettingsError as error:
             raise _Failure(error) from error
         except (CdcWorkerError, psycopg.Error) as error:

@@ -82,5 +82,5 @@ def own_crm(own_server: Cluster, tmp_path: Path) -> Iterator[Crm]:
 def seed() -> int:
     """The seed of a storm, printed where it fails. CDC_TEST_SEED repeats one."""
     number = int(os.environ.get("CDC_TEST_SEED") or random.SystemRandom().randrange(1 << 32))
-    print(f"CDC_TEST_SEED={number}")  # noqa: T201
+    print(f"CDC_TEST_SEED={number}")  # noqa: T201  # pytest shows it where a test fails
     return number

@@ -12,7 +12,7 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, Final
 
-from docker.errors import DockerException  # type: ignore[import-untyped]
+from docker.errors import DockerException  # type: ignore[import-untyped]  # it ships none
 from psycopg.pq import PGconn, Ping
 from testcontainers.core.container import DockerContainer
 from testcontainers.core.image import DockerImage
@@ -55,7 +55,7 @@ class ContainerServer(Cluster):
         self._container: DockerContainer | None = None
 
     @cached_property
-    def binaries(self) -> Binaries:  # type: ignore[override]
+    def binaries(self) -> Binaries:  # type: ignore[override]  # read only, and later
         """Found when a test first runs a program: most need none, nor a machine that has any."""
         return find_binaries()
 
@@ -138,7 +138,7 @@ class ContainerServer(Cluster):
             shm_size="256m",
         )
         # The engine's client takes an address as well: on all of them, anybody could connect.
-        container.ports[f"{self.port}/tcp"] = ("127.0.0.1", self.port)  # type: ignore[assignment]
+        container.ports[f"{self.port}/tcp"] = ("127.0.0.1", self.port)  # type: ignore[assignment]  # wider than typed
         for path, content in self._files().items():
             container.with_copy_into_container(content, path)
         self._container = container

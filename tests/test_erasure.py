@@ -536,7 +536,7 @@ def test_the_worker_is_killed_within_the_transaction_that_gives_the_key(crm: Crm
     waiting = "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND NOT granted AND objid = %s"
     for lead_id, given in ((1, False), (2, True)):
         with crm.worker() as worker:
-            eventually(lambda: crm.value(waiting, lead_id))  # noqa: B023
+            eventually(lambda: crm.value(waiting, lead_id))  # noqa: B023  # called before the loop goes on
             worker.kill()
         assert crm.value("SELECT changes FROM cdc_worker.checkpoint") > 0, "within the transaction"
         assert crm.execute(REGISTER) == [("customer", "42", not given)]

@@ -142,7 +142,7 @@ def test_kills_within_one_large_transaction_lose_and_double_nothing(crm: Crm, se
     for _ in range(10):
         with crm.worker() as worker:
             before = crm.value(position)
-            eventually(lambda: worker.process.poll() is not None or crm.value(position) != before)  # noqa: B023
+            eventually(lambda: worker.process.poll() is not None or crm.value(position) != before)  # noqa: B023  # at once
             threading.Event().wait(dice.random() * 0.3)
             worker.kill()
         inside += crm.value(position) > 0

@@ -31,7 +31,9 @@ def test_xlog_data_is_read() -> None:
     message = parse(memoryview(XLOG_DATA))
     assert message == XLogData(LSN(0x17FE4B8), LSN(0x1800000), memoryview(b"{}"))
     assert isinstance(message.wal_start, LSN)
-    assert bytes(parse(memoryview(XLOG_DATA[:25])).payload) == b""  # type: ignore[union-attr]
+    message = parse(memoryview(XLOG_DATA[:25]))
+    assert isinstance(message, XLogData)
+    assert bytes(message.payload) == b""
 
 
 def test_a_keepalive_is_read() -> None:
