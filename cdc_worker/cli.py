@@ -14,6 +14,7 @@ import psycopg
 from cdc_worker import __version__, config, log, postgres, profile
 from cdc_worker import cutover as cutting_over
 from cdc_worker import demo as playing
+from cdc_worker import doctor as examining
 from cdc_worker import erasure as erasing
 from cdc_worker import setup as setting_up
 from cdc_worker import status as state
@@ -168,6 +169,23 @@ def status(settings: Settings, as_json: bool) -> None:
     """
     found = state.status(settings)
     click.echo(found.model_dump_json(indent=2) if as_json else "\n".join(state.lines(found)))
+
+
+@main.command()
+@click.option("--json", "as_json", is_flag=True, help="For machines.")
+@_settings
+def doctor(settings: Settings, as_json: bool) -> None:
+    """Look at all that the worker depends on, and say what is wrong and how to mend it. Changes nothing.
+
+    It ends with 1 if something has failed.
+
+    \b
+    Example: cdc-worker doctor --json
+    """
+    report = examining.doctor(settings)
+    click.echo(report.model_dump_json(indent=2) if as_json else "\n".join(examining.lines(report)))
+    if not report.healthy:
+        sys.exit(1)
 
 
 @main.command()

@@ -52,6 +52,14 @@ class Settings(BaseSettings):
     idle_advance_bytes: Annotated[int, Field(ge=1 << 16)] = Field(
         1 << 20, description="Bytes of WAL that must have gone by before such a write."
     )
+    retained_alarm_bytes: Annotated[int, Field(ge=1 << 20)] = Field(
+        4 << 30, description="Bytes of WAL kept for the slot beyond which the worker and the doctor raise an alarm."
+    )
+    retained_limit_bytes: Annotated[int, Field(ge=1 << 20)] | None = Field(
+        None,
+        description="Bytes of WAL kept for the slot beyond which the worker drops it and ends, so that the server's"
+        " disk doesn't fill: what is committed from then on is lost. Never if not given.",
+    )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="debug, info, warning or error."
     )

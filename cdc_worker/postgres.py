@@ -230,11 +230,21 @@ def server(connection: Connection) -> Server:
 
 def check_server(server: Server, worker: str) -> None:
     """Raise for a server on which the worker can't work, or would do harm."""
+    check_wal_level(server)
+    check_no_standby(server, worker)
+
+
+def check_wal_level(server: Server) -> None:
+    """Raise WalLevelError unless the server writes what logical decoding needs."""
     if server.wal_level != "logical":
         raise errors.WalLevelError(
             f'wal_level is "{server.wal_level}"',
             hint="as a superuser: ALTER SYSTEM SET wal_level = logical; then restart the server",
         )
+
+
+def check_no_standby(server: Server, worker: str) -> None:
+    """Raise SynchronousStandbyError if commits would wait for this worker."""
     if matches_standby(server.synchronous_standby_names, f"{APPLICATION_NAME} {worker}"):
         raise errors.SynchronousStandbyError(
             f'synchronous_standby_names is "{server.synchronous_standby_names}" and would count this worker, whose own '

@@ -31,7 +31,9 @@ CREATE TABLE IF NOT EXISTS cdc_worker.checkpoint (
 
 ALTER TABLE cdc_worker.checkpoint
     ADD COLUMN IF NOT EXISTS nonce uuid NOT NULL DEFAULT gen_random_uuid(),
-    ADD COLUMN IF NOT EXISTS tables text[];
+    ADD COLUMN IF NOT EXISTS tables text[],
+    ADD COLUMN IF NOT EXISTS activities bigint NOT NULL DEFAULT 0,
+    ADD COLUMN IF NOT EXISTS dead_letters bigint NOT NULL DEFAULT 0;
 
 COMMENT ON TABLE cdc_worker.checkpoint IS 'How far each worker has written, one row a worker';
 COMMENT ON COLUMN cdc_worker.checkpoint.worker IS 'Name of the worker, part of every change_key';
@@ -46,6 +48,44 @@ COMMENT ON COLUMN cdc_worker.checkpoint.backend_pid IS 'Its writing connection, 
 COMMENT ON COLUMN cdc_worker.checkpoint.nonce IS 'Made anew with each cut-over and erasure: who writes must know the last';
 COMMENT ON COLUMN cdc_worker.checkpoint.tables IS
     'The tables that its owner captures, by which changes counts; those with (facts) are not recorded themselves';
+
+COMMENT ON COLUMN cdc_worker.checkpoint.activities IS 'How many activities were written, with the checkpoint itself';
+COMMENT ON COLUMN cdc_worker.checkpoint.dead_letters IS 'How many changes became dead letters, likewise';
+
+CREATE TABLE IF NOT EXISTS cdc_worker.tally (
+    worker        text NOT NULL,
+    at            timestamptz NOT NULL DEFAULT now(),
+    activities    bigint NOT NULL,
+    dead_letters  bigint NOT NULL,
+    PRIMARY KEY (worker, at)
+);
+
+COMMENT ON TABLE cdc_worker.tally IS
+    'What the checkpoint''s counts were by then: every ten seconds of work, for a day and the last before';
+
+CREATE TABLE IF NOT EXISTS cdc_worker.process (
+    process        uuid PRIMARY KEY,
+    worker         text NOT NULL,
+    host           text NOT NULL,
+    pid            integer NOT NULL,
+    version        text NOT NULL,
+    plugin         text,
+    started_at     timestamptz NOT NULL,
+    backend_pid    integer NOT NULL,
+    backend_start  timestamptz NOT NULL,
+    failed_at      timestamptz,
+    failure        text,
+    exit_code      integer,
+    ended_at       timestamptz
+);
+
+COMMENT ON TABLE cdc_worker.process IS 'The last processes of each worker, and what went wrong last in each';
+COMMENT ON COLUMN cdc_worker.process.version IS 'Of cdc-worker';
+COMMENT ON COLUMN cdc_worker.process.plugin IS 'The output plugin, with what is known of its version';
+COMMENT ON COLUMN cdc_worker.process.backend_pid IS
+    'Its connection: it is alive while that is there, and active if it is the checkpoint''s';
+COMMENT ON COLUMN cdc_worker.process.failure IS 'What went wrong last, also if it has healed';
+COMMENT ON COLUMN cdc_worker.process.exit_code IS 'What it ended with; NULL if it runs, or was killed';
 
 CREATE TABLE IF NOT EXISTS cdc_worker.excluded (
     worker             text NOT NULL,

@@ -15,6 +15,15 @@ FROM (SELECT (SELECT oid FROM pg_roles WHERE rolname = :'role')) AS role (oid),
             ('SELECT, INSERT', 'cdc_worker.dead_letter',
                 has_table_privilege(oid, to_regclass('cdc_worker.dead_letter')::oid, 'SELECT')
                 AND has_table_privilege(oid, to_regclass('cdc_worker.dead_letter')::oid, 'INSERT')),
+            ('SELECT, INSERT, DELETE', 'cdc_worker.tally',
+                has_table_privilege(oid, to_regclass('cdc_worker.tally')::oid, 'SELECT')
+                AND has_table_privilege(oid, to_regclass('cdc_worker.tally')::oid, 'INSERT')
+                AND has_table_privilege(oid, to_regclass('cdc_worker.tally')::oid, 'DELETE')),
+            ('SELECT, INSERT, UPDATE, DELETE', 'cdc_worker.process',
+                has_table_privilege(oid, to_regclass('cdc_worker.process')::oid, 'SELECT')
+                AND has_table_privilege(oid, to_regclass('cdc_worker.process')::oid, 'INSERT')
+                AND has_table_privilege(oid, to_regclass('cdc_worker.process')::oid, 'UPDATE')
+                AND has_table_privilege(oid, to_regclass('cdc_worker.process')::oid, 'DELETE')),
             ('SELECT', 'cdc_worker.excluded',
                 has_table_privilege(oid, to_regclass('cdc_worker.excluded')::oid, 'SELECT')),
             ('SELECT, UPDATE (until_lsn)', 'cdc_worker.erased',

@@ -199,6 +199,8 @@ GRANTS = (
     "GRANT USAGE ON SCHEMA cdc_worker TO {role}",
     "GRANT SELECT, UPDATE ON cdc_worker.checkpoint TO {role}",
     "GRANT SELECT, INSERT ON cdc_worker.dead_letter TO {role}",
+    "GRANT SELECT, INSERT, DELETE ON cdc_worker.tally TO {role}",
+    "GRANT SELECT, INSERT, UPDATE, DELETE ON cdc_worker.process TO {role}",
     "GRANT SELECT ON cdc_worker.excluded TO {role}",
     "GRANT SELECT, UPDATE (until_lsn) ON cdc_worker.erased TO {role}",
     "GRANT INSERT, SELECT (change_key) ON activity TO {role}",

@@ -417,7 +417,9 @@ def test_setup_grants_the_role_of_the_worker_what_it_needs_and_no_more(bare_crm:
         assert bare_crm.succeed("setup", "--role", role).count("\n") == 1
         rights = bare_crm.execute(
             "SELECT table_schema || '.' || table_name, string_agg(DISTINCT privilege_type, ' ' ORDER BY privilege_type)"
-            " FROM information_schema.column_privileges WHERE grantee = %s GROUP BY 1 ORDER BY 1",
+            " FROM (SELECT table_schema, table_name, privilege_type, grantee FROM information_schema.column_privileges"
+            "       UNION ALL SELECT table_schema, table_name, privilege_type, grantee"
+            "       FROM information_schema.table_privileges) of WHERE grantee = %s GROUP BY 1 ORDER BY 1",
             role,
         )
         assert rights == [
@@ -425,6 +427,8 @@ def test_setup_grants_the_role_of_the_worker_what_it_needs_and_no_more(bare_crm:
             ("cdc_worker.dead_letter", "INSERT SELECT"),
             ("cdc_worker.erased", "SELECT UPDATE"),
             ("cdc_worker.excluded", "SELECT"),
+            ("cdc_worker.process", "DELETE INSERT SELECT UPDATE"),
+            ("cdc_worker.tally", "DELETE INSERT SELECT"),
             ("public.activity", "INSERT SELECT"),
         ]
         attributes = bare_crm.execute(

@@ -1,0 +1,63 @@
+"""The doctor: looks at all that the worker depends on, and says what is wrong and how to mend it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Final
+
+import psycopg
+from psycopg import sql
+from pydantic import BaseModel, Field
+
+from cdc_worker import postgres, profile, server_checks, slot_checks, table_checks
+from cdc_worker.checks import Check, Finding, Look, examine, failed
+from cdc_worker.config import Settings
+from cdc_worker.errors import CdcWorkerError
+from cdc_worker.rules import compile_rules
+
+CHECKS: Final[tuple[Check, ...]] = (*server_checks.CHECKS, *table_checks.CHECKS, *slot_checks.CHECKS)
+
+PATIENCE: Final = 10.0
+"""Seconds that a check may let the server work."""
+
+
+class Report(BaseModel):
+    """All findings, in the order of the checks. This is `doctor --json`."""
+
+    findings: list[Finding] = Field(description="one or more of each check")
+    healthy: bool = Field(description="nothing has failed: the exit code is 0")
+
+
+def doctor(settings: Settings) -> Report:
+    """Look at everything. Changes nothing."""
+    findings = _findings(settings)
+    return Report(findings=findings, healthy=all(finding.outcome != "failed" for finding in findings))
+
+
+def _findings(settings: Settings) -> list[Finding]:
+    step = "profile"
+    try:
+        loaded = profile.load(settings.profile)
+        rules = compile_rules(loaded)
+        step = "connection"
+        with postgres.connect(settings.dsn.get_secret_value(), settings.worker) as connection:
+            milliseconds = sql.Literal(round(PATIENCE * 1000))
+            connection.execute(sql.SQL("SET statement_timeout = {0}; SET lock_timeout = {0}").format(milliseconds))
+            look = Look(settings, loaded, rules, connection, postgres.server(connection))
+            return [finding for check in CHECKS for finding in examine(check, look)]
+    except (CdcWorkerError, psycopg.Error) as error:
+        known = postgres.failure(error) if isinstance(error, psycopg.Error) else error
+        return [failed(str(known), known.hint or "").model_copy(update={"check": step})]
+
+
+def lines(report: Report) -> list[str]:
+    """The report as a person reads it: a line a finding, with its fix below."""
+    width = max(len(finding.check) for finding in report.findings)
+    found = []
+    for finding in report.findings:
+        found.append(f"{finding.outcome:8} {finding.check + ':':{width + 1}} {finding.message}")
+        if finding.fix:
+            found.append(f"{'':8} {'fix:':{width + 1}} {finding.fix}")
+    counts = Counter[str](finding.outcome for finding in report.findings)
+    told = ("ok", "ok"), ("warning", "to be looked at"), ("failed", "failed"), ("unknown", "unknown")
+    return [*found, ", ".join(f"{counts[outcome]} {word}" for outcome, word in told)]
