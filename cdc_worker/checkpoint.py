@@ -36,11 +36,13 @@ class Checkpoint:
     owner: uuid.UUID | None
     nonce: uuid.UUID
     tables: list[str] | None
+    activities: int
+    dead_letters: int
 
 
 _READ: Final = """
 SELECT worker, slot, plugin, system_identifier, slot_created_at, lsn, commit_lsn, changes, committed_at, written_at,
-       backend_pid, backend_start, owner, nonce, tables
+       backend_pid, backend_start, owner, nonce, tables, activities, dead_letters
 FROM cdc_worker.checkpoint WHERE worker = %s
 """
 
@@ -94,19 +96,24 @@ def check(checkpoint: Checkpoint, *, slot: str, system_identifier: str, wal_end:
             f'the worker "{checkpoint.worker}" reads the slot "{checkpoint.slot}", not "{slot}"',
             hint="name that slot in CDC_WORKER_SLOT, or another worker in CDC_WORKER_NAME",
         )
-    if checkpoint.system_identifier != system_identifier:
-        raise errors.ClusterMismatchError(
-            f"the checkpoint is of the cluster {checkpoint.system_identifier}, and this is {system_identifier}: "
-            "the database was restored or copied here",
-            hint="its positions mean nothing here, and what was not recorded there by then is not recorded here; "
-            f"to go on: {_forget(checkpoint.worker)}; then: cdc-worker setup",
-        )
+    check_cluster(checkpoint, system_identifier)
     if checkpoint.position.lsn > wal_end:
         raise errors.ClusterMismatchError(
             f"the checkpoint is at {checkpoint.position.lsn}, and the server's WAL ends at {wal_end}: "
             "the server was set back to an earlier state",
             hint="changes up to that position would be skipped; to go on from where the slot is: "
             f"{_forget(checkpoint.worker)}; then: cdc-worker setup",
+        )
+
+
+def check_cluster(checkpoint: Checkpoint, system_identifier: str) -> None:
+    """Raise unless it was made on this cluster."""
+    if checkpoint.system_identifier != system_identifier:
+        raise errors.ClusterMismatchError(
+            f"the checkpoint is of the cluster {checkpoint.system_identifier}, and this is {system_identifier}: "
+            "the database was restored or copied here",
+            hint="its positions mean nothing here, and what was not recorded there by then is not recorded here; "
+            f"to go on: {_forget(checkpoint.worker)}; then: cdc-worker setup",
         )
 
 
@@ -199,21 +206,32 @@ def fenced(worker: str) -> errors.FencedError:
     )
 
 
-def advance(found: Checkpoint, before: Position, after: Position, committed_at: datetime | None) -> str:
-    """The statement that moves the checkpoint from `before` to `after`.
+def advance(
+    found: Checkpoint,
+    before: Position,
+    after: Position,
+    committed_at: datetime | None = None,
+    *,
+    activities: int = 0,
+    dead_letters: int = 0,
+) -> str:
+    """The statement that moves the checkpoint from `before` to `after`, with what is written beside it.
 
     It touches no row if another process has become the owner, or if there is a cut-over or an erasure that this one
     has not heard of: each makes a new nonce, in the transaction in which it happens.
     """
     query = sql.SQL(
         "UPDATE cdc_worker.checkpoint SET lsn = {}, commit_lsn = {}, changes = {},"
-        " committed_at = coalesce({}::timestamptz, committed_at), written_at = now()"
+        " committed_at = coalesce({}::timestamptz, committed_at), written_at = now(),"
+        " activities = activities + {}, dead_letters = dead_letters + {}"
         " WHERE worker = {} AND owner = {} AND nonce = {} AND lsn = {} AND commit_lsn = {} AND changes = {}"
     ).format(
         str(after.lsn),
         str(after.commit_lsn),
         after.changes,
         committed_at and committed_at.isoformat(),
+        activities,
+        dead_letters,
         found.worker,
         str(found.owner),
         str(found.nonce),
@@ -222,3 +240,20 @@ def advance(found: Checkpoint, before: Position, after: Position, committed_at: 
         before.changes,
     )
     return query.as_string()
+
+
+_TALLY: Final = """
+WITH kept AS (
+    SELECT max(at) AS since FROM cdc_worker.tally WHERE worker = %(worker)s AND at < now() - interval '1 day'
+), old AS (
+    DELETE FROM cdc_worker.tally USING kept WHERE worker = %(worker)s AND at < since
+)
+INSERT INTO cdc_worker.tally (worker, activities, dead_letters)
+SELECT worker, activities, dead_letters FROM cdc_worker.checkpoint WHERE worker = %(worker)s
+ON CONFLICT DO NOTHING
+"""
+
+
+def tally(connection: Connection, worker: str) -> None:
+    """Note how much is written by now, for status to tell how much of it was written lately."""
+    connection.execute(_TALLY, {"worker": worker})

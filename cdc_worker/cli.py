@@ -79,17 +79,25 @@ def main() -> None:
 
 @main.command()
 @click.option("--once", is_flag=True, help="Record what is committed by now, and exit.")
+@click.option("--takeover", is_flag=True, help="Take over from the worker that is active, at once.")
+@click.option("--no-wait", is_flag=True, help="Exit, instead of standing by, if another process reads the slot.")
 @_settings
-def run(settings: Settings, once: bool) -> None:
+def run(settings: Settings, once: bool, takeover: bool, no_wait: bool) -> None:
     """Stream changes and record them until told to stop.
+
+    While another process reads the slot it stands by, and takes over when the slot is free.
 
     \b
     Example: cdc-worker run --dsn "host=db user=cdc dbname=crm" --profile leadfi
     """
+    if takeover and no_wait:
+        raise click.UsageError("--takeover waits until the other has ended: leave out --no-wait")
     stop = Stop()
     stop.install()
     logger = log.get().bind(slot=settings.slot)
-    Worker(settings, profile.load(settings.profile), stop=stop, log=logger, once=once).run()
+    Worker(
+        settings, profile.load(settings.profile), stop=stop, log=logger, once=once, takeover=takeover, wait=not no_wait
+    ).run()
 
 
 _dry_run = click.option("--dry-run", is_flag=True, help="Print the SQL with its locks and rewrites, and do nothing.")

@@ -34,12 +34,12 @@ def cut_over(
     with ddl.connected(settings) as connection:
         if not dry_run:
             ddl.one_at_a_time(connection)  # before anything is read that another may be changing
-        known = checkpoint.read(connection, worker)
         if to_triggers:
+            checkpoint.read(connection, worker)
             steps = back(connection, worker, rules)
             nothing = "no trigger of a captured table has been taken away"
         else:
-            slot.check_checkpoint(connection, known, settings.slot)
+            slot.check_checkpoint(connection, worker, settings.slot)
             found = trackers(connection, profile, rules)
             steps = forward(connection, worker, found)
             yield from unclear(connection, profile, rules)

@@ -12,7 +12,7 @@ CdcWorkerError
 ├── NotSetUpError           10   tables of the worker are missing: run setup
 ├── SlotMissingError        11   the slot isn't there: run setup, or find out who dropped it
 ├── SlotMismatchError       12   the slot belongs to another plugin or database: name another slot
-├── SlotTakenError          13   something that isn't a cdc-worker reads the slot: stop it, or name another slot
+├── SlotTakenError          13   another process reads the slot, with --no-wait: stop it, or name another slot
 ├── SlotLostError           14   the server discarded WAL that the slot needed: a gap
 ├── SlotAheadError          15   the slot was moved or made anew behind our back: a gap
 ├── ClusterMismatchError    16   the checkpoint belongs to another cluster, or to a later state of this one
@@ -22,12 +22,13 @@ CdcWorkerError
 ├── MessageUnreadableError  20   the stream holds something we don't understand: report it
 ├── TargetUnusableError     21   the target refuses every write (grants, read-only, missing column): mend it
 ├── TooManyRefusalsError    22   the target refuses row after row for the same reason: mend it
+├── SlotGivenUpError        23   the server kept too much WAL for the slot, which was dropped: a gap, as you have set it
 ├── UnknownValueError        –   a rule lacks a value: the change becomes a dead letter, nothing stops
 ├── ClusterError             1   the demo's private cluster can't be had: install what it names
 ├── DemoError                1   the demo can't go on: see its log
 └── ServerError              1   any other answer of the server to a one-shot command
 
-A service manager must not restart into 11, 12 and 14 to 16: each is a gap or a mix-up that a person has to look at.
+A service manager must not restart into 11, 12, 14 to 16 and 23: each is a gap or a mix-up that a person has to look at.
 """
 
 from __future__ import annotations
@@ -112,7 +113,7 @@ class SlotMismatchError(CdcWorkerError):
 
 
 class SlotTakenError(CdcWorkerError):
-    """Something that isn't a cdc-worker reads the slot."""
+    """Another process reads the slot, and was not to be waited for."""
 
     exit_code = 13
 
@@ -169,6 +170,12 @@ class TooManyRefusalsError(CdcWorkerError):
     """The target refused very many rows in a row with one SQLSTATE."""
 
     exit_code = 22
+
+
+class SlotGivenUpError(CdcWorkerError):
+    """The server kept more WAL for the slot than `retained_limit_bytes`: it was dropped, and changes are lost."""
+
+    exit_code = 23
 
 
 class ServerError(CdcWorkerError):

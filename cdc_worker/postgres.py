@@ -1,9 +1,10 @@
-"""Connections to the server, what its errors mean, and what its catalog says."""
+"""Connections to the server, what its errors mean, and what it says of itself."""
 
 from __future__ import annotations
 
 import os
 import re
+import shlex
 from dataclasses import dataclass
 from typing import Any, Final, LiteralString
 
@@ -14,16 +15,21 @@ from psycopg.rows import TupleRow
 
 from cdc_worker import errors
 from cdc_worker.errors import CdcWorkerError
-from cdc_worker.profile import Profile, Target
-from cdc_worker.rules import Rules, qualified
 
 Connection = psycopg.Connection[TupleRow]
 
 APPLICATION_NAME: Final = "cdc-worker"
 
+
+def application_name(worker: str) -> str:
+    """What the connections of a worker are called, those of its commands as well."""
+    return f"{APPLICATION_NAME} {worker}"
+
+
 # A role's or database's defaults must change neither what the plugin prints nor when we are interrupted.
 _PINNED: Final = {
     "bytea_output": "hex",
+    "client_min_messages": "notice",
     "datestyle": "ISO",
     "extra_float_digits": "1",
     "intervalstyle": "postgres",
@@ -32,6 +38,14 @@ _PINNED: Final = {
     "lock_timeout": "0",
     "idle_in_transaction_session_timeout": "0",
 }
+
+_WRITING: Final = {**_PINNED, "synchronous_commit": "on"}
+
+_UNLIMITED: Final = ("idle_session_timeout", "transaction_timeout")
+"""Timeouts that not every version has: they can't be named before we are connected."""
+
+OVERRIDDEN: Final = frozenset((*_WRITING, *_UNLIMITED))
+"""Settings of which a role's or database's defaults don't matter."""
 
 # A half-open connection is noticed within a minute and a half.
 _KEEPALIVES: Final = {"keepalives_idle": 30, "keepalives_interval": 10, "keepalives_count": 6, "connect_timeout": 10}
@@ -48,7 +62,7 @@ def _connect(dsn: str, worker: str, pinned: dict[str, str], **parameters: Any) -
         return psycopg.connect(
             make_conninfo(dsn, **defaults),
             autocommit=True,
-            application_name=f"{APPLICATION_NAME} {worker}",
+            application_name=application_name(worker),
             options=options.strip(),
             **parameters,
         )
@@ -58,10 +72,9 @@ def _connect(dsn: str, worker: str, pinned: dict[str, str], **parameters: Any) -
 
 def connect(dsn: str, worker: str) -> Connection:
     """An ordinary connection, in autocommit, whose commits are durable whatever the role's defaults are."""
-    connection = _connect(dsn, worker, {**_PINNED, "synchronous_commit": "on"}, client_encoding="UTF8")
+    connection = _connect(dsn, worker, _WRITING, client_encoding="UTF8")
     connection.execute(
-        "SELECT set_config(name, '0', false) FROM pg_settings"
-        " WHERE name IN ('idle_session_timeout', 'transaction_timeout')"
+        "SELECT set_config(name, '0', false) FROM pg_settings WHERE name = ANY (%s)", (list(_UNLIMITED),)
     )
     return connection
 
@@ -70,6 +83,10 @@ def connect_replication(dsn: str, worker: str) -> Connection:
     """A connection that speaks the replication protocol."""
     return _connect(dsn, worker, {**_PINNED, "timezone": "UTC"}, replication="database")
 
+
+_NO_POOLER: Final = "name the server itself, no pooler: replication needs a connection of its own"
+
+MEND_OPTIONS: Final = "mend the options in CDC_WORKER_DSN or PGOPTIONS"
 
 _MEND_CREDENTIALS: Final = "mend user and password (CDC_WORKER_DSN, ~/.pgpass) or pg_hba.conf"
 
@@ -97,6 +114,11 @@ _REFUSALS: Final[tuple[tuple[str, type[CdcWorkerError], str], ...]] = (
         "as a superuser: ALTER ROLE {user} REPLICATION",
     ),
     (
+        r"FATAL:  (conversion between UTF8 and .* is not supported)",
+        errors.ServerError,
+        "dump the database in an encoding that knows all of its characters, and restore that into one of UTF8",
+    ),
+    (
         r"(server does not support SSL.*|.*certificate verify failed.*|server certificate for .* does not match .*|"
         r"root certificate file .* does not exist)",
         errors.AuthenticationError,
@@ -106,12 +128,12 @@ _REFUSALS: Final[tuple[tuple[str, type[CdcWorkerError], str], ...]] = (
         r"FATAL:  (unrecognized configuration parameter .*|invalid value for parameter .*|permission denied to set .*|"
         r"invalid command-line argument .*)",
         errors.ConnectionStringError,
-        "mend the options in CDC_WORKER_DSN or PGOPTIONS",
+        MEND_OPTIONS,
     ),
     (
         r"(unsupported startup parameter.*)",
         errors.ConnectionStringError,
-        "name the server itself, no pooler: replication needs a connection of its own",
+        _NO_POOLER,
     ),
     # What psycopg and libpq find wrong before they have asked anybody.
     (
@@ -138,7 +160,7 @@ def _connection_error(error: psycopg.Error) -> CdcWorkerError | psycopg.Error:
 _HINTS: Final = {
     "42501": "give the role this right, or name one that has it",
     "55P03": "run it again when whoever holds the lock has ended",
-    "55000": "if this is a standby: promote it, or name the primary in CDC_WORKER_DSN",
+    "55000": "if this is a standby, name the primary in CDC_WORKER_DSN, or promote it: SELECT pg_promote()",
     "25006": "let the database be written, or name the primary in CDC_WORKER_DSN",
 }
 
@@ -186,6 +208,20 @@ def is_about_the_row(sqlstate: str) -> bool:
     return sqlstate[:2] in ROW_CLASSES or sqlstate == "P0001"
 
 
+_BLOCKERS: Final = """
+SELECT CASE WHEN blocker.pid = 0 THEN 'a prepared transaction' ELSE
+           format('process %%s (%%s)', blocker.pid, concat_ws(', ', coalesce(nullif(application_name, ''), 'no name'),
+                  host(client_addr), state, 'for ' || date_trunc('second', clock_timestamp() - xact_start))) END
+FROM unnest(pg_blocking_pids(%s)) AS blocker (pid) LEFT JOIN pg_stat_activity USING (pid)
+ORDER BY blocker.pid
+"""
+
+
+def blockers(connection: Connection, pid: int) -> list[str]:
+    """Who holds the lock that a process of the server waits for; none if it waits for no lock."""
+    return [blocker for (blocker,) in connection.execute(_BLOCKERS, (pid,))]
+
+
 def fetch_one(connection: Connection, query: LiteralString, *parameters: Any) -> tuple[Any, ...]:
     """The only row of a query that always has one."""
     row = connection.execute(query, parameters).fetchone()
@@ -197,27 +233,41 @@ def fetch_one(connection: Connection, query: LiteralString, *parameters: Any) ->
 class Server:
     """What the worker needs to know of a server. `time_zone` is the database's, `version` server_version_num.
 
-    `output_plugin_libraries` is None where there is no such setting, and for a role that may not see it.
+    `standbys` are the names of those that stream now. `dropped` are settings of ours that the connection lost on its
+    way. `output_plugin_libraries` is None where there is no such setting, and for a role that may not see it.
     """
 
     version: int
+    is_standby: bool
     wal_level: str
     encoding: str
     time_zone: str
     role: str
+    database: str
     synchronous_standby_names: str
+    standbys: list[str]
+    dropped: list[str]
     may_replicate: bool
     output_plugin_libraries: str | None
 
 
 _SERVER: Final = """
-SELECT current_setting('server_version_num')::int, current_setting('wal_level'), current_setting('server_encoding'),
+SELECT current_setting('server_version_num')::int, pg_is_in_recovery(),
+       current_setting('wal_level'), current_setting('server_encoding'),
        coalesce((SELECT split_part(c, '=', 2)
                  FROM pg_db_role_setting s, unnest(s.setconfig) c
                  WHERE s.setrole = 0 AND c ILIKE 'timezone=%%'
                    AND s.setdatabase = (SELECT oid FROM pg_database WHERE datname = current_database())),
                 (SELECT reset_val FROM pg_settings WHERE name = 'TimeZone')),
-       current_user::text, current_setting('synchronous_standby_names'),
+       current_user::text, current_database()::text, current_setting('synchronous_standby_names'),
+       ARRAY(SELECT DISTINCT application_name FROM pg_stat_replication
+             WHERE pid NOT IN (SELECT active_pid FROM pg_replication_slots
+                               WHERE slot_type = 'logical' AND active_pid IS NOT NULL)
+                 AND application_name <> 'pg_basebackup'),
+       ARRAY(SELECT format('%%s = %%s', name, reset_val)
+             FROM pg_settings JOIN unnest(%s::text[], %s::text[]) AS asked (key, value) ON lower(name) = key
+             WHERE split_part(reset_val, ',', 1) <> value  -- the order of a date's fields is left as it is
+             ORDER BY 1),
        (SELECT rolreplication OR rolsuper FROM pg_roles WHERE rolname = current_user),
        CASE WHEN pg_has_role('pg_read_all_settings', 'USAGE') THEN current_setting('output_plugin_libraries', true) END
 """
@@ -225,13 +275,63 @@ SELECT current_setting('server_version_num')::int, current_setting('wal_level'),
 
 def server(connection: Connection) -> Server:
     """Ask the server about itself."""
-    return Server(*fetch_one(connection, _SERVER))
+    return Server(*fetch_one(connection, _SERVER, list(_WRITING), list(_WRITING.values())))
 
 
 def check_server(server: Server, worker: str) -> None:
     """Raise for a server on which the worker can't work, or would do harm."""
+    check_version(server)
+    check_primary(server)
+    check_options(server)
+    check_encoding(server)
     check_wal_level(server)
     check_no_standby(server, worker)
+
+
+def check_version(server: Server) -> None:
+    """Raise ServerError for a server that is too old."""
+    if server.version < 140000:
+        raise errors.ServerError(
+            f"the server is PostgreSQL {server.version // 10000}, and 14 or later is needed",
+            hint="upgrade the server; pg_upgrade doesn't keep slots: begin anew with cdc-worker setup",
+        )
+
+
+def check_primary(server: Server) -> None:
+    """Raise for a standby. As it may be promoted, the error is one that may heal."""
+    if server.is_standby:
+        raise error("55000", "the server is a standby, where nothing can be written")
+
+
+def check_options(server: Server) -> None:
+    """Raise ConnectionStringError unless what our connections ask for is in force."""
+    if server.dropped:
+        raise errors.ConnectionStringError(
+            f"the connection's options were dropped on the way, as a pooler does: {', '.join(server.dropped)}",
+            hint=_NO_POOLER,
+        )
+
+
+_UNREADABLE: Final = frozenset(("EUC_TW", "MULE_INTERNAL"))
+"""Encodings that Python can't read, though a server can have them."""
+
+
+def check_encoding(server: Server) -> None:
+    """Raise ServerError if what the server sends can't be read."""
+    if server.encoding in _UNREADABLE:
+        raise errors.ServerError(
+            f"the database's encoding is {server.encoding}, which can't be read", hint=into_utf8(server.database)
+        )
+
+
+def into_utf8(database: str) -> str:
+    """The commands that copy a database into one of the encoding UTF8."""
+    old, new = shlex.quote(database), shlex.quote(f"{database}_utf8")
+    return (
+        f"as a superuser: createdb --encoding=UTF8 --template=template0 --locale=C {new}; "
+        f"pg_dump --encoding=UTF8 {old} | psql --quiet --set=ON_ERROR_STOP=1 --output=/dev/null {new}; "
+        f"then: name {new} in CDC_WORKER_DSN"
+    )
 
 
 def check_wal_level(server: Server) -> None:
@@ -239,17 +339,20 @@ def check_wal_level(server: Server) -> None:
     if server.wal_level != "logical":
         raise errors.WalLevelError(
             f'wal_level is "{server.wal_level}"',
-            hint="as a superuser: ALTER SYSTEM SET wal_level = logical; then restart the server",
+            hint="as a superuser: ALTER SYSTEM SET wal_level = logical; then: restart the server",
         )
 
 
 def check_no_standby(server: Server, worker: str) -> None:
     """Raise SynchronousStandbyError if commits would wait for this worker."""
-    if matches_standby(server.synchronous_standby_names, f"{APPLICATION_NAME} {worker}"):
+    name = application_name(worker)
+    if matches_standby(server.synchronous_standby_names, name):
+        others = without_standby(server.synchronous_standby_names, name, server.standbys)
         raise errors.SynchronousStandbyError(
             f'synchronous_standby_names is "{server.synchronous_standby_names}" and would count this worker, whose own '
             "commits would then wait for itself, and the application's with them",
-            hint="name the real standbys there instead of *: ALTER SYSTEM SET synchronous_standby_names = 'standby1'",
+            hint="as a superuser, name the real standbys there: "
+            f"ALTER SYSTEM SET synchronous_standby_names = {sql.quote(others)}; SELECT pg_reload_conf()",
         )
 
 
@@ -258,8 +361,29 @@ def matches_standby(synchronous_standby_names: str, application_name: str) -> bo
 
     Manual: "Replication", synchronous_standby_names. Names match without regard to case, `*` matches all.
     """
-    names = re.sub(r"^\s*(?:(?:FIRST|ANY)\s+)?\d+\s*\((.*)\)\s*$", r"\1", synchronous_standby_names, flags=re.I | re.S)
-    return any(name == "*" or name.lower() == application_name.lower() for name in listed(names))
+    _, _, names = _standbys(synchronous_standby_names)
+    return any(_matches(name, application_name) for name in names)
+
+
+def without_standby(synchronous_standby_names: str, application_name: str, standbys: list[str]) -> str:
+    """The setting without this one: `*` becomes all `standbys`."""
+    method, number, names = _standbys(synchronous_standby_names)
+    others = [name for name in names if not _matches(name, application_name)]
+    others += sorted({*standbys} - {*others}) if "*" in names else []
+    quoted = ", ".join(sql.Identifier(name).as_string() for name in others)
+    return f"{method} {min(number, len(others))} ({quoted})" if others else ""
+
+
+def _matches(name: str, application_name: str) -> bool:
+    return name == "*" or name.lower() == application_name.lower()
+
+
+def _standbys(setting: str) -> tuple[str, int, list[str]]:
+    """Method, number and names."""
+    counted = re.fullmatch(r"\s*(?:(FIRST|ANY)\s+)?(\d+)\s*\((.*)\)\s*", setting, flags=re.I | re.S)
+    if counted is None:
+        return "FIRST", 1, listed(setting)
+    return (counted[1] or "FIRST").upper(), int(counted[2]), listed(counted[3])
 
 
 def listed(setting: str) -> list[str]:
@@ -267,110 +391,3 @@ def listed(setting: str) -> list[str]:
     names = [name.strip() for name in re.findall(r'"(?:[^"]|"")*"|[^,]+', setting)]
     unquoted = [name[1:-1].replace('""', '"') if name.startswith('"') else name for name in names]
     return [name for name in unquoted if name]
-
-
-_COLUMNS: Final = """
-SELECT a.attname, a.atttypid::regtype::text
-FROM pg_attribute a
-WHERE a.attrelid = to_regclass(format('%%I.%%I', %s::text, %s::text)) AND a.attnum > 0 AND NOT a.attisdropped
-"""
-
-
-def columns(connection: Connection, table: tuple[str, str]) -> dict[str, str]:
-    """A table's columns with their types; none when there is no such table."""
-    return dict(connection.execute(_COLUMNS, table).fetchall())
-
-
-_UNDECODED: Final = """
-SELECT CASE WHEN relkind = 'p' THEN 'partitioned: its changes bear the names of its partitions, capture those'
-            WHEN relkind IN ('v', 'm') THEN 'a view: capture the tables that it shows'
-            WHEN relkind = 'f' THEN 'foreign: its changes are another server''s, capture it there'
-            WHEN relkind <> 'r' THEN 'no table'
-            WHEN relpersistence = 'u' THEN
-                format('unlogged: its changes are not in the WAL, ALTER TABLE %%s SET LOGGED', c.oid::regclass)
-            WHEN relpersistence = 't' THEN 'temporary: its changes are not in the WAL' END
-FROM pg_class c WHERE c.oid = to_regclass(format('%%I.%%I', %s::text, %s::text))
-"""
-
-
-@dataclass(frozen=True, slots=True)
-class TargetTable:
-    """What the sink must know of the table that it writes to, beyond what the profile says.
-
-    `columns` are all of its columns, with their types; `lengths` are in characters, of the columns that have one.
-    `foreign_keys` are the constraints, with their columns, that hold for what the worker writes: each of its rows
-    locks the row that it refers to. A target that setup prepared has none.
-    """
-
-    columns: dict[str, str]
-    lengths: dict[str, int]
-    foreign_keys: dict[str, tuple[str, ...]]
-    deferrable: bool
-    row_security: bool
-    deadlock_timeout: float
-
-
-_LENGTHS: Final = """
-WITH RECURSIVE type AS (
-    SELECT attname, atttypid AS oid, atttypmod AS modifier
-    FROM pg_attribute
-    WHERE attrelid = to_regclass(format('%%I.%%I', %s::text, %s::text)) AND attnum > 0 AND NOT attisdropped
-    UNION ALL
-    SELECT attname, typbasetype, typtypmod FROM type JOIN pg_type USING (oid) WHERE typtype = 'd'
-)
-SELECT attname, modifier - 4 FROM type WHERE oid IN ('varchar'::regtype, 'bpchar'::regtype) AND modifier > 0
-"""
-
-_FOREIGN_KEYS: Final = """
-SELECT conname, (SELECT array_agg(attname::text) FROM pg_attribute WHERE attrelid = conrelid AND attnum = ANY (conkey))
-FROM pg_constraint
-WHERE conrelid = to_regclass(format('%%I.%%I', %s::text, %s::text)) AND contype = 'f'
-"""
-
-_TARGET: Final = """
-SELECT EXISTS (SELECT FROM pg_constraint WHERE conrelid = target AND condeferrable), row_security_active(target),
-       (SELECT setting::float / 1000 FROM pg_settings WHERE name = 'deadlock_timeout')
-FROM to_regclass(format('%%I.%%I', %s::text, %s::text)) AS target
-"""
-
-
-def _target_table(connection: Connection, target: Target, columns: dict[str, str]) -> TargetTable:
-    table = qualified(target.table)
-    written = target.columns.keys() | target.constants.keys()
-    lengths: dict[str, int] = dict(connection.execute(_LENGTHS, table).fetchall())
-    foreign_keys = {
-        name: tuple(own)
-        for name, own in connection.execute(_FOREIGN_KEYS, table)
-        if not written.isdisjoint(own)  # others are on columns that the worker leaves alone
-    }
-    return TargetTable(columns, lengths, foreign_keys, *fetch_one(connection, _TARGET, *table))
-
-
-def check_catalog(connection: Connection, profile: Profile, rules: Rules) -> TargetTable:
-    """Hold a profile against the database; returns what there is to know of its target.
-
-    CatalogMismatchError has every fault.
-    """
-    faults = []
-    for table in rules.values():
-        name = ".".join(table.name)
-        found = columns(connection, table.name)
-        if not found:
-            faults.append(f"captured table {name} does not exist")
-        elif missing := sorted(table.columns - found.keys()):
-            faults.append(f"captured table {name} has no column {', '.join(missing)}")
-        elif (undecoded := fetch_one(connection, _UNDECODED, *table.name)[0]) is not None:
-            faults.append(f"captured table {name} is {undecoded}")
-    target = columns(connection, qualified(profile.target.table))
-    name = ".".join(qualified(profile.target.table))
-    if not target:
-        faults.append(f"target table {name} does not exist")
-    elif missing := sorted({*profile.target.columns, *profile.target.constants} - target.keys()):
-        faults.append(f"target table {name} has no column {', '.join(missing)}")
-    if faults:
-        lines = "\n".join(f"  {fault}" for fault in faults)
-        raise errors.CatalogMismatchError(
-            f'profile "{profile.name}" does not fit the database:\n{lines}',
-            hint="mend the profile, or run: cdc-worker setup",
-        )
-    return _target_table(connection, profile.target, target)

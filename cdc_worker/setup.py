@@ -13,12 +13,12 @@ from typing import Final
 import psycopg
 from psycopg import sql
 
-from cdc_worker import checkpoint, cutover, ddl, errors, postgres, slot, wal2json
+from cdc_worker import catalog, checkpoint, cutover, ddl, errors, postgres, slot, wal2json
 from cdc_worker.config import Settings
 from cdc_worker.ddl import Step
 from cdc_worker.postgres import Connection, fetch_one
 from cdc_worker.profile import Profile
-from cdc_worker.rules import Table, compile_rules, qualified
+from cdc_worker.rules import Rules, Table, compile_rules, qualified
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +51,7 @@ def setup(settings: Settings, profile: Profile, wishes: Wishes = _PLAIN) -> Iter
             if not ddl.exists(connection, "cdc_worker.checkpoint"):
                 raise
         rules = compile_rules(profile)
-        postgres.check_catalog(connection, profile, rules)
+        catalog.check(connection, profile, rules)
         yield from _kept_keys(connection, profile)
         if not postgres.server(connection).may_replicate and slot.read(connection, settings.slot) is None:
             if _libraries(connection) is not None:
@@ -106,15 +106,21 @@ def _steps(connection: Connection, settings: Settings, profile: Profile, wishes:
         yield from _table(connection, table, settings.worker, tracked=table.name in tracked)
     if wishes.role is not None:
         yield from _role(connection, wishes.role)
-        key = next(column for column, field in profile.target.columns.items() if field == "change_key")
-        target = qualified(profile.target.table)
-        variables = {
-            "role": wishes.role,
-            "target": sql.Identifier(*target).as_string(),
-            "key": key,
-            "schemas": ",".join(sorted({target[0], *(schema for schema, _ in rules)})),
-        }
-        yield from _file("080_grants.sql", applied.get("080_grants.sql"), variables)
+        yield from _file(GRANTS, applied.get(GRANTS), grantee(profile, rules, wishes.role))
+
+
+GRANTS: Final = "080_grants.sql"
+
+
+def grantee(profile: Profile, rules: Rules, role: str) -> dict[str, str]:
+    """The variables of the file of grants."""
+    target = qualified(profile.target.table)
+    return {
+        "role": role,
+        "target": sql.Identifier(*target).as_string(),
+        "key": next(column for column, field in profile.target.columns.items() if field == "change_key"),
+        "schemas": ",".join(sorted({target[0], *(schema for schema, _ in rules)})),
+    }
 
 
 _APPLIED: Final = (
@@ -281,7 +287,7 @@ def _slot(connection: Connection, settings: Settings, wishes: Wishes) -> Iterato
     if wishes.failover and found is not None:
         yield from _no_failover(connection, server, name)
     if known is not None:
-        slot.check_checkpoint(connection, known, name)
+        known, _ = slot.check_checkpoint(connection, worker, name)
         yield f'slot "{name}" is there, and its checkpoint at {known.position}'
         return
     if found is None:

@@ -24,9 +24,10 @@ from psycopg.waiting import Ready, Wait
 
 from cdc_worker import checkpoint, errors, postgres
 from cdc_worker.activities import Activity, Batch, DeadLetter, Line, Position
+from cdc_worker.catalog import TargetTable
 from cdc_worker.changes import Change, Payload
 from cdc_worker.checkpoint import Checkpoint
-from cdc_worker.postgres import Connection, TargetTable, is_about_the_row, is_transient
+from cdc_worker.postgres import Connection, is_about_the_row, is_transient
 from cdc_worker.profile import Target
 from cdc_worker.rules import qualified
 
@@ -178,7 +179,8 @@ class Sink:
         lines = [outcome.text for outcome in batch.outcomes if type(outcome) is Line]
         written.activities = len(lines)
         written.dead_letters = [outcome for outcome in batch.outcomes if type(outcome) is DeadLetter]
-        advance = self._advance(batch.end, batch)
+        counts = len(lines), len(written.dead_letters)
+        advance = self._advance(batch.end, batch, *counts)
         if written.dead_letters or (lines and self._catalog.row_security):
             yield from self._run(f"{self._begin}; {advance}")  # by itself: only a COPY can be given up halfway
             yield from self._insert(written.dead_letters)
@@ -252,7 +254,8 @@ class Sink:
         yield from self._insert(dead_letters)
         position = batch.end if place == len(outcomes) else batch.position_before(place)
         assert position is not None
-        yield from self._run(f"{self._advance(position, batch)}; COMMIT")
+        counts = activities, len(dead_letters)
+        yield from self._run(f"{self._advance(position, batch, *counts)}; COMMIT")
         self.position = position
         written.activities += activities
         written.dead_letters += dead_letters
@@ -326,8 +329,15 @@ class Sink:
             hint="mend its grants or columns; what was not written comes again",
         )
 
-    def _advance(self, after: Position, batch: Batch | None = None) -> str:
-        advance = checkpoint.advance(self._checkpoint, self.position, after, batch.committed_at if batch else None)
+    def _advance(self, after: Position, batch: Batch | None = None, activities: int = 0, dead_letters: int = 0) -> str:
+        advance = checkpoint.advance(
+            self._checkpoint,
+            self.position,
+            after,
+            batch.committed_at if batch else None,
+            activities=activities,
+            dead_letters=dead_letters,
+        )
         # Also for commits of the batch that come after `after`: theirs are true already.
         given = [
             _GIVEN.format(self._checkpoint.worker, *person, at=str(lsn)).as_string()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Final
 
@@ -28,16 +31,24 @@ class Slot:
     active_pid: int | None
     holder: str | None
     """application_name of the process that reads it."""
+    client: str | None
+    """Where that process comes from, if this may be known."""
 
     @property
     def held_by_worker(self) -> bool:
         """Whether its reader is a cdc-worker."""
         return (self.holder or "").startswith(APPLICATION_NAME)
 
+    @property
+    def reader(self) -> str:
+        """Who reads it."""
+        return f"process {self.active_pid} ({', '.join(filter(None, [self.holder or 'no name', self.client]))})"
+
 
 _SLOT: Final = """
 SELECT s.slot_name::text, s.plugin::text, s.database::text, s.confirmed_flush_lsn, pg_current_wal_flush_lsn(),
-       (pg_current_wal_flush_lsn() - s.restart_lsn)::bigint, s.wal_status, s.active_pid, a.application_name
+       (pg_current_wal_flush_lsn() - s.restart_lsn)::bigint, s.wal_status, s.active_pid, a.application_name,
+       host(a.client_addr)
 FROM pg_replication_slots s LEFT JOIN pg_stat_activity a ON a.pid = s.active_pid
 WHERE s.slot_name = %s
 """
@@ -48,7 +59,7 @@ def read(connection: Connection, name: str) -> Slot | None:
     row = connection.execute(_SLOT, (name,)).fetchone()
     if row is None:
         return None
-    name, plugin, database, confirmed, wal_end, retained, wal_status, active_pid, holder = row
+    name, plugin, database, confirmed, wal_end, retained, wal_status, *reader = row
     return Slot(
         name,
         plugin or "",
@@ -57,8 +68,7 @@ def read(connection: Connection, name: str) -> Slot | None:
         LSN.parse(wal_end),
         retained or 0,
         wal_status or "lost",
-        active_pid,
-        holder,
+        *reader,
     )
 
 
@@ -97,11 +107,40 @@ def check_disposable(slot: Slot, *, database: str) -> None:
 
 
 def taken(slot: Slot) -> errors.SlotTakenError:
-    """Something reads the slot that should not."""
+    """Something else reads the slot."""
     return errors.SlotTakenError(
-        f'slot "{slot.name}" is read by process {slot.active_pid} ({slot.holder or "no name"})',
+        f'slot "{slot.name}" is read by {slot.reader}',
         hint=f"stop that process, or: SELECT pg_terminate_backend({slot.active_pid})",
     )
+
+
+def given_up(slot: Slot, checkpoint: Checkpoint, limit: int) -> errors.SlotGivenUpError:
+    """The slot makes the server keep more WAL than its operator allows."""
+    return errors.SlotGivenUpError(
+        f'slot "{slot.name}" is given up: the server kept {slot.retained:,} bytes of WAL for it, more than the '
+        f"{limit:,} of CDC_WORKER_RETAINED_LIMIT_BYTES; changes from {checkpoint.position.lsn} on are not kept",
+        hint=f"see what held it up; to go on without them: {_forget(slot.name)}; then: cdc-worker setup",
+    )
+
+
+_FREE: Final = "SELECT pg_terminate_backend(active_pid) FROM pg_replication_slots WHERE slot_name = %s"
+
+_DROP: Final = "SELECT pg_drop_replication_slot(%s)"
+
+
+def give_up(connection: Connection, name: str) -> None:
+    """Drop the slot, whichever of our own connections still reads it."""
+    while read(connection, name) is not None:
+        try:
+            connection.execute(_DROP, (name,))
+        except psycopg.errors.ObjectInUse:
+            free(connection, name)
+
+
+def free(connection: Connection, name: str) -> None:
+    """End the process of the server that serves the slot's reader."""
+    connection.execute(_FREE, (name,))
+    time.sleep(0.05)
 
 
 def check(slot: Slot | None, *, name: str, database: str, checkpoint: LSN) -> Slot:
@@ -136,12 +175,15 @@ def check(slot: Slot | None, *, name: str, database: str, checkpoint: LSN) -> Sl
     return slot
 
 
-def check_checkpoint(connection: Connection, known: Checkpoint, name: str) -> None:
-    """Raise unless checkpoint, cluster and slot fit each other, as `run` would."""
+def check_checkpoint(connection: Connection, worker: str, name: str) -> tuple[Checkpoint, Slot]:
+    """The worker's checkpoint and slot. Raises unless these and the cluster fit each other."""
+    # In this order: a worker may be at it, who writes the checkpoint first and confirms it then.
+    slot = read(connection, name)
+    known = checkpoint.read(connection, worker)
     (system_identifier,) = fetch_one(connection, "SELECT system_identifier::text FROM pg_control_system()")
     wal_end = committed_so_far(connection)
     checkpoint.check(known, slot=name, system_identifier=system_identifier, wal_end=wal_end)
-    check(read(connection, name), name=name, database=connection.info.dbname, checkpoint=known.position.lsn)
+    return known, check(slot, name=name, database=connection.info.dbname, checkpoint=known.position.lsn)
 
 
 _COMMITTED: Final = """
@@ -171,6 +213,14 @@ ORDER BY age(l.transactionid) DESC
 """
 
 
+def holders(connection: Connection, age: float) -> str:
+    """The transactions that have been open for so many seconds, and for which a new slot waits.
+
+    From pg_locks, for pg_stat_activity shows other roles' transactions to superusers only.
+    """
+    return ", ".join(holder for (holder,) in connection.execute(_HOLDERS, (age,)))
+
+
 def creation(name: str, *, failover: bool = False) -> sql.Composed:
     """The query that makes a slot and returns its first position."""
     arguments = sql.SQL(", failover => true") if failover else sql.SQL("")
@@ -186,6 +236,20 @@ def check_failover(server: Server) -> None:
         )
 
 
+@contextmanager
+def patient(connection: Connection, seconds: float) -> Iterator[None]:
+    """Let the server work for so long at each statement."""
+    before = connection.execute("SHOW statement_timeout").fetchall()[0][0]
+    connection.execute(_TIMEOUT, (f"{round(seconds * 1000)}ms",))
+    try:
+        yield
+    finally:
+        connection.execute(_TIMEOUT, (before,))
+
+
+_TIMEOUT: Final = "SELECT set_config('statement_timeout', %s, false)"
+
+
 def create(connection: Connection, name: str, server: Server, *, failover: bool = False, timeout: float = 30) -> LSN:
     """Make the slot and return its first position. Waits until the transactions that run now have ended.
 
@@ -193,21 +257,52 @@ def create(connection: Connection, name: str, server: Server, *, failover: bool 
     """
     if failover:
         check_failover(server)
-    connection.execute(sql.SQL("SET statement_timeout = {}").format(round(timeout * 1000)))
     try:
-        ((position,),) = connection.execute(creation(name, failover=failover))
+        with patient(connection, timeout):
+            ((position,),) = connection.execute(creation(name, failover=failover))
     except psycopg.errors.QueryCanceled as error:
-        # pg_locks, for pg_stat_activity shows other roles' transactions to superusers only.
-        holders = ", ".join(holder for (holder,) in connection.execute(_HOLDERS, (timeout,)))
+        held_by = holders(connection, timeout)
         raise errors.ServerError(
-            f'slot "{name}" could not be made within {timeout:g} s: it waits for open transactions ({holders})',
+            f'slot "{name}" could not be made within {timeout:g} s: it waits for open transactions ({held_by})',
             hint="end them, then again: cdc-worker setup",
         ) from error
     except psycopg.Error as error:
         raise plugin_error(error, server) from error
-    finally:
-        connection.execute("SET statement_timeout = 0")
     return LSN.parse(position)
+
+
+_PEEK: Final = "SELECT count(*) FROM pg_logical_slot_peek_changes(%s, '0/1', NULL, VARIADIC %s)"
+
+
+def peek(connection: Connection, name: str, options: Mapping[str, str]) -> None:
+    """Let the plugin begin to read a slot with these options, up to its first record. The slot stays as it is."""
+    connection.execute(_PEEK, (name, [word for option in options.items() for word in option]))
+
+
+_CREATE_TEMPORARY: Final = "SELECT pg_create_logical_replication_slot(%s, %s, true)"
+
+
+@contextmanager
+def temporary(connection: Connection, *, timeout: float) -> Iterator[str]:
+    """A slot for a moment; yields its name. Raises QueryCanceled if open transactions hold it up for so long."""
+    name = f"cdc_worker_{connection.info.backend_pid}"
+    with patient(connection, timeout):
+        connection.execute(_CREATE_TEMPORARY, (name, wal2json.PLUGIN))
+    try:
+        yield name
+    finally:
+        connection.execute(_DROP, (name,))
+
+
+def plugin_release(connection: Connection, name: str) -> str:
+    """Which releases of the plugin this may be, by the options that it knows. It reads the slot as `peek` does."""
+    for option, release in wal2json.RELEASES.items():
+        try:
+            peek(connection, name, {"format-version": "2", option: "0"})
+        except psycopg.errors.InvalidParameterValue:
+            continue
+        return release
+    return "before 2.3"
 
 
 def allow(role: str, allowed: list[str]) -> str:
@@ -220,10 +315,15 @@ def plugin_error(error: psycopg.Error, server: Server) -> Exception:
     """What the server's refusal to decode with the plugin asks of the operator; the error itself if it is another."""
     known = server.output_plugin_libraries
     allowed = listed(known) if known is not None else ["pgoutput"]
+    install = f"apt-get install postgresql-{server.version // 10000}-wal2json"
     if error.sqlstate == "58P01":
         return errors.PluginMissingError(
-            f"the server has no output plugin {wal2json.PLUGIN}",
-            hint=f"install it there, for example: apt-get install postgresql-{server.version // 10000}-wal2json",
+            f"the server has no output plugin {wal2json.PLUGIN}", hint=f"install it there, for example: {install}"
+        )
+    if error.sqlstate == "22023":
+        return errors.PluginMissingError(
+            f"the server's {wal2json.PLUGIN} is too old, for 2.0 or later is needed: {error.diag.message_primary}",
+            hint=f"install a newer one there, for example: {install}",
         )
     if error.sqlstate == "42501" and server.may_replicate and wal2json.PLUGIN not in allowed:
         return errors.PluginRefusedError(

@@ -5,15 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Final
 
-from cdc_worker import checkpoint as checkpoints
 from cdc_worker import slot as slots
 from cdc_worker.checks import Check, Finding, Look, ok
 
 
 def checkpoint(look: Look) -> Iterator[Finding]:
     """Whether checkpoint, slot and cluster speak of the same."""
-    known = checkpoints.read(look.connection, look.settings.worker)
-    slots.check_checkpoint(look.connection, known, look.settings.slot)
+    known, _ = slots.check_checkpoint(look.connection, look.settings.worker, look.settings.slot)
     yield ok(f"at {known.position}, and nothing is missing between it and the slot")
 
 

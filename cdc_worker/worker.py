@@ -27,12 +27,14 @@ import psycopg
 from psycopg.waiting import Ready, Wait
 from tenacity import RetryCallState, Retrying, retry_if_exception, stop_when_event_set, wait_random_exponential
 
-from cdc_worker import checkpoint, errors, postgres, slot, wal2json
+from cdc_worker import catalog, checkpoint, errors, postgres, process, slot, wal2json
 from cdc_worker.activities import Activity, Batch, DeadLetter, Line, Position, Scope
 from cdc_worker.changes import CUTOVER_PREFIX, Assembler, Transaction
+from cdc_worker.checkpoint import Checkpoint
 from cdc_worker.config import Settings
 from cdc_worker.log import Logger
 from cdc_worker.lsn import INVALID, LSN
+from cdc_worker.process import Process
 from cdc_worker.profile import Profile
 from cdc_worker.profile import load as load_profile
 from cdc_worker.protocol import PrimaryKeepalive
@@ -40,6 +42,8 @@ from cdc_worker.replication import Replication
 from cdc_worker.rules import compile_rules
 from cdc_worker.sink import Sink, Writing, Written
 from cdc_worker.transform import CONTEXT_PREFIX, Transformer
+from cdc_worker.watch import INTERVAL as WATCH_INTERVAL
+from cdc_worker.watch import MOVED, Watch
 
 GRACE: Final = 0.8
 """So long a batch in hand may take to be written after a shutdown was requested; we exit in the rest of a second."""
@@ -54,6 +58,9 @@ WRITING_USUAL: Final = 0.1
 
 SILENCE: Final = 60.0
 """After so long without a byte from the server, which was asked for one, the connection is given up."""
+
+STANDBY_INTERVAL: Final = 0.25
+"""Between two looks of a stand-by whether the slot is free."""
 
 TURN: Final = 256
 """So many messages are read before the writing connection gets a look."""
@@ -132,9 +139,23 @@ class Totals:
 
 
 class Worker:
-    """Records what the slot delivers, until it is stopped; with `once`, until all that is committed now is recorded."""
+    """Records what the slot delivers, until it is stopped; with `once`, until all that is committed now is recorded.
 
-    def __init__(self, settings: Settings, profile: Profile, *, stop: Stop, log: Logger, once: bool = False) -> None:
+    While another process reads the slot it stands by, unless it is not to `wait`. With `takeover` it does not wait for
+    another process of the same worker, and ends its connections.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        profile: Profile,
+        *,
+        stop: Stop,
+        log: Logger,
+        once: bool = False,
+        takeover: bool = False,
+        wait: bool = True,
+    ) -> None:
         self.totals = Totals()
         self._settings = settings
         self._profile = profile
@@ -142,6 +163,12 @@ class Worker:
         self._stop = stop
         self._log = log
         self._once = once
+        self._takeover = takeover
+        self._waits = wait
+        self._process = Process(settings.worker)
+        self._watch = Watch(settings, self._process, log)
+        self._registered = False
+        self._dropped_of: set[str] = set()
         self._started = False
         self._owner: uuid.UUID | None = None
         self._nonce: uuid.UUID | None = None  # what was in force when the profile was read
@@ -157,7 +184,9 @@ class Worker:
         def tell(state: RetryCallState) -> None:
             error = state.outcome.exception() if state.outcome else None
             wait = state.next_action.sleep if state.next_action else 0
-            log.warning("connection_lost", **_described(error), attempt=state.attempt_number, retry_in=round(wait, 2))
+            described = _described(error)
+            self._process.failure = " ".join(filter(None, described.values()))
+            log.warning("connection_lost", **described, attempt=state.attempt_number, retry_in=round(wait, 2))
 
         attempts = Retrying(
             retry=retry_if_exception(self._may_heal),
@@ -180,13 +209,35 @@ class Worker:
                                 attempt.retry_state.attempt_number = 1  # it worked: begin anew with short waits
         except Stopped:
             pass
-        except psycopg.Error:
-            if not stop.is_set():
-                raise
         except errors.CdcWorkerError as error:
-            log.error("worker_failed", error=type(error).__name__, exit_code=error.exit_code, **_summary(self.totals))
+            self._fail(error)
             raise
+        except psycopg.Error as error:
+            if not stop.is_set():
+                failure = postgres.failure(error)
+                self._fail(failure)
+                raise failure from error
+        self._end(0)
         log.info("worker_stopped", **_summary(self.totals))
+
+    def _fail(self, error: errors.CdcWorkerError) -> None:
+        """See to what an error leaves behind."""
+        if isinstance(error, errors.SlotGivenUpError):
+            try:
+                with closing(self._connect()) as connection:
+                    slot.give_up(connection, self._settings.slot)
+            except (psycopg.Error, errors.CdcWorkerError) as problem:
+                self._log.error("slot_not_dropped", **_described(problem))
+        self._process.failure = str(error)
+        self._end(error.exit_code)
+        self._log.error("worker_failed", error=type(error).__name__, exit_code=error.exit_code, **_summary(self.totals))
+
+    def _end(self, exit_code: int) -> None:
+        """Leave word of how it ended, if there is anybody to leave it with."""
+        if self._registered:
+            with suppress(psycopg.Error, errors.CdcWorkerError), closing(self._connect()) as connection:
+                checkpoint.tally(connection, self._settings.worker)
+                process.ended(connection, self._process, exit_code)
 
     def _run(self, stack: ExitStack) -> bool:
         """Stream, until told to stop or to begin anew; returns whether it is the latter."""
@@ -215,7 +266,7 @@ class Worker:
             found = load_profile(self._settings.profile)
             rules = compile_rules(found)
             with closing(self._connect()) as connection:
-                postgres.check_catalog(connection, found, rules)
+                catalog.check(connection, found, rules)
         except (errors.ProfileError, errors.CatalogMismatchError) as error:
             self._log.error("profile_refused", reason=str(error))
         except psycopg.errors.InsufficientPrivilege as error:
@@ -241,28 +292,22 @@ class Worker:
     def _open(self, stack: ExitStack) -> _Stream:
         """Connect, make sure that all is as the checkpoint says, start the stream and become the owner."""
         settings, log = self._settings, self._log
-        dsn, worker = settings.dsn.get_secret_value(), settings.worker
+        worker = settings.worker
         with self._stop.interrupting():
             connection = self._connect()
             stack.callback(connection.close)
             server = postgres.server(connection)
             postgres.check_server(server, worker)
-            # In this order: another worker may still be at it, who writes the checkpoint first and confirms it then.
-            replica = slot.read(connection, settings.slot)
-            found = checkpoint.read(connection, worker)
+            found, _ = slot.check_checkpoint(connection, worker, settings.slot)
+            process.register(connection, self._process)
+            self._registered = True
+            checkpoint.tally(connection, worker)
+            self._check_owner(found)
             self._nonce = self._nonce or found.nonce
-            wal_end = slot.committed_so_far(connection)
-            table = postgres.check_catalog(connection, self._profile, self._rules)
-            replication = Replication(postgres.connect_replication(dsn, worker), on_dropped=self._warn_of_dropped)
-            stack.enter_context(replication)
-            system_identifier = replication.system_identifier()
-            checkpoint.check(found, slot=settings.slot, system_identifier=system_identifier, wal_end=wal_end)
-            database = connection.info.dbname
-            slot.check(replica, name=settings.slot, database=database, checkpoint=found.position.lsn)
             if self._until is None and self._once:
-                self._until = wal_end
-            timeout = replication.wal_sender_timeout()
-            self._start(connection, replication, found.position.lsn, server)
+                self._until = slot.committed_so_far(connection)
+            table = catalog.check(connection, self._profile, self._rules)
+            replication, timeout = self._read(stack, connection, server)
             # A table without rules tells of others: it counts, and it isn't recorded.
             tables = [f"{'.'.join(of)}{'' if any(t.rules.values()) else ' (facts)'}" for of, t in self._rules.items()]
             found = checkpoint.take_over(connection, worker, sorted(tables))
@@ -272,8 +317,8 @@ class Worker:
             position = found.position
             scope = self._scope(checkpoint.scope(connection, found))
             # While we waited for the slot it may have become another one.
-            replica = slot.read(connection, settings.slot)
-            replica = slot.check(replica, name=settings.slot, database=database, checkpoint=position.lsn)
+            _, replica = slot.check_checkpoint(connection, worker, settings.slot)
+            self._watch.retained(replica, found)
             time_zone = settings.time_zone or server.time_zone
             sink = Sink(
                 connection,
@@ -294,33 +339,63 @@ class Worker:
             totals=self.totals,
             stop=self._stop,
             log=log,
+            watch=self._watch,
             status_interval=min(STATUS_INTERVAL, timeout / 4) if timeout else STATUS_INTERVAL,
             until=self._until,
         )
 
-    def _start(
-        self, connection: postgres.Connection, replication: Replication, position: LSN, server: postgres.Server
-    ) -> None:
+    def _read(
+        self, stack: ExitStack, connection: postgres.Connection, server: postgres.Server
+    ) -> tuple[Replication, float]:
+        """Read the slot, as soon as nobody else does; returns with it the server's wal_sender_timeout."""
+        settings = self._settings
         options = wal2json.options(self._rules, (CONTEXT_PREFIX, CUTOVER_PREFIX))
-        waiting = False
         while True:
+            self._stand_by(connection)
+            found = checkpoint.read(connection, settings.worker)
+            replication = Replication(
+                postgres.connect_replication(settings.dsn.get_secret_value(), settings.worker),
+                on_dropped=self._warn_of_dropped,
+            )
+            stack.enter_context(replication)
+            checkpoint.check_cluster(found, replication.system_identifier())
+            timeout = replication.wal_sender_timeout()
             try:
                 refused = replication.start(
-                    self._settings.slot, position, options, encoding=server.encoding, optional=wal2json.OPTIONAL
+                    settings.slot, found.position.lsn, options, encoding=server.encoding, optional=wal2json.OPTIONAL
                 )
-                for option in refused:
-                    self._log.warning("option_refused", option=option)
-                return
-            except psycopg.errors.ObjectInUse:
-                holder = slot.read(connection, self._settings.slot)
-                if holder is not None and holder.active_pid is not None and not holder.held_by_worker:
-                    raise slot.taken(holder) from None
-                if not waiting:
-                    waiting = True
-                    self._log.info("waiting_for_slot", active_pid=holder and holder.active_pid)
-                time.sleep(0.05)
+            except psycopg.errors.ObjectInUse:  # somebody was faster
+                replication.close()
             except psycopg.Error as error:
                 raise slot.plugin_error(error, server) from error
+            else:
+                for option in refused:
+                    self._log.warning("option_refused", option=option)
+                return replication, timeout
+
+    def _stand_by(self, connection: postgres.Connection) -> None:
+        """Wait until nobody reads the slot. Raises SlotTakenError if that isn't to be waited for.
+
+        By looking, for who waits in the server for a lock holds up its vacuum.
+        """
+        settings, told = self._settings, None
+        while (found := slot.read(connection, settings.slot)) is not None and found.active_pid is not None:
+            self._check_owner(checkpoint.read(connection, settings.worker))
+            if not self._waits or (self._once and not found.held_by_worker):
+                raise slot.taken(found)
+            if told != found.active_pid:
+                told = found.active_pid
+                log = self._log.info if found.held_by_worker else self._log.warning
+                log("waiting_for_slot", active_pid=told, holder=found.holder, client=found.client)
+            if self._takeover and not self._started and found.holder == postgres.application_name(settings.worker):
+                slot.free(connection, settings.slot)
+            else:
+                time.sleep(STANDBY_INTERVAL)
+
+    def _check_owner(self, found: Checkpoint) -> None:
+        """Raise FencedError if another process has taken over since we wrote."""
+        if self._owner is not None and found.owner not in (None, self._owner):
+            raise checkpoint.fenced(self._settings.worker)
 
     def _scope(self, known: Scope) -> Scope:
         """What is `known` to be left out, and whole tables that setup has not seen. Warns of what is to be done."""
@@ -339,12 +414,13 @@ class Worker:
         return Scope({**excluded, **{table: [(INVALID, None)] for table in fresh}}, known.erased)
 
     def _warn_of_dropped(self, operation: str, table: str) -> None:
-        self._log.warning(
-            "change_dropped_by_plugin",
-            operation=operation,
-            table=table,
-            mend=f"ALTER TABLE {table} REPLICA IDENTITY FULL",
-        )
+        """Raise an alarm, one a table: the server warns of each row."""
+        if table in self._dropped_of:
+            return
+        self._dropped_of.add(table)
+        mend = f"ALTER TABLE {table} REPLICA IDENTITY FULL"
+        self._process.failure = f"the plugin dropped {operation}s of {table}, which are lost; to mend it: {mend}"
+        self._log.error("change_dropped_by_plugin", operation=operation, table=table, mend=mend)
 
 
 class _Stream:
@@ -360,6 +436,7 @@ class _Stream:
         totals: Totals,
         stop: Stop,
         log: Logger,
+        watch: Watch,
         status_interval: float,
         until: LSN | None,
     ) -> None:
@@ -370,6 +447,7 @@ class _Stream:
         self._totals = totals
         self._stop = stop
         self._log = log
+        self._watch = watch
         self._status_interval = status_interval
         self._until = until
         self._resumed = sink.position
@@ -383,6 +461,7 @@ class _Stream:
         self._wal_end = self._told = sink.position.lsn
         now = time.monotonic()
         self._heard_at = self._status_at = self._advanced_at = self._began_at = now
+        self._looked_at, self._looked_until, self._looked_after = now, sink.position.lsn, totals.batches
         self._progress_at = now
         self._progress_from = totals.activities.total()
 
@@ -576,6 +655,10 @@ class _Stream:
             if silent > SILENCE and not self._batch.full:
                 raise psycopg.OperationalError(f"nothing was heard from the server for {silent:.0f} s")
             self._send_status(reply_requested=silent > self._status_interval)
+        if self._to_look_at and now >= self._looked_at + WATCH_INTERVAL:
+            self._looked_until, self._looked_after = self._received, self._totals.batches
+            self._watch.look(held_up=self._held_up)
+            self._looked_at = time.monotonic()
         if now >= self._progress_at + PROGRESS_INTERVAL:
             activities = self._totals.activities.total()
             if activities > self._progress_from:
@@ -585,8 +668,24 @@ class _Stream:
                 )
             self._progress_at, self._progress_from = now, activities
 
+    @property
+    def _held_up(self) -> bool:
+        """Whether a batch is not written for so long that somebody should look why."""
+        return self._writing is not None and time.monotonic() > self._began_at + WATCH_INTERVAL
+
+    @property
+    def _to_look_at(self) -> bool:
+        """Whether anything has happened that the watch is about. A truly idle server is left alone."""
+        return (
+            self._totals.batches > self._looked_after
+            or self._received - self._looked_until > MOVED
+            or self._writing is not None
+        )
+
     def _next_tick(self, now: float) -> float:
         due = [self._status_due, self._advanced_at + self._settings.idle_advance_interval]
+        if self._to_look_at:
+            due.append(self._looked_at + WATCH_INTERVAL)
         return min(at for at in (*due, now + STATUS_INTERVAL) if at > now)
 
     def _wait(self, timeout: float) -> None:

@@ -69,7 +69,6 @@ CREATE TABLE IF NOT EXISTS cdc_worker.process (
     host           text NOT NULL,
     pid            integer NOT NULL,
     version        text NOT NULL,
-    plugin         text,
     started_at     timestamptz NOT NULL,
     backend_pid    integer NOT NULL,
     backend_start  timestamptz NOT NULL,
@@ -81,7 +80,6 @@ CREATE TABLE IF NOT EXISTS cdc_worker.process (
 
 COMMENT ON TABLE cdc_worker.process IS 'The last processes of each worker, and what went wrong last in each';
 COMMENT ON COLUMN cdc_worker.process.version IS 'Of cdc-worker';
-COMMENT ON COLUMN cdc_worker.process.plugin IS 'The output plugin, with what is known of its version';
 COMMENT ON COLUMN cdc_worker.process.backend_pid IS
     'Its connection: it is alive while that is there, and active if it is the checkpoint''s';
 COMMENT ON COLUMN cdc_worker.process.failure IS 'What went wrong last, also if it has healed';

@@ -166,6 +166,11 @@ class Crm:
         ((value,),) = self.execute(query, *parameters)
         return value
 
+    def reader(self) -> int | None:
+        """The process of the server that serves the slot's reader."""
+        found = self.execute("SELECT active_pid FROM pg_replication_slots WHERE slot_name = %s", self.slot)
+        return found[0][0] if found else None
+
     def activities(self) -> list[dict[str, Any]]:
         """What the worker wrote, in order."""
         with self.connection.cursor(row_factory=dict_row) as cursor:
@@ -192,6 +197,23 @@ class Crm:
     def close(self) -> None:
         """End the connection."""
         self.connection.close()
+
+
+@contextmanager
+def stranger(server: Cluster, crm: Crm) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
+    """A program that is no cdc-worker and reads the slot, and the process of the server that serves it."""
+    command = [server.binaries.program("pg_recvlogical"), "--slot", crm.slot, "--start", "--file", "-", "--no-loop"]
+    database = ["--dbname", crm.connection.info.dbname]
+    process = subprocess.Popen(
+        [*command, *database], env=server.environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    try:
+        pid = eventually(crm.reader, what="the stranger reads")
+        assert pid
+        yield process, pid
+    finally:
+        process.kill()
+        process.wait()
 
 
 GRANTS = (

@@ -7,13 +7,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from subprocess import DEVNULL, Popen
 
 import psycopg
 import pytest
 from psycopg import sql
 from psycopg.conninfo import make_conninfo
-from support import Crm, crm_on, eventually, grant
+from support import Crm, crm_on, eventually, grant, stranger
 
 from cdc_worker import errors, postgres
 from cdc_worker.cluster import Binaries, Cluster, find_binaries
@@ -420,21 +419,12 @@ def test_the_slot_is_another_databases(server: Cluster, crm: Crm) -> None:
 
 def test_the_slot_is_taken_by_a_stranger(server: Cluster, crm: Crm) -> None:
     add(crm, "Ann")
-    program = [server.binaries.program("pg_recvlogical"), "--slot", crm.slot, "--start", "--file", "-", "--no-loop"]
-    stranger = Popen(
-        [*program, "--dbname", crm.connection.info.dbname], env=server.environment(), stdout=DEVNULL, stderr=DEVNULL
-    )
-    try:
-        pid = eventually(
-            lambda: crm.value("SELECT active_pid FROM pg_replication_slots WHERE slot_name = %s", crm.slot)
-        )
-        said, hint = refused(crm, errors.SlotTakenError)
-        assert said == f'slot "{crm.slot}" is read by process {pid} (pg_recvlogical)'
+    with stranger(server, crm) as (process, pid):
+        for command in (["run", "--no-wait"], ["run", "--once"]):
+            said, hint = one_error(crm, command, errors.SlotTakenError.exit_code)
+            assert said == f'slot "{crm.slot}" is read by process {pid} (pg_recvlogical, 127.0.0.1)'
         follow(crm, hint)
-        stranger.wait()
-    finally:
-        stranger.kill()
-        stranger.wait()
+        process.wait()
     crm.record()
     assert names(crm) == ["Ann"]
 
