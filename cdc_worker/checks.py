@@ -15,7 +15,7 @@ from pydantic import BaseModel, Field
 
 from cdc_worker.config import Settings
 from cdc_worker.errors import CdcWorkerError
-from cdc_worker.postgres import Connection, Server
+from cdc_worker.postgres import Connection, Server, failure
 from cdc_worker.profile import Profile
 from cdc_worker.rules import Rules
 
@@ -75,5 +75,10 @@ def examine(check: Check, look: Look) -> Iterator[Finding]:
         found = [unknown(f'role "{look.server.role}" may not look: {error.diag.message_primary}')]
     except psycopg.errors.QueryCanceled:
         found = [unknown("the server took too long to tell")]
+    except psycopg.Error as error:
+        if look.connection.closed:
+            raise
+        known = failure(error)
+        found = [failed(str(known), known.hint or "")]
     for finding in found:
         yield finding.model_copy(update={"check": check.__name__})

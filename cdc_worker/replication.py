@@ -21,6 +21,23 @@ from cdc_worker.protocol import PrimaryKeepalive
 _DROPPED: Final = re.compile(r"no tuple identifier for (UPDATE|DELETE) in table (.*)")
 
 
+def offer(
+    options: Mapping[str, str], optional: Collection[str], begin: Callable[[Mapping[str, str]], object]
+) -> list[str]:
+    """Begin, without those of the `optional` options that the plugin doesn't know; returns these."""
+    accepted, refused = dict(options), list[str]()
+    while True:
+        try:
+            begin(accepted)
+            return refused
+        except psycopg.errors.InvalidParameterValue as error:
+            named = re.search(r'option "([^"]+)"', error.diag.message_primary or "")
+            if named is None or named[1] not in optional or named[1] not in accepted:
+                raise
+            refused.append(named[1])
+            del accepted[named[1]]
+
+
 class Replication:
     """A replication connection. Nothing here blocks once it has started: wait for `fileno` with select."""
 
@@ -71,21 +88,15 @@ class Replication:
         if encoding != "UTF8":
             self._connection.execute(sql.SQL("SET client_encoding = {}").format(sql.Literal(encoding)))
             self._recode = self._connection.info.encoding
-        accepted, refused = dict(options), list[str]()
-        while True:
+
+        def begin(accepted: Mapping[str, str]) -> None:
             pairs = sql.SQL(", ").join(
                 sql.SQL("{} {}").format(sql.Identifier(name), sql.Literal(value)) for name, value in accepted.items()
             )
             command = sql.SQL("START_REPLICATION SLOT {} LOGICAL {} ({})")
-            try:
-                self._connection.execute(command.format(sql.Identifier(slot), sql.SQL(str(position)), pairs))
-                break
-            except psycopg.errors.InvalidParameterValue as error:
-                named = re.search(r'option "([^"]+)"', error.diag.message_primary or "")
-                if named is None or named[1] not in optional or named[1] not in accepted:
-                    raise
-                refused.append(named[1])
-                del accepted[named[1]]
+            self._connection.execute(command.format(sql.Identifier(slot), sql.SQL(str(position)), pairs))
+
+        refused = offer(options, optional, begin)
         self._pgconn.nonblocking = 1
         return refused
 

@@ -202,23 +202,47 @@ def committed_so_far(connection: Connection) -> LSN:
     return LSN.parse(fetch_one(connection, _COMMITTED)[0])
 
 
-_HOLDERS: Final = """
-SELECT coalesce('process ' || l.pid, 'prepared transaction ' || quote_literal(p.gid))
+@dataclass(frozen=True, slots=True)
+class OpenTransaction:
+    """A transaction that has written, and for which a new slot waits. It is prepared if it has a `gid`, not a `pid`.
+
+    `since` and `state` are None if the role may not see them.
+    """
+
+    pid: int | None
+    name: str
+    state: str | None
+    since: str | None
+    gid: str | None
+    database: str | None
+
+    @property
+    def holder(self) -> str:
+        """Who holds it open."""
+        return f"process {self.pid}" if self.gid is None else f"prepared transaction {sql.quote(self.gid)}"
+
+
+# pg_locks, for pg_stat_activity shows other roles' transactions to superusers only.
+_OPEN: Final = """
+SELECT l.pid, coalesce(nullif(a.application_name, ''), 'no name'), a.state,
+       coalesce(a.xact_start, p.prepared)::timestamptz(0)::text, p.gid, p.database::text
 FROM pg_locks l
 LEFT JOIN pg_stat_activity a USING (pid)
 LEFT JOIN pg_prepared_xacts p ON p.transaction = l.transactionid
 WHERE l.locktype = 'transactionid' AND l.mode = 'ExclusiveLock' AND l.granted
-    AND coalesce(a.xact_start, '-infinity') < clock_timestamp() - make_interval(secs => %s)
+    AND coalesce(a.xact_start, p.prepared, '-infinity') < clock_timestamp() - make_interval(secs => %s)
 ORDER BY age(l.transactionid) DESC
 """
 
 
-def holders(connection: Connection, age: float) -> str:
-    """The transactions that have been open for so many seconds, and for which a new slot waits.
+def open_transactions(connection: Connection, age: float) -> list[OpenTransaction]:
+    """Those that have been open for so many seconds, or may have been, the oldest first."""
+    return [OpenTransaction(*row) for row in connection.execute(_OPEN, (age,))]
 
-    From pg_locks, for pg_stat_activity shows other roles' transactions to superusers only.
-    """
-    return ", ".join(holder for (holder,) in connection.execute(_HOLDERS, (age,)))
+
+def holders(connection: Connection, age: float) -> str:
+    """Who holds up a new slot for so many seconds."""
+    return ", ".join(transaction.holder for transaction in open_transactions(connection, age))
 
 
 def creation(name: str, *, failover: bool = False) -> sql.Composed:
@@ -273,29 +297,27 @@ def create(connection: Connection, name: str, server: Server, *, failover: bool 
 
 _PEEK: Final = "SELECT count(*) FROM pg_logical_slot_peek_changes(%s, '0/1', NULL, VARIADIC %s)"
 
-
-def peek(connection: Connection, name: str, options: Mapping[str, str]) -> None:
-    """Let the plugin begin to read a slot with these options, up to its first record. The slot stays as it is."""
-    connection.execute(_PEEK, (name, [word for option in options.items() for word in option]))
-
-
 _CREATE_TEMPORARY: Final = "SELECT pg_create_logical_replication_slot(%s, %s, true)"
 
 
-@contextmanager
-def temporary(connection: Connection, *, timeout: float) -> Iterator[str]:
-    """A slot for a moment; yields its name. Raises QueryCanceled if open transactions hold it up for so long."""
-    name = f"cdc_worker_{connection.info.backend_pid}"
+def peek(connection: Connection, name: str | None, options: Mapping[str, str], *, timeout: float = 2) -> None:
+    """Let the plugin begin to read a slot with these options, up to its first record. The slot stays as it is.
+
+    Without a name it is a slot for that moment; QueryCanceled if open transactions hold it up for so many seconds.
+    """
+    words = [word for option in options.items() for word in option]
+    if name is not None:
+        connection.execute(_PEEK, (name, words))
+        return
+    temporary = f"cdc_worker_{connection.info.backend_pid}"
     with patient(connection, timeout):
-        connection.execute(_CREATE_TEMPORARY, (name, wal2json.PLUGIN))
-    try:
-        yield name
-    finally:
-        connection.execute(_DROP, (name,))
+        connection.execute(_CREATE_TEMPORARY, (temporary, wal2json.PLUGIN))
+    connection.execute(_PEEK, (temporary, words))  # after an error the server drops it itself
+    connection.execute(_DROP, (temporary,))
 
 
-def plugin_release(connection: Connection, name: str) -> str:
-    """Which releases of the plugin this may be, by the options that it knows. It reads the slot as `peek` does."""
+def plugin_release(connection: Connection, name: str | None) -> str:
+    """Which releases of the plugin this may be, by the options that it knows; the slot is as for `peek`."""
     for option, release in wal2json.RELEASES.items():
         try:
             peek(connection, name, {"format-version": "2", option: "0"})

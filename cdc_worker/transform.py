@@ -12,13 +12,16 @@ from typing import Any, Final
 import msgspec
 
 from cdc_worker.activities import Activity, DeadLetter, Person, Scope, Stretch, change_key, key_prefix
-from cdc_worker.changes import Change, Message, Row, Transaction, Value
+from cdc_worker.changes import CUTOVER_PREFIX, Change, Message, Row, Transaction, Value
 from cdc_worker.errors import UnknownValueError
 from cdc_worker.lsn import INVALID
 from cdc_worker.rules import Event, Rule, Rules, Table, event_of, text
 
 CONTEXT_PREFIX: Final = "cdc_worker.context"
 """Prefix of the logical messages in which an application says who changes what follows."""
+
+PREFIXES: Final = (CONTEXT_PREFIX, CUTOVER_PREFIX)
+"""Of all logical messages that are for the worker."""
 
 FACT_DISTANCE: Final = 10_000
 """How many changes of the same transaction may lie between a change and the fact that completes it."""

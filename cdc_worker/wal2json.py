@@ -22,6 +22,9 @@ PLUGIN: Final = "wal2json"
 OPTIONAL: Final = ("include-xids", "include-type-oids", "add-msg-prefixes")
 """Options that an old wal2json may not know, and without which it can still be read."""
 
+RELEASES: Final = {"numeric-data-types-as-string": "2.6 or later", "include-pk": "2.3 to 2.5"}
+"""Options that came with a release, the newest first, and what a plugin that knows them may be."""
+
 _SPACES: Final = " \t\n\v\f\r"
 
 

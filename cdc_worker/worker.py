@@ -41,7 +41,7 @@ from cdc_worker.protocol import PrimaryKeepalive
 from cdc_worker.replication import Replication
 from cdc_worker.rules import compile_rules
 from cdc_worker.sink import Sink, Writing, Written
-from cdc_worker.transform import CONTEXT_PREFIX, Transformer
+from cdc_worker.transform import PREFIXES, Transformer
 from cdc_worker.watch import INTERVAL as WATCH_INTERVAL
 from cdc_worker.watch import MOVED, Watch
 
@@ -349,7 +349,7 @@ class Worker:
     ) -> tuple[Replication, float]:
         """Read the slot, as soon as nobody else does; returns with it the server's wal_sender_timeout."""
         settings = self._settings
-        options = wal2json.options(self._rules, (CONTEXT_PREFIX, CUTOVER_PREFIX))
+        options = wal2json.options(self._rules, PREFIXES)
         while True:
             self._stand_by(connection)
             found = checkpoint.read(connection, settings.worker)

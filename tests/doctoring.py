@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import subprocess
 
 from support import Crm, eventually
@@ -55,7 +56,7 @@ def mend(crm: Crm, fix: str, *, server: Cluster | None = None) -> None:
         if _SQL.match(step):
             crm.connection.execute(step.encode())
         elif step.startswith("cdc-worker "):
-            crm.succeed(*step.split()[1:], dsn=crm.dsn)
+            crm.succeed(*shlex.split(step)[1:], dsn=crm.dsn)
         elif step == "restart the server":
             assert server, fix
             server.restart()
