@@ -238,6 +238,48 @@ def grant(crm: Crm, role: str) -> None:
     crm.settings["dsn"] = make_conninfo(crm.dsn, user=role)
 
 
+@contextmanager
+def role(crm: Crm, attributes: str = "", *, granted: bool = True) -> Iterator[None]:
+    """Let the commands use a role of their own, with all that the worker needs or with some attributes only."""
+    if granted:
+        grant(crm, "cdc")
+    else:
+        crm.connection.execute(f"CREATE ROLE cdc LOGIN {attributes}".encode())
+        crm.settings["dsn"] = make_conninfo(crm.dsn, user="cdc")
+    try:
+        yield
+    finally:
+        del crm.settings["dsn"]
+        crm.execute("DROP OWNED BY cdc CASCADE")
+        crm.execute("DROP ROLE cdc")
+
+
+@contextmanager
+def having(server: Cluster, **settings: str) -> Iterator[None]:
+    """A server with other settings, which take effect without a restart; afterwards as it was."""
+
+    def current() -> dict[str, str]:
+        with psycopg.connect(server.dsn()) as connection:
+            rows = connection.execute(
+                "SELECT name, reset_val FROM pg_settings WHERE name = ANY (%s)", (list(settings),)
+            )
+            return dict(rows.fetchall())
+
+    before = current()
+    server.set(**settings)
+    server.reload()
+    eventually(lambda: current() != before, what=f"{settings}")
+    changed = current()
+    try:
+        yield
+    finally:
+        with psycopg.connect(server.dsn(), autocommit=True) as connection:
+            connection.execute("ALTER SYSTEM RESET ALL")  # what a test did about them
+        server.set(**before)
+        server.reload()
+        eventually(lambda: current() != changed, what=f"{before}")
+
+
 def leadfi(connection: psycopg.Connection[TupleRow]) -> None:
     """Make LeadFi's tables."""
     connection.execute(schema("leadfi.sql").encode())

@@ -12,7 +12,7 @@ import psycopg
 import pytest
 from psycopg import sql
 from psycopg.conninfo import make_conninfo
-from support import Crm, crm_on, eventually, grant, stranger
+from support import Crm, crm_on, eventually, grant, having, role, stranger
 
 from cdc_worker import errors, postgres
 from cdc_worker.cluster import Binaries, Cluster, find_binaries
@@ -46,30 +46,6 @@ def spare_crm(spare: Cluster, tmp_path: Path) -> Iterator[Crm]:
     with crm_on(spare, tmp_path) as crm:
         crm.setup()
         yield crm
-
-
-@contextmanager
-def having(server: Cluster, **settings: str) -> Iterator[None]:
-    """A server with other settings, which take effect without a restart."""
-
-    def current() -> dict[str, str]:
-        with psycopg.connect(server.dsn()) as connection:
-            rows = connection.execute(
-                "SELECT name, reset_val FROM pg_settings WHERE name = ANY (%s)", (list(settings),)
-            )
-            return dict(rows.fetchall())
-
-    before = current()
-    server.set(**settings)
-    server.reload()
-    eventually(lambda: current() != before, what=f"{settings}")
-    changed = current()
-    try:
-        yield
-    finally:
-        server.set(**before)
-        server.reload()
-        eventually(lambda: current() != changed, what=f"{before}")
 
 
 @pytest.fixture(scope="module")
@@ -615,22 +591,6 @@ def test_tables_of_which_nothing_would_come(crm: Crm, tmp_path: Path) -> None:
 
 
 # Rights
-
-
-@contextmanager
-def role(crm: Crm, attributes: str = "", *, granted: bool = True) -> Iterator[None]:
-    """Let the commands use a role of their own, with all that the worker needs or with some attributes only."""
-    if granted:
-        grant(crm, "cdc")
-    else:
-        crm.connection.execute(f"CREATE ROLE cdc LOGIN {attributes}".encode())
-        crm.settings["dsn"] = make_conninfo(crm.dsn, user="cdc")
-    try:
-        yield
-    finally:
-        del crm.settings["dsn"]
-        crm.execute("DROP OWNED BY cdc CASCADE")
-        crm.execute("DROP ROLE cdc")
 
 
 def test_a_role_without_replication(spare_crm: Crm) -> None:
