@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import sys
+import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, ParamSpec
 
@@ -168,15 +170,26 @@ def _confirm(question: str, *, otherwise: str = "--yes does it, --dry-run shows 
 
 @main.command()
 @click.option("--json", "as_json", is_flag=True, help="For machines.")
+@click.option("--watch", is_flag=True, help="Look every two seconds, until Ctrl-C; with --json a line each time.")
 @_settings
-def status(settings: Settings, as_json: bool) -> None:
-    """Show slot, checkpoint and lag.
+def status(settings: Settings, as_json: bool, watch: bool) -> None:
+    """Show whether the worker is alive and keeping up, what it holds up, and what went wrong last.
 
     \b
-    Example: cdc-worker status --json
+    Example: cdc-worker status --watch
     """
-    found = state.status(settings)
-    click.echo(found.model_dump_json(indent=2) if as_json else "\n".join(state.lines(found)))
+    if not watch:
+        found = state.status(settings)
+        click.echo(found.model_dump_json(indent=2) if as_json else "\n".join(state.lines(found)))
+        return
+    with suppress(KeyboardInterrupt):
+        for seen in state.watch(settings):
+            if as_json:
+                click.echo(seen.model_dump_json())
+            else:
+                click.clear()  # does nothing where the output is no terminal
+                click.echo("\n".join([*state.lines(seen), ""]))
+            time.sleep(2)
 
 
 @main.command()

@@ -1,83 +1,310 @@
-"""What a person on call asks: is it alive, and is it keeping up."""
+"""What a person on call asks: is it alive, is it keeping up, what does it hold up, what went wrong last."""
 
 from __future__ import annotations
 
-from datetime import datetime
+from collections.abc import Iterator
+from datetime import datetime, timedelta
 from typing import Any, Final
 
+import psycopg
+from psycopg.rows import class_row
 from pydantic import BaseModel, Field
 
-from cdc_worker import checkpoint, postgres, slot
+from cdc_worker import __version__, checkpoint, errors, postgres, process, slot
 from cdc_worker.config import Settings
 from cdc_worker.lsn import LSN
-from cdc_worker.postgres import fetch_one
+from cdc_worker.postgres import Connection
+from cdc_worker.process import Known
+from cdc_worker.slot import Slot
 
-_WALSENDER: Final = """
-SELECT replay_lsn, greatest(0, extract(epoch FROM clock_timestamp() - %s::timestamptz))::float8,
-       (SELECT count(*) FROM cdc_worker.dead_letter WHERE worker = %s)
-FROM (SELECT) one LEFT JOIN pg_stat_replication ON pid = %s
-"""
+SILENCE: Final = 30.0
+"""A worker that has not answered for so many seconds is stopped, or cut off."""
+
+BEHIND: Final = 5.0
+"""Activities that come so many seconds after their change are late."""
+
+SEGMENT: Final = 16 << 20
+
+
+class Counts(BaseModel):
+    """How many there were lately, to ten seconds."""
+
+    minute: int = Field(description="in the last minute")
+    hour: int = Field(description="in the last hour")
+    day: int = Field(description="in the last 24 hours")
+
+
+class Process(BaseModel):
+    """A process of the worker that runs."""
+
+    role: str = Field(description="`active`, or `standby`: it waits for the slot")
+    host: str = Field(description="where it runs")
+    pid: int = Field(description="its number there")
+    version: str = Field(description="of cdc-worker")
+    started_at: datetime = Field(description="since when it runs")
+    uptime: float = Field(description="for how many seconds")
+
+
+class Failure(BaseModel):
+    """What went wrong last, in any of the last twenty processes; it may have healed."""
+
+    error: str = Field(description="what it was")
+    at: datetime = Field(description="when")
+    host: str = Field(description="where the process ran, or runs")
+    pid: int = Field(description="its number there")
+    exit_code: int | None = Field(description="with what the process ended since; null if it runs, or was killed")
 
 
 class Status(BaseModel):
     """The state of one worker, seen from the database. These are the fields of `status --json`."""
 
-    worker: str
-    slot: str
-    plugin: str
+    worker: str = Field(description="name of the worker")
+    late: str | None = Field(description="in one line, why activities are late; null if they are not")
+    processes: list[Process] = Field(description="its processes that run, the active one first")
+    slot: str = Field(description="name of the slot")
+    plugin: str | None = Field(None, description="output plugin of the slot; null if there is no such slot, as below")
     streaming: bool = Field(description="a cdc-worker reads the slot now")
-    active_pid: int | None = Field(description="process of the server that serves the slot's reader")
-    holder: str | None = Field(description="application_name of the slot's reader")
+    active_pid: int | None = Field(None, description="process of the server that serves the slot's reader")
+    holder: str | None = Field(None, description="application_name of the slot's reader")
     checkpoint: str = Field(description="all commits that end at or before this LSN are written")
     commit_lsn: str | None = Field(description="the commit of which a part is written")
     changes: int = Field(description="how many changes of that commit are written")
     committed_at: datetime | None = Field(description="when the last change written was committed")
     wal_end: str = Field(description="end of the server's WAL")
     lag_bytes: int = Field(description="WAL that the worker has not dealt with; a quiet worker has read it all")
-    lag_seconds: float = Field(description="time since the last change written was committed, 0 without lag in bytes")
-    retained_bytes: int = Field(description="WAL that the server keeps for the slot")
-    wal_status: str = Field(description="as in pg_replication_slots")
-    dead_letters: int = Field(description="changes that could not become activities")
+    lag_seconds: float = Field(
+        description="at most so long ago the first change not written was committed; 0 without lag in bytes"
+    )
+    retained_bytes: int | None = Field(None, description="WAL that the server keeps for the slot")
+    wal_status: str | None = Field(None, description="as in pg_replication_slots")
+    activities: Counts = Field(description="activities written")
+    dead_letters: Counts = Field(description="changes that could not become activities")
+    dead_letters_waiting: int = Field(description="those that nobody has seen to")
+    last_error: Failure | None = Field(description="what went wrong last")
+    version: str = Field(description="of this command")
+    server_version: str = Field(description="of PostgreSQL")
+
+
+class Unreachable(BaseModel):
+    """What `status --json` prints where there is no database to ask."""
+
+    worker: str = Field(description="name of the worker")
+    late: str = Field(description="why there is nothing to tell")
+
+
+_LATELY: Final = """
+SELECT CASE WHEN writer.wait_event = 'SyncRep' THEN current_setting('synchronous_standby_names') END AS standbys,
+       sender.write_lsn, sender.replay_lsn, sender.reply_time,
+       extract(epoch FROM clock_timestamp() - coalesce(sender.reply_time, sender.backend_start))::float8 AS silence,
+       clock_timestamp() AS now, current_setting('server_version') AS server_version,
+       (SELECT count(*) FROM cdc_worker.dead_letter WHERE worker = %(worker)s) AS waiting,
+       (SELECT reason FROM cdc_worker.dead_letter WHERE worker = %(worker)s
+        ORDER BY dead_letter_id DESC LIMIT 1) AS reason
+FROM (SELECT) one
+LEFT JOIN pg_stat_replication sender ON sender.pid = %(sender)s
+LEFT JOIN pg_stat_activity writer ON writer.pid = %(writer)s
+"""
+
+# The counts of the checkpoint, less what they were when the stretch began: the last tally before it, or else the first.
+_COUNTS: Final = """
+SELECT stretch, now.activities - coalesce(before.activities, first.activities, now.activities) AS activities,
+       now.dead_letters - coalesce(before.dead_letters, first.dead_letters, now.dead_letters) AS dead_letters
+FROM cdc_worker.checkpoint now
+CROSS JOIN unnest(ARRAY['minute', 'hour', 'day']) AS stretch
+LEFT JOIN LATERAL (
+    SELECT activities, dead_letters FROM cdc_worker.tally t
+    WHERE t.worker = now.worker AND at <= clock_timestamp() - ('1 ' || stretch)::interval ORDER BY at DESC LIMIT 1
+) AS before ON true
+LEFT JOIN LATERAL (
+    SELECT activities, dead_letters FROM cdc_worker.tally t WHERE t.worker = now.worker ORDER BY at LIMIT 1
+) AS first ON true
+WHERE now.worker = %s
+"""
+
+
+class _Seen(BaseModel):
+    """A row of _LATELY."""
+
+    standbys: str | None
+    write_lsn: str | None
+    replay_lsn: str | None
+    reply_time: datetime | None
+    silence: float | None
+    now: datetime
+    server_version: str
+    waiting: int
+    reason: str | None
 
 
 def status(settings: Settings) -> Status:
-    """Look. Raises NotSetUpError, SlotMissingError and what a connection can fail with."""
+    """Look. Raises NotSetUpError and what a connection can fail with."""
     with postgres.connect(settings.dsn.get_secret_value(), settings.worker) as connection:
-        known = checkpoint.read(connection, settings.worker)
-        found = slot.require(slot.read(connection, known.slot), name=known.slot, checkpoint=known.position.lsn)
-        since = known.committed_at or known.written_at
-        replayed, seconds, dead_letters = fetch_one(connection, _WALSENDER, since, settings.worker, found.active_pid)
-        reached = max(known.position.lsn, LSN.parse(replayed or "0/0"))
-        lag = max(0, found.wal_end - reached)
+        return _status(connection, settings.worker)
+
+
+def _status(connection: Connection, worker: str) -> Status:
+    name = checkpoint.read(connection, worker).slot
+    found = slot.read(connection, name)  # before the checkpoint, which an active worker writes first
+    known = checkpoint.read(connection, worker)
+    processes = process.known(connection, worker)
+    parameters = {"worker": worker, "sender": found and found.active_pid, "writer": known.backend_pid}
+    with connection.cursor(row_factory=class_row(_Seen)) as cursor:
+        (seen,) = cursor.execute(_LATELY, parameters).fetchall()
+    wal_end = found.wal_end if found else slot.committed_so_far(connection)
+    lag = max(0, wal_end - max(known.position.lsn, LSN.parse(seen.replay_lsn or "0/0")))
+    since = known.committed_at or known.written_at
+    if seen.reply_time and seen.write_lsn == seen.replay_lsn and lag < SEGMENT:
+        since = max(since, seen.reply_time)  # at that time all that it had read was written
+    seconds = max(0.0, (seen.now - since).total_seconds()) if lag else 0.0
+    streaming = found is not None and found.active_pid is not None and found.held_by_worker
+    lately = {stretch: counts for stretch, *counts in connection.execute(_COUNTS, (worker,))}
+    activities, dead_letters = (
+        Counts(**{stretch: counts[place] for stretch, counts in lately.items()}) for place in (0, 1)
+    )
+    try:
+        _, checked = slot.check_checkpoint(connection, worker, name)
+    except errors.CdcWorkerError as error:
+        late: str | None = f"gap: {error}"
+    else:
+        holders = postgres.blockers(connection, known.backend_pid) if streaming and known.backend_pid else []
+        late = _late(checked, processes, seen, holders, lag=lag, seconds=seconds)
+    of_slot: dict[str, Any] = {}
+    if found is not None:
+        of_slot = {
+            "plugin": found.plugin,
+            "active_pid": found.active_pid,
+            "holder": found.holder,
+            "retained_bytes": found.retained,
+            "wal_status": found.wal_status,
+        }
     return Status(
-        worker=known.worker,
-        slot=found.name,
-        plugin=found.plugin,
-        streaming=found.active_pid is not None and found.held_by_worker,
-        active_pid=found.active_pid,
-        holder=found.holder,
+        worker=worker,
+        late=late,
+        processes=[
+            Process(
+                role="active" if of.active else "standby",
+                host=of.host,
+                pid=of.pid,
+                version=of.version,
+                started_at=of.started_at,
+                uptime=round(of.uptime, 3),
+            )
+            for of in sorted(processes, key=lambda of: not of.active)
+            if of.alive
+        ],
+        slot=name,
+        streaming=streaming,
         checkpoint=str(known.position.lsn),
         commit_lsn=str(known.position.commit_lsn) if known.position.commit_lsn else None,
         changes=known.position.changes,
         committed_at=known.committed_at,
-        wal_end=str(found.wal_end),
+        wal_end=str(wal_end),
         lag_bytes=lag,
-        lag_seconds=round(seconds, 3) if lag else 0.0,
-        retained_bytes=found.retained,
-        wal_status=found.wal_status,
+        lag_seconds=round(seconds, 3),
+        activities=activities,
         dead_letters=dead_letters,
+        dead_letters_waiting=seen.waiting,
+        last_error=_last_error(processes),
+        version=__version__,
+        server_version=seen.server_version,
+        **of_slot,
     )
 
 
-def lines(found: Status) -> list[str]:
+def _late(
+    found: Slot, processes: list[Known], seen: _Seen, holders: list[str], *, lag: int, seconds: float
+) -> str | None:
+    """Why activities are late."""
+    waiting = [of for of in processes if of.alive and not of.active]
+    if found.active_pid is None:
+        return f"standby: {_named(waiting[0])} is about to take over" if waiting else _not_running(processes)
+    if not found.held_by_worker:
+        return f"slot taken: it is read by {found.reader}"
+    if seen.silence is not None and seen.silence > SILENCE:
+        stand_by = f"{_named(waiting[0])} waits until the server frees the slot; " if waiting else ""
+        return (
+            f"silence: the active worker has not answered for {seen.silence:.0f} s; {stand_by}"
+            "to replace it at once: cdc-worker run --takeover"
+        )
+    if holders:
+        return f"target locked: by {', '.join(holders)}"
+    if seen.standbys is not None:
+        return f"commits wait for a synchronous standby (synchronous_standby_names is {seen.standbys})"
+    if seconds > BEHIND:
+        return f"catching up: {lag:,} bytes are to be read, or to be written"
+    if seen.waiting:
+        return f"dead letters: {seen.waiting:,} changes wait to be seen to, the last because {seen.reason}"
+    return None
+
+
+def _not_running(processes: list[Known]) -> str:
+    if not processes:
+        return "not running: no worker has run yet"
+    last = processes[0]
+    if last.ended_at is None:
+        return f"not running: {_named(last)} has vanished"
+    if last.exit_code:
+        return f"not running: {_named(last)} ended with {last.exit_code}: {last.failure}"
+    return f"not running: {_named(last)} was asked to end at {last.ended_at:%Y-%m-%d %H:%M:%S %Z}"
+
+
+def _named(of: Known) -> str:
+    return f"process {of.pid} on {of.host}"
+
+
+def _last_error(processes: list[Known]) -> Failure | None:
+    failures = [
+        Failure(error=of.failure, at=of.failed_at, host=of.host, pid=of.pid, exit_code=of.exit_code)
+        for of in processes
+        if of.failure is not None and of.failed_at is not None
+    ]
+    return max(failures, key=lambda failure: failure.at, default=None)
+
+
+def watch(settings: Settings) -> Iterator[Status | Unreachable]:
+    """Look again and again, also while there is no server."""
+    while True:
+        try:
+            yield status(settings)
+        except (psycopg.Error, errors.CdcWorkerError) as error:
+            known = postgres.failure(error) if isinstance(error, psycopg.Error) else error
+            down = isinstance(error, psycopg.Error) and postgres.is_transient(error.sqlstate)
+            yield Unreachable(worker=settings.worker, late=f"server down: {known}" if down else str(known))
+
+
+def lines(found: Status | Unreachable) -> list[str]:
     """The status as a person reads it."""
-    values: dict[str, Any] = {
-        "worker": found.worker,
-        "slot": f"{found.slot} ({found.plugin}, {found.wal_status}, {found.retained_bytes:,} bytes of WAL retained)",
-        "reader": f"{found.holder}, process {found.active_pid}" if found.active_pid else "none",
+    values: dict[str, Any] = {"worker": found.worker, "late": found.late or "no"}
+    if isinstance(found, Status):
+        values |= _values(found)
+    return [f"{name + ':':14}{value}" for name, value in values.items() if value is not None]
+
+
+def _values(found: Status) -> dict[str, Any]:
+    reader = f"{found.holder}, process {found.active_pid} of the server" if found.active_pid else "none"
+    failure = found.last_error
+    return {
+        **{
+            of.role + ("" if place == 0 or of.role == "active" else f" {place + 1}"): (
+                f"process {of.pid} on {of.host}, cdc-worker {of.version},"
+                f" up {timedelta(seconds=round(of.uptime))} since {of.started_at:%Y-%m-%d %H:%M:%S %Z}"
+            )
+            for place, of in enumerate(found.processes)
+        },
+        "slot": f"{found.slot} ({found.plugin}, {found.wal_status})"
+        if found.plugin
+        else f"{found.slot}, which is gone",
+        "reader": reader,
         "checkpoint": found.checkpoint
         + (f", and {found.changes:,} changes of the commit at {found.commit_lsn}" if found.commit_lsn else ""),
         "lag": f"{found.lag_bytes:,} bytes, {found.lag_seconds:.1f} s",
-        "dead letters": found.dead_letters,
+        "retained WAL": None if found.retained_bytes is None else f"{found.retained_bytes:,} bytes",
+        "activities": _counts(found.activities),
+        "dead letters": f"{_counts(found.dead_letters)}; {found.dead_letters_waiting:,} waiting",
+        "last error": f"{failure.at:%Y-%m-%d %H:%M:%S %Z}: {failure.error}" if failure else "none",
+        "server": f"PostgreSQL {found.server_version}",
     }
-    return [f"{name + ':':14}{value}" for name, value in values.items()]
+
+
+def _counts(counts: Counts) -> str:
+    return f"{counts.minute:,} in the last minute, {counts.hour:,} in the hour, {counts.day:,} in the day"
