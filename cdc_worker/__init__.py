@@ -17,13 +17,15 @@ In reading order. The core takes values and returns values:
     activities  what it meant: activities, dead letters, batches, positions, keys
     profile     what a CRM's tables mean, as read from TOML
     rules       a profile compiled into functions
+    written     what its rules write to each column
     transform   transactions to activities
 
 The edges each know one thing outside:
 
     config      settings
     log         structured logs
-    postgres    connections, SQLSTATEs, the catalog
+    postgres    connections, SQLSTATEs
+    catalog     the tables as the database has them, and whether a profile fits
     ddl         changes of the database's structure, in steps that hardly wait
     checkpoint  how far a worker has written, and who may write
     slot        the server's promise to keep WAL

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, ClassVar, Literal, NamedTuple
@@ -79,6 +79,14 @@ Person = tuple[str, str]
 """A field of activities that links to persons, and a key in it as text."""
 
 
+class OpenEnds(NamedTuple):
+    """Tables that setup has not seen, those that are left out until a cut-over, and those that are in no profile."""
+
+    fresh: Set[tuple[str, str]]
+    waiting: Set[tuple[str, str]]
+    others: Set[tuple[str, str]]
+
+
 class Scope(msgspec.Struct, frozen=True):
     """Of what there are no activities although rules apply, or only blank ones.
 
@@ -98,6 +106,14 @@ class Scope(msgspec.Struct, frozen=True):
             for table, stretches in self.excluded.items()
             if any(begin <= commit_lsn and (end is None or commit_lsn < end) for begin, end in stretches)
         )
+
+    def open_ends(self, captured: Set[tuple[str, str]]) -> OpenEnds:
+        """What is still to be done that all captured tables, and no others, are recorded."""
+        excluded = self.excluded
+        fresh = captured - excluded.keys()
+        waiting = {table for table in captured - fresh if any(end is None for _, end in excluded[table])}
+        others = {table for table in excluded.keys() - captured if any(not begin for begin, _ in excluded[table])}
+        return OpenEnds(fresh, waiting, others)
 
 
 def key_prefix(worker: str, system_identifier: str, commit_lsn: LSN) -> str:

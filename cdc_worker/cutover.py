@@ -119,23 +119,40 @@ def trackers(connection: Connection, profile: Profile, rules: Rules) -> list[Tra
     return [Tracker((schema, table), name, restore) for schema, table, name, restore in rows]
 
 
-def unclear(connection: Connection, profile: Profile, rules: Rules) -> Iterator[str]:
-    """A line for each trigger that may record changes as well, and that is not for us to take away."""
+@dataclass(frozen=True, slots=True)
+class Unclear:
+    """A trigger that may record changes of a captured table as well; it is certain to write the target, or it isn't."""
+
+    table: str
+    name: str
+    writes: bool
+    why: str
+
+
+def unclear_triggers(connection: Connection, profile: Profile, rules: Rules) -> Iterator[Unclear]:
+    """The triggers that may record changes as well, and that are not for us to take away."""
     for table, name, writes in connection.execute(_UNCLEAR, _parameters(profile, rules)):
         why = (
             f"writes {profile.target.table} before the row is changed, and may change the row as well"
             if writes
             else "runs statements that its text doesn't tell"
         )
-        yield f"note: trigger {name} of {table} {why}: see whether it records what the worker records"
+        yield Unclear(table, name, writes, f"trigger {name} of {table} {why}")
+
+
+def unclear(connection: Connection, profile: Profile, rules: Rules) -> Iterator[str]:
+    """A line for each of them."""
+    for trigger in unclear_triggers(connection, profile, rules):
+        yield f"note: {trigger.why}: see whether it records what the worker records"
 
 
 def _parameters(profile: Profile, rules: Rules) -> dict[str, object]:
     schema, table = (_pattern(name) for name in qualified(profile.target.table))
-    return {"schema": schema, "table": table, "captured": [_on(".".join(t)).as_string() for t in _recorded(rules)]}
+    return {"schema": schema, "table": table, "captured": [_on(".".join(t)).as_string() for t in recorded(rules)]}
 
 
-def _recorded(rules: Rules) -> list[tuple[str, str]]:
+def recorded(rules: Rules) -> list[tuple[str, str]]:
+    """The captured tables that have activities of their own."""
     return [table.name for table in rules.values() if any(table.rules.values())]
 
 
@@ -179,13 +196,17 @@ def forward(
 
 def not_yet(connection: Connection, worker: str, found: Iterable[Tracker]) -> Iterator[str]:
     """A line for each table that stays with its triggers, because the worker doesn't capture it yet."""
+    for table in not_captured(connection, worker, {".".join(tracker.table) for tracker in found}):
+        yield (
+            f"note: {table} stays with its triggers, for the worker has not run with it yet:"
+            " start it with this profile, or send it a SIGHUP, then: cdc-worker cutover"
+        )
+
+
+def not_captured(connection: Connection, worker: str, tables: Iterable[str]) -> list[str]:
+    """Which of these tables the worker has not run with yet, if it has run."""
     captured = _captured(connection, worker)
-    for table in sorted({".".join(tracker.table) for tracker in found}):
-        if captured is not None and table not in captured:
-            yield (
-                f"note: {table} stays with its triggers, for the worker has not run with it yet:"
-                " start it with this profile, or send it a SIGHUP, then: cdc-worker cutover"
-            )
+    return sorted(table for table in tables if captured is not None and table not in captured)
 
 
 _GIVEN_BACK: Final = _WAITING + " AND triggers AND from_lsn <> '0/0'"
@@ -217,7 +238,7 @@ FROM cdc_worker.replaced WHERE kind = 'tracker' AND table_name = ANY (%s) GROUP 
 
 def back(connection: Connection, worker: str, rules: Rules) -> Iterator[Step]:
     """Steps that bring the triggers back, a table each: from there on all workers leave it to them."""
-    tables = [".".join(table) for table in _recorded(rules)]
+    tables = [".".join(table) for table in recorded(rules)]
     for table, names, restores in connection.execute(_REPLACED, (tables,)).fetchall():
         restored = [ddl.attempt(restore) for restore in restores]
         yield _step(f"{table}: recorded by {', '.join(names)} again", worker, table, *restored, _END, _FORGET)

@@ -14,7 +14,7 @@ from psycopg import sql
 from psycopg.types.json import Jsonb
 from pydantic import BaseModel, Field
 
-from cdc_worker import checkpoint, errors, postgres
+from cdc_worker import catalog, checkpoint, errors, postgres
 from cdc_worker.activities import Person
 from cdc_worker.changes import Change
 from cdc_worker.config import Settings
@@ -73,7 +73,7 @@ def forget(settings: Settings, profile: Profile, persons: Mapping[str, str]) -> 
     target = _Target(profile, rules, worker)
     links = {field: target.link(field) for field in persons}
     with postgres.connect(settings.dsn.get_secret_value(), worker) as connection:
-        types = postgres.check_catalog(connection, profile, rules).columns
+        types = catalog.check(connection, profile, rules).columns
         erased = {field: _key(connection, field, key, types[links[field]]) for field, key in persons.items()}
         checkpoint.read(connection, worker)
         # Each statement must see what was committed before it, such as the batch for whose end the first one waits.

@@ -400,18 +400,15 @@ class Worker:
     def _scope(self, known: Scope) -> Scope:
         """What is `known` to be left out, and whole tables that setup has not seen. Warns of what is to be done."""
         captured = {table.name for table in self._rules.values() if any(table.rules.values())}
-        excluded = known.excluded
-        fresh = captured - excluded.keys()
-        waiting = {table for table in captured - fresh if any(end is None for _, end in excluded[table])}
-        others = {table for table in excluded.keys() - captured if any(not begin for begin, _ in excluded[table])}
+        ends = known.open_ends(captured)
         for event, tables, mend in (
-            ("table_not_set_up", fresh, "cdc-worker setup"),
-            ("cutover_pending", waiting, "cdc-worker cutover"),
-            ("table_not_in_profile", others, "the profile, then SIGHUP"),
+            ("table_not_set_up", ends.fresh, "cdc-worker setup"),
+            ("cutover_pending", ends.waiting, "cdc-worker cutover"),
+            ("table_not_in_profile", ends.others, "the profile, then SIGHUP"),
         ):
             if tables:
                 self._log.warning(event, tables=sorted(map(".".join, tables)), mend=mend)
-        return Scope({**excluded, **{table: [(INVALID, None)] for table in fresh}}, known.erased)
+        return Scope({**known.excluded, **{table: [(INVALID, None)] for table in ends.fresh}}, known.erased)
 
     def _warn_of_dropped(self, operation: str, table: str) -> None:
         """Raise an alarm, one a table: the server warns of each row."""

@@ -555,7 +555,7 @@ def test_a_profile_that_does_not_fit_the_database(crm: Crm, tmp_path: Path) -> N
         "  captured table public.client does not exist",
         "  target table public.activity has no column bd",
     ]
-    assert hint == "mend the profile, or run: cdc-worker setup"
+    assert hint == "mend the profile, or run: cdc-worker setup; of each fault tells: cdc-worker doctor"
     crm.record()
     assert names(crm) == ["Ann"]
 
@@ -580,11 +580,11 @@ def test_tables_of_which_nothing_would_come(crm: Crm, tmp_path: Path) -> None:
     profile = leadfi_with(tmp_path, ("[tables.contact]", f"{more}[tables.contact]"))
     said, _ = refused(crm, errors.CatalogMismatchError, profile=profile)
     assert said.splitlines()[1:] == [
-        "  captured table public.parted is partitioned: its changes bear the names of its partitions, capture those",
-        "  captured table public.seen is a view: capture the tables that it shows",
-        "  captured table public.kept is a view: capture the tables that it shows",
-        "  captured table public.remote is foreign: its changes are another server's, capture it there",
-        "  captured table public.fast is unlogged: its changes are not in the WAL, ALTER TABLE fast SET LOGGED",
+        "  captured table public.parted is partitioned: its changes bear the names of its partitions",
+        "  captured table public.seen is a view: it has no changes of its own",
+        "  captured table public.kept is a view: it has no changes of its own",
+        "  captured table public.remote is foreign: its changes are another server's",
+        "  captured table public.fast is unlogged: its changes are not in the WAL",
     ]
     crm.record()
     assert names(crm) == ["Ann"]

@@ -9,19 +9,23 @@ import pytest
 
 import cdc_worker
 
-CORE = ["errors", "lsn", "protocol", "changes", "wal2json", "pgoutput", "activities", "profile", "rules", "transform"]
+CORE = [
+    *("errors", "lsn", "protocol", "changes", "wal2json", "pgoutput", "activities"),
+    *("profile", "rules", "written", "transform"),
+]
 
 EDGES = [
-    *("config", "log", "metrics", "postgres", "ddl", "checkpoint", "slot", "replication", "backfill", "replay", "sink"),
+    *("config", "log", "metrics", "postgres", "catalog", "ddl", "checkpoint", "slot"),
+    *("process", "watch", "replication", "backfill", "replay", "sink"),
     *(
         "cutover",
         "setup",
         "teardown",
         "erasure",
-        "process",
         "status",
         "checks",
         "server_checks",
+        "target_checks",
         "table_checks",
         "slot_checks",
         "doctor",

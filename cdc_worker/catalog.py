@@ -1,0 +1,336 @@
+"""What the database's catalog says of the profile's tables, and whether the two fit each other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from decimal import Decimal
+from typing import Final, Literal
+
+import psycopg
+from psycopg import sql
+
+from cdc_worker import errors
+from cdc_worker.postgres import Connection, fetch_one
+from cdc_worker.profile import Constant, Profile, Target
+from cdc_worker.rules import Rules, qualified, text
+from cdc_worker.written import Source, written
+
+_COLUMNS: Final = """
+WITH RECURSIVE base AS (
+    SELECT attname, atttypid AS oid FROM pg_attribute
+    WHERE attrelid = to_regclass(format('%%I.%%I', %(schema)s::text, %(table)s::text)) AND attnum > 0
+        AND NOT attisdropped
+    UNION ALL
+    SELECT attname, typbasetype FROM base JOIN pg_type USING (oid) WHERE typtype = 'd'
+)
+SELECT a.attname::text, a.atttypid::regtype::text, t.oid::regtype::text, t.typcategory::text,
+       format_type(a.atttypid, a.atttypmod),
+       attnotnull OR EXISTS (SELECT FROM base d JOIN pg_type USING (oid) WHERE d.attname = a.attname AND typnotnull),
+       atthasdef OR attidentity <> '' OR EXISTS (
+           SELECT FROM base d JOIN pg_type USING (oid) WHERE d.attname = a.attname AND typdefault IS NOT NULL),
+       attidentity = 'a', attgenerated <> '', ARRAY(SELECT enumlabel::text FROM pg_enum WHERE enumtypid = t.oid)
+FROM base b JOIN pg_type t USING (oid)
+JOIN pg_attribute a ON attrelid = to_regclass(format('%%I.%%I', %(schema)s::text, %(table)s::text))
+                   AND a.attname = b.attname
+WHERE t.typtype <> 'd'
+ORDER BY a.attnum
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """A column as the catalog has it. `type` is its type, `base` the one below domains, `declared` has its modifier.
+
+    `category` is that of `base`, as in pg_type; `labels` it has if it is an enum. It is `filled` if who leaves it out
+    gets more than a NULL, `always` is GENERATED ALWAYS AS IDENTITY, and `generated` has an expression.
+    """
+
+    name: str
+    type: str
+    base: str
+    category: str
+    declared: str
+    required: bool
+    filled: bool
+    always: bool
+    generated: bool
+    labels: list[str]
+
+
+def columns(connection: Connection, table: tuple[str, str]) -> dict[str, Column]:
+    """A table's columns by name; none when there is no such table."""
+    schema, name = table
+    return {row[0]: Column(*row) for row in connection.execute(_COLUMNS, {"schema": schema, "table": name})}
+
+
+_UNDECODED: Final = """
+SELECT CASE WHEN relkind = 'p' THEN 'partitioned: its changes bear the names of its partitions'
+            WHEN relkind IN ('v', 'm') THEN 'a view: it has no changes of its own'
+            WHEN relkind = 'f' THEN 'foreign: its changes are another server''s'
+            WHEN relkind <> 'r' THEN 'no table'
+            WHEN relpersistence = 'u' THEN 'unlogged: its changes are not in the WAL'
+            WHEN relpersistence = 't' THEN 'temporary: its changes are not in the WAL' END,
+       CASE WHEN relkind = 'p' THEN 'capture those in its place'
+            WHEN relkind IN ('v', 'm') THEN 'capture the tables that it shows in its place'
+            WHEN relkind = 'f' THEN 'capture it there'
+            WHEN relpersistence = 'u' THEN 'as its owner: ALTER TABLE ' || relation || ' SET LOGGED'
+            ELSE 'capture another one in its place' END
+FROM (VALUES (format('%%I.%%I', %s::text, %s::text))) AS named (relation)
+JOIN pg_class c ON c.oid = to_regclass(relation)
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class TargetTable:
+    """What the sink must know of the table that it writes to, beyond what the profile says.
+
+    `columns` are all of its columns, with their types; `lengths` are in characters, of the columns that have one.
+    `foreign_keys` are the constraints, with their columns, that hold for what the worker writes: each of its rows
+    locks the row that it refers to. A target that setup prepared has none.
+    """
+
+    columns: dict[str, str]
+    lengths: dict[str, int]
+    foreign_keys: dict[str, tuple[str, ...]]
+    deferrable: bool
+    row_security: bool
+    deadlock_timeout: float
+
+
+_LENGTHS: Final = """
+WITH RECURSIVE type AS (
+    SELECT attname, atttypid AS oid, atttypmod AS modifier
+    FROM pg_attribute
+    WHERE attrelid = to_regclass(format('%%I.%%I', %s::text, %s::text)) AND attnum > 0 AND NOT attisdropped
+    UNION ALL
+    SELECT attname, typbasetype, typtypmod FROM type JOIN pg_type USING (oid) WHERE typtype = 'd'
+)
+SELECT attname, modifier - 4 FROM type WHERE oid IN ('varchar'::regtype, 'bpchar'::regtype) AND modifier > 0
+"""
+
+_FOREIGN_KEYS: Final = """
+SELECT conname, (SELECT array_agg(attname::text) FROM pg_attribute WHERE attrelid = conrelid AND attnum = ANY (conkey))
+FROM pg_constraint
+WHERE conrelid = to_regclass(format('%%I.%%I', %s::text, %s::text)) AND contype = 'f'
+"""
+
+_TARGET: Final = """
+SELECT EXISTS (SELECT FROM pg_constraint WHERE conrelid = target AND condeferrable), row_security_active(target),
+       (SELECT setting::float / 1000 FROM pg_settings WHERE name = 'deadlock_timeout')
+FROM to_regclass(format('%%I.%%I', %s::text, %s::text)) AS target
+"""
+
+
+def target_table(connection: Connection, target: Target) -> TargetTable:
+    """What there is to know of a target, if it is there."""
+    table = qualified(target.table)
+    written = target.columns.keys() | target.constants.keys()
+    types = {name: column.type for name, column in columns(connection, table).items()}
+    lengths: dict[str, int] = dict(connection.execute(_LENGTHS, table).fetchall())
+    foreign_keys = {
+        name: tuple(own)
+        for name, own in connection.execute(_FOREIGN_KEYS, table)
+        if not written.isdisjoint(own)  # others are on columns that the worker leaves alone
+    }
+    return TargetTable(types, lengths, foreign_keys, *fetch_one(connection, _TARGET, *table))
+
+
+def check(connection: Connection, profile: Profile, rules: Rules) -> TargetTable:
+    """Hold a profile against the database; returns what there is to know of its target.
+
+    CatalogMismatchError has every fault with which a table, or a rule, would come to nothing.
+    """
+    if certain := [fault for fault in faults(connection, profile, rules) if fault.certain]:
+        lines = "\n".join(f"  {fault.message}" for fault in certain)
+        raise errors.CatalogMismatchError(
+            f'profile "{profile.name}" does not fit the database:\n{lines}',
+            hint="mend the profile, or run: cdc-worker setup; of each fault tells: cdc-worker doctor",
+        )
+    return target_table(connection, profile.target)
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """Where a profile and the database disagree, and what mends it. If it isn't `certain`, some rows would do.
+
+    `missing` are columns that the target doesn't have.
+    """
+
+    message: str
+    fix: str
+    certain: bool = True
+    missing: tuple[str, ...] = ()
+
+
+def faults(connection: Connection, profile: Profile, rules: Rules) -> Iterator[Fault]:
+    """Where a profile and the database disagree."""
+    captured = {table: columns(connection, table) for table in rules}
+    for table in rules.values():
+        name = ".".join(table.name)
+        found = captured[table.name]
+        where = f"[tables.{section(table.name)}] of the profile"
+        if not found:
+            yield Fault(f"captured table {name} does not exist", f"rename {where}, or take it out")
+        elif missing := sorted(table.columns - found.keys()):
+            yield Fault(
+                f"captured table {name} has no column {', '.join(missing)}", f"name columns that it has in {where}"
+            )
+        elif (undecoded := fetch_one(connection, _UNDECODED, *table.name))[0] is not None:
+            yield Fault(f"captured table {name} is {undecoded[0]}", undecoded[1])
+    yield from _never_told(connection, profile, captured)
+    yield from _target_faults(connection, profile, captured)
+
+
+def section(table: tuple[str, str]) -> str:
+    """A table's key in a profile."""
+    return table[1] if table[0] == "public" else f'"{".".join(table)}"'
+
+
+Captured = Mapping[tuple[str, str], Mapping[str, Column]]
+
+
+def _never_told(connection: Connection, profile: Profile, captured: Captured) -> Iterator[Fault]:
+    """Rules that wait for a value which their column can never have."""
+    for name, table in profile.tables.items():
+        for rule in table.rules:
+            for column, value in rule.to.items():
+                of = captured[qualified(name)].get(column)
+                if of is not None and column not in table.mapped and not _can_be(connection, of, value):
+                    described = f"rule {rule.name or rule.type} of {'.'.join(qualified(name))}"
+                    yield Fault(
+                        f'{described} is about {column} = "{text(value)}", which a {of.declared} is never',
+                        f'write a value of {of.declared} in the "to" of the rule, as PostgreSQL prints it',
+                    )
+
+
+_PRINTED: Final = "SELECT format('%%s', %s::{})"
+
+
+def _can_be(connection: Connection, column: Column, value: Constant) -> bool:
+    """Whether a decoded value of the column can equal a constant of a profile."""
+    if column.type == "boolean":
+        return value in (True, False)
+    if column.type in _NUMBERS:
+        return not isinstance(value, str)
+    if not isinstance(value, str):
+        return False
+    try:
+        (printed,) = connection.execute(_PRINTED.format(column.declared).encode(), (value,)).fetchone() or (None,)
+    except (psycopg.DataError, psycopg.IntegrityError):
+        return False
+    # Texts and enums print as they are written, but for what a length does to them; others can be written in many ways.
+    return column.category not in ("S", "E") or printed == value
+
+
+_NUMBERS: Final = ("smallint", "integer", "bigint", "numeric", "real", "double precision")
+
+_SAMPLES: Final = {
+    "smallint": ("1", "32767"),
+    "integer": ("1", "20010203", "2147483647"),
+    "bigint": ("1", "20010203", "9223372036854775807"),
+    "numeric": ("1", "0.5"),
+    "real": ("1", "0.5"),
+    "double precision": ("1", "0.5"),
+    "boolean": ("t", "f"),
+    "uuid": ("00000000-0000-0000-0000-000000000000",),
+    "date": ("2001-02-03",),
+    "timestamp without time zone": ("2001-02-03 04:05:06",),
+    "timestamp with time zone": ("2001-02-03 04:05:06+00",),
+    "json": ("{}", "[]"),
+    "jsonb": ("{}", "[]"),
+}
+"""Values of each type, of which another type that is to take them should read all."""
+
+
+def _target_faults(connection: Connection, profile: Profile, captured: Captured) -> Iterator[Fault]:
+    target, table = profile.target, qualified(profile.target.table)
+    name, relation = ".".join(table), sql.Identifier(*table).as_string()
+    alter = f"as its owner: ALTER TABLE {relation}"
+    found = columns(connection, table)
+    if not found:
+        fix = "cdc-worker setup" if target.prepare else "make it, or name another one in [target] of the profile"
+        yield Fault(f"target table {name} does not exist", fix)
+        return
+    rules = list(written(profile))
+    sources: dict[tuple[str, Source], list[str]] = {}
+    for rule in rules:
+        for column, source in rule.values.items():
+            sources.setdefault((column, source), []).append(rule.described)
+    if missing := sorted({*target.columns, *target.constants} - found.keys()):
+        # Where rules differ, a column of a captured table tells most.
+        told = sorted(sources, key=lambda of: of[1].column is not None)
+        types = {column: _wanted(target, column, source, captured) for column, source in told}
+        added = ", ".join(f"ADD COLUMN {quoted(c)} {types.get(c, 'text')}" for c in missing)
+        yield Fault(f"target table {name} has no column {', '.join(missing)}", f"{alter} {added}", missing=(*missing,))
+    for (to, source), by in sources.items():
+        if to not in found:
+            continue
+        if found[to].generated:
+            if source is rules[0].values[to]:  # once
+                message = f"target column {name}.{to} is generated, and takes no values"
+                yield Fault(message, f"{alter} ALTER COLUMN {quoted(to)} DROP EXPRESSION")
+        elif (misfit := _misfit(connection, source, found[to], captured)) is not None:
+            taker, certain = found[to], misfit == "none"
+            what = f'"{source.samples[0]}"' if source.certain else f"the field {target.columns[to]}"
+            if source.column is not None:
+                what = f"{'.'.join(source.column[0])}.{source.column[1]}"
+            how = "can't be read" if certain else "can't always be read, and such rows become dead letters"
+            wanted = _wanted(target, to, source, captured)
+            retype = f"{alter} ALTER COLUMN {quoted(to)} TYPE {wanted} USING {quoted(to)}::text::{wanted}"
+            add = f"as the owner of the type: ALTER TYPE {taker.base} ADD VALUE {sql.quote(source.samples[0])}"
+            yield Fault(
+                f"target column {name}.{to} is of the type {taker.declared}, as which {what} {how}:"
+                f" {'all rules' if len(by) == len(rules) else ', '.join(by)}",
+                add if source.certain and taker.labels else retype,
+                certain=certain,
+            )
+
+
+def quoted(name: str) -> str:
+    """A name as it stands in SQL."""
+    return sql.Identifier(name).as_string()
+
+
+_FIELDS: Final = {"metadata": "jsonb", "occurred_at": "timestamptz"}
+_CONSTANTS: Final = {bool: "boolean", int: "bigint", Decimal: "numeric", str: "text"}
+
+
+def _wanted(target: Target, to: str, source: Source, captured: Captured) -> str:
+    """A type for a target's column that takes all values of a source."""
+    if source.column is not None and (of := captured[source.column[0]].get(source.column[1])) is not None:
+        return of.declared
+    if to in target.constants:
+        return _CONSTANTS[type(target.constants[to])]
+    return _FIELDS.get(target.columns[to], "text")
+
+
+def _misfit(
+    connection: Connection, source: Source, target: Column, captured: Captured
+) -> Literal["some", "none"] | None:
+    """How much a target's column can read of a source; None is all."""
+    if target.category == "S" and target.type == target.base:
+        return None
+    samples = [sample for sample in source.samples if sample is not None]
+    if source.column is not None:
+        of = captured[source.column[0]].get(source.column[1])
+        if of is None or of.base == target.base:
+            return None
+        samples = of.labels or [*_SAMPLES.get(of.base, ())]
+    elif source.certain and not samples:
+        return None  # it is always NULL
+    read = [_reads(connection, target.type, sample) for sample in samples]
+    if read and all(read):
+        return None
+    return "some" if any(read) or not read else "none"
+
+
+_READ: Final = "SELECT %s::{}"
+
+
+def _reads(connection: Connection, type_name: str, sample: str) -> bool:
+    try:
+        connection.execute(_READ.format(type_name).encode(), (sample,))
+    except (psycopg.DataError, psycopg.IntegrityError):
+        return False
+    return True
