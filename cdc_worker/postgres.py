@@ -208,18 +208,38 @@ def is_about_the_row(sqlstate: str) -> bool:
     return sqlstate[:2] in ROW_CLASSES or sqlstate == "P0001"
 
 
+@dataclass(frozen=True, slots=True)
+class Blocker:
+    """Who holds a lock that another waits for. `end` is the statement that ends it."""
+
+    who: str
+    end: str
+
+    def __str__(self) -> str:
+        return self.who
+
+
 _BLOCKERS: Final = """
-SELECT CASE WHEN blocker.pid = 0 THEN 'a prepared transaction' ELSE
-           format('process %%s (%%s)', blocker.pid, concat_ws(', ', coalesce(nullif(application_name, ''), 'no name'),
-                  host(client_addr), state, 'for ' || date_trunc('second', clock_timestamp() - xact_start))) END
-FROM unnest(pg_blocking_pids(%s)) AS blocker (pid) LEFT JOIN pg_stat_activity USING (pid)
-ORDER BY blocker.pid
+SELECT format('process %%s (%%s)', pid, concat_ws(', ', coalesce(nullif(application_name, ''), 'no name'),
+              host(client_addr), state, 'for ' || date_trunc('second', clock_timestamp() - xact_start))),
+       format('SELECT pg_terminate_backend(%%s)', pid)
+FROM unnest(pg_blocking_pids(%(pid)s)) AS blocker (pid) JOIN pg_stat_activity USING (pid)
+UNION ALL
+SELECT DISTINCT format('the prepared transaction %%L', gid), format('ROLLBACK PREPARED %%L', gid)
+FROM pg_locks waiting
+JOIN pg_locks held ON held.granted AND held.locktype = waiting.locktype AND held.pid IS NULL
+    AND held.database IS NOT DISTINCT FROM waiting.database AND held.relation IS NOT DISTINCT FROM waiting.relation
+    AND held.transactionid IS NOT DISTINCT FROM waiting.transactionid
+JOIN pg_locks own ON own.pid IS NULL AND own.virtualtransaction = held.virtualtransaction
+JOIN pg_prepared_xacts ON transaction = own.transactionid
+WHERE waiting.pid = %(pid)s AND NOT waiting.granted AND 0 = ANY (pg_blocking_pids(%(pid)s))
+ORDER BY 1
 """
 
 
-def blockers(connection: Connection, pid: int) -> list[str]:
+def blockers(connection: Connection, pid: int) -> list[Blocker]:
     """Who holds the lock that a process of the server waits for; none if it waits for no lock."""
-    return [blocker for (blocker,) in connection.execute(_BLOCKERS, (pid,))]
+    return [Blocker(*row) for row in connection.execute(_BLOCKERS, {"pid": pid})]
 
 
 def fetch_one(connection: Connection, query: LiteralString, *parameters: Any) -> tuple[Any, ...]:

@@ -1,18 +1,114 @@
-"""Checks of the slot and of what the worker has done so far."""
+"""Checks of the slot, and of how the worker has fared with it."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import Final
 
+from cdc_worker import checkpoint as checkpoints
+from cdc_worker import postgres
 from cdc_worker import slot as slots
-from cdc_worker.checks import Check, Finding, Look, ok
+from cdc_worker.checks import Check, Finding, Look, failed, ok, warning
+from cdc_worker.postgres import fetch_one
+from cdc_worker.slot import Slot
+
+
+def _slot(look: Look) -> Slot:
+    """The slot. Raises SlotMissingError, or NotSetUpError where there has never been one."""
+    found = slots.read(look.connection, look.settings.slot)
+    position = checkpoints.read(look.connection, look.settings.worker).position.lsn
+    return slots.require(found, name=look.settings.slot, checkpoint=position)
 
 
 def checkpoint(look: Look) -> Iterator[Finding]:
-    """Whether checkpoint, slot and cluster speak of the same."""
-    known, _ = slots.check_checkpoint(look.connection, look.settings.worker, look.settings.slot)
-    yield ok(f"at {known.position}, and nothing is missing between it and the slot")
+    """Whether checkpoint, slot and cluster speak of the same, and nothing is missing between them."""
+    known, found = slots.check_checkpoint(look.connection, look.settings.worker, look.settings.slot)
+    yield ok(f"at {known.position.lsn}, and the slot at {found.confirmed_flush_lsn}: nothing is missing between them")
 
 
-CHECKS: Final[tuple[Check, ...]] = (checkpoint,)
+_INACTIVE: Final = """
+SELECT to_char(coalesce((to_jsonb(s) ->> 'inactive_since')::timestamptz,
+                        (SELECT max(ended_at) FROM cdc_worker.process WHERE worker = %s)), 'YYYY-MM-DD HH24:MI:SS TZ')
+FROM pg_replication_slots s WHERE slot_name = %s
+"""
+
+
+def reader(look: Look) -> Iterator[Finding]:
+    """Whether a worker reads the slot, and nobody else."""
+    found = _slot(look)
+    if found.active_pid is None:
+        (since,) = fetch_one(look.connection, _INACTIVE, look.settings.worker, found.name)
+        yield warning(
+            f'nobody reads the slot "{found.name}"{f" since {since}" if since else ""}: the server keeps WAL for it',
+            "cdc-worker run",
+        )
+    elif not found.held_by_worker:
+        raise slots.taken(found)
+    else:
+        yield ok(found.reader)
+
+
+def _held_up(look: Look) -> Finding | None:
+    """That a lock holds up the worker's writing, and whose it is."""
+    backend = checkpoints.read(look.connection, look.settings.worker).backend_pid
+    blockers = postgres.blockers(look.connection, backend) if backend else []
+    if not blockers:
+        return None
+    ends = "; ".join(blocker.end for blocker in blockers)
+    return failed(f"a lock holds up its writing, of {', '.join(map(str, blockers))}", f"as a superuser: {ends}")
+
+
+def writing(look: Look) -> Iterator[Finding]:
+    """Whether the worker waits for a lock."""
+    yield _held_up(look) or ok("no lock holds it up")
+
+
+def retained(look: Look) -> Iterator[Finding]:
+    """Whether the server keeps more WAL for the slot than it should."""
+    found, alarm = _slot(look), look.settings.retained_alarm_bytes
+    said = f"the server keeps {found.retained:,} bytes of WAL for the slot ({found.wal_status})"
+    if found.wal_status == "unreserved":
+        said += ", and will discard it at its next checkpoint"
+    elif found.retained <= alarm:
+        yield ok(said)
+        return
+    else:
+        said += f", more than the {alarm:,} of CDC_WORKER_RETAINED_ALARM_BYTES"
+    held_up = _held_up(look)
+    if found.active_pid is None:
+        yield failed(f"{said}: nobody reads it", "cdc-worker run")
+    elif not found.held_by_worker:
+        yield failed(f"{said}: {found.reader} reads it", slots.taken(found).hint or "")
+    elif held_up is not None:
+        yield failed(f"{said}: {held_up.message}", held_up.fix or "")
+    else:
+        yield failed(
+            f"{said}: the worker is catching up, or a transaction is open so long (see open_transactions)",
+            "cdc-worker status --watch",
+        )
+
+
+_DEAD_LETTERS: Final = """
+SELECT count(*), max(reason) FILTER (WHERE dead_letter_id = last),
+       format('SELECT reason, change FROM cdc_worker.dead_letter WHERE worker = %%L', %s::text),
+       format('DELETE FROM cdc_worker.dead_letter WHERE worker = %%L AND dead_letter_id <= %%s', %s::text, max(last))
+FROM (SELECT dead_letter_id, reason, max(dead_letter_id) OVER () AS last
+      FROM cdc_worker.dead_letter WHERE worker = %s) letter
+"""
+
+
+def dead_letters(look: Look) -> Iterator[Finding]:
+    """Whether changes could not become activities."""
+    worker = look.settings.worker
+    checkpoints.read(look.connection, worker)
+    count, reason, see, forget = fetch_one(look.connection, _DEAD_LETTERS, worker, worker, worker)
+    if count:
+        yield failed(
+            f"{count:,} changes could not become activities, the last because {reason}",
+            f"see them: {see}; when they have been seen to: {forget}",
+        )
+    else:
+        yield ok("none wait to be seen to")
+
+
+CHECKS: Final[tuple[Check, ...]] = (checkpoint, reader, writing, retained, dead_letters)

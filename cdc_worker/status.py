@@ -13,7 +13,7 @@ from pydantic import BaseModel, Field
 from cdc_worker import __version__, checkpoint, errors, postgres, process, slot
 from cdc_worker.config import Settings
 from cdc_worker.lsn import LSN
-from cdc_worker.postgres import Connection
+from cdc_worker.postgres import Blocker, Connection
 from cdc_worker.process import Known
 from cdc_worker.slot import Slot
 
@@ -212,7 +212,7 @@ def _status(connection: Connection, worker: str) -> Status:
 
 
 def _late(
-    found: Slot, processes: list[Known], seen: _Seen, holders: list[str], *, lag: int, seconds: float
+    found: Slot, processes: list[Known], seen: _Seen, holders: list[Blocker], *, lag: int, seconds: float
 ) -> str | None:
     """Why activities are late."""
     waiting = [of for of in processes if of.alive and not of.active]
@@ -227,7 +227,7 @@ def _late(
             "to replace it at once: cdc-worker run --takeover"
         )
     if holders:
-        return f"target locked: by {', '.join(holders)}"
+        return f"target locked: by {', '.join(map(str, holders))}"
     if seen.standbys is not None:
         return f"commits wait for a synchronous standby (synchronous_standby_names is {seen.standbys})"
     if seconds > BEHIND:

@@ -31,7 +31,7 @@ class Watch:
         self._own = own
         self._log = log
         self._alarm_at = settings.retained_alarm_bytes
-        self._held_up_by: list[str] = []
+        self._held_up = False
 
     def look(self, *, held_up: bool = False) -> None:
         """Look, and tally what was written. Raises SlotGivenUpError beyond `retained_limit_bytes`.
@@ -46,13 +46,14 @@ class Watch:
                 known = checkpoint.read(connection, settings.worker)
                 checkpoint.tally(connection, settings.worker)
                 holders = postgres.blockers(connection, known.backend_pid) if held_up and known.backend_pid else []
+                by = [str(holder) for holder in holders]
         except (psycopg.Error, errors.CdcWorkerError) as error:
             self._log.debug("look_failed", error=type(error).__name__)
             return
-        if holders != self._held_up_by:
-            self._held_up_by = holders
-            if holders:
-                self._log.warning("write_held_up", by=holders)
+        if bool(by) != self._held_up:
+            self._held_up = bool(by)
+            if by:
+                self._log.warning("write_held_up", by=by)
         if found is not None:
             self.retained(found, known)
 

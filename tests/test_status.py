@@ -201,7 +201,7 @@ def test_late_because_a_prepared_transaction_locks_the_target(quiet: Cluster, cr
         with crm.worker() as worker:
             worker.wait_for("replication_started")
             crm.add_leads(1)
-            eventually(lambda: late(crm) == "target locked: by a prepared transaction")
+            eventually(lambda: late(crm) == "target locked: by the prepared transaction 'forgotten'")
     finally:
         crm.execute("ROLLBACK PREPARED 'forgotten'")
 
