@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from typing import Final
 
 import psycopg
@@ -28,13 +29,13 @@ class Report(BaseModel):
     healthy: bool = Field(description="nothing has failed: the exit code is 0")
 
 
-def doctor(settings: Settings) -> Report:
+def doctor(settings: Settings, checks: Iterable[Check] = CHECKS) -> Report:
     """Look at everything. Changes nothing."""
-    findings = _findings(settings)
+    findings = _findings(settings, checks)
     return Report(findings=findings, healthy=all(finding.outcome != "failed" for finding in findings))
 
 
-def _findings(settings: Settings) -> list[Finding]:
+def _findings(settings: Settings, checks: Iterable[Check]) -> list[Finding]:
     step = "profile"
     try:
         loaded = profile.load(settings.profile)
@@ -44,7 +45,7 @@ def _findings(settings: Settings) -> list[Finding]:
             milliseconds = sql.Literal(round(PATIENCE * 1000))
             connection.execute(sql.SQL("SET statement_timeout = {0}; SET lock_timeout = {0}").format(milliseconds))
             look = Look(settings, loaded, rules, connection, postgres.server(connection))
-            return [finding for check in CHECKS for finding in examine(check, look)]
+            return [finding for check in checks for finding in examine(check, look)]
     except (CdcWorkerError, psycopg.Error) as error:
         known = postgres.failure(error) if isinstance(error, psycopg.Error) else error
         return [failed(str(known), known.hint or "").model_copy(update={"check": step})]

@@ -6,25 +6,27 @@ import os
 import re
 import shlex
 import subprocess
+from collections.abc import Iterable
 
+from psycopg.conninfo import make_conninfo
 from support import Crm, eventually
 
 from cdc_worker import config
-from cdc_worker.checks import Finding
+from cdc_worker.checks import Check, Finding
 from cdc_worker.cluster import Cluster
-from cdc_worker.doctor import doctor
+from cdc_worker.doctor import CHECKS, doctor
 
 
-def report(crm: Crm) -> list[Finding]:
+def report(crm: Crm, checks: Iterable[Check] = CHECKS) -> list[Finding]:
     """All that the doctor finds, in the order of its checks."""
-    return doctor(config.load(None, {"dsn": crm.dsn, "slot": crm.slot} | crm.settings)).findings
+    return doctor(config.load(None, {"dsn": crm.dsn, "slot": crm.slot} | crm.settings), checks).findings
 
 
 def findings(crm: Crm, check: str) -> list[Finding]:
     """What one check of the doctor finds."""
-    everything = report(crm)
-    found = [finding for finding in everything if finding.check == check]
-    assert found, f"no check {check} in {everything}"
+    found = report(crm, [function for function in CHECKS if function.__name__ == check])
+    assert found, f"no check {check}"
+    assert {finding.check for finding in found} == {check}, found
     return found
 
 
@@ -39,7 +41,7 @@ def ailing(crm: Crm, check: str) -> Finding:
     return found
 
 
-_WHO = re.compile(r"^(?:then: |[a-z][a-z ,'/]*: )+")
+_WHO = re.compile(r"^(?:[a-z][\w ,'/]*: )+")
 
 _SQL = re.compile(r"[A-Z]{2,} ")
 
@@ -57,6 +59,8 @@ def mend(crm: Crm, fix: str, *, server: Cluster | None = None) -> None:
             crm.connection.execute(step.encode())
         elif step.startswith("cdc-worker "):
             crm.succeed(*shlex.split(step)[1:], dsn=crm.dsn)
+        elif named := re.fullmatch(r"name (.+) in CDC_WORKER_DSN", step):
+            crm.settings["dsn"] = make_conninfo(crm.settings.get("dsn", crm.dsn), dbname=shlex.split(named[1])[0])
         elif step == "restart the server":
             assert server, fix
             server.restart()
