@@ -7,7 +7,7 @@ CdcWorkerError
 ├── AuthenticationError      5   the server refuses role, password or host, or isn't trusted: mend the one or the other
 ├── DatabaseMissingError     6   no such database: mend the DSN
 ├── WalLevelError            7   wal_level is not logical: change it and restart the server
-├── PluginMissingError       8   the server has no wal2json: install it
+├── PluginMissingError       8   the server has no wal2json, or one that is too old: install it
 ├── PluginRefusedError       9   the server doesn't allow wal2json: allow it
 ├── NotSetUpError           10   tables of the worker are missing: run setup
 ├── SlotMissingError        11   the slot isn't there: run setup, or find out who dropped it

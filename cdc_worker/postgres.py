@@ -86,6 +86,8 @@ def connect_replication(dsn: str, worker: str) -> Connection:
 
 _NO_POOLER: Final = "name the server itself, no pooler: replication needs a connection of its own"
 
+MAY_REPLICATE: Final = "as a superuser: ALTER ROLE {user} REPLICATION"
+
 MEND_OPTIONS: Final = "mend the options in CDC_WORKER_DSN or PGOPTIONS"
 
 _MEND_CREDENTIALS: Final = "mend user and password (CDC_WORKER_DSN, ~/.pgpass) or pg_hba.conf"
@@ -111,7 +113,7 @@ _REFUSALS: Final[tuple[tuple[str, type[CdcWorkerError], str], ...]] = (
     (
         r"FATAL:  (must be superuser or replication role .*|permission denied to start WAL sender)",
         errors.AuthenticationError,
-        "as a superuser: ALTER ROLE {user} REPLICATION",
+        MAY_REPLICATE,
     ),
     (
         r"FATAL:  (conversion between UTF8 and .* is not supported)",

@@ -143,6 +143,26 @@ def replication_slots(look: Look) -> Iterator[Finding]:
     yield room.finding(satisfied=_slot(look) is not None)
 
 
+_UNREAD: Final = """
+SELECT slot_name::text, (pg_current_wal_flush_lsn() - restart_lsn)::bigint
+FROM pg_replication_slots
+WHERE NOT active AND slot_name <> %s AND pg_current_wal_flush_lsn() - restart_lsn > %s
+ORDER BY slot_name
+"""
+
+
+def other_slots(look: Look) -> Iterator[Finding]:
+    """Whether the server keeps much WAL for another slot, which nobody reads: the disk is the same."""
+    unread = look.connection.execute(_UNREAD, (look.settings.slot, look.settings.retained_alarm_bytes)).fetchall()
+    for name, size in unread:
+        yield warning(
+            f'nobody reads the slot "{name}", for which the server keeps {size:,} bytes of WAL',
+            f"as a superuser, unless it is still wanted: SELECT pg_drop_replication_slot({sql.quote(name)})",
+        )
+    if not unread:
+        yield ok("none that nobody reads makes the server keep much WAL")
+
+
 _CONNECTIONS: Final = """
 WITH session AS (SELECT datname, usename, pid IN (SELECT pid FROM pg_stat_replication) AS sends FROM pg_stat_activity)
 SELECT current_setting('max_connections')::int - CASE WHEN rolsuper THEN 0 ELSE
@@ -219,7 +239,7 @@ def _tried(look: Look, name: str | None) -> str:
 
 
 def _may_replicate(look: Look) -> str:
-    return f"as a superuser: ALTER ROLE {_name(look.server.role)} REPLICATION"
+    return postgres.MAY_REPLICATE.format(user=_name(look.server.role))
 
 
 _ROLE: Final = """
@@ -402,6 +422,7 @@ CHECKS: Final[tuple[Check, ...]] = (
     replication,
     senders,
     replication_slots,
+    other_slots,
     connections,
     settings,
     synchronous_standby,
