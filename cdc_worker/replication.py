@@ -18,7 +18,8 @@ from cdc_worker.lsn import INVALID, LSN
 from cdc_worker.postgres import Connection, error, fetch_one
 from cdc_worker.protocol import PrimaryKeepalive
 
-_DROPPED: Final = re.compile(r"no tuple identifier for (UPDATE|DELETE) in table (.*)")
+# Names are in quotes there, and quotes within them as they are.
+_DROPPED: Final = re.compile(r'no tuple identifier for (UPDATE|DELETE) in table "(.*?)"\."(.*)"')
 
 
 def offer(
@@ -59,7 +60,7 @@ class Replication:
 
     def _notice(self, diagnostic: psycopg.errors.Diagnostic) -> None:
         if self._on_dropped and (match := _DROPPED.search(diagnostic.message_primary or "")):
-            self._on_dropped(match[1], match[2])
+            self._on_dropped(match[1], sql.Identifier(match[2], match[3]).as_string())
 
     def system_identifier(self) -> str:
         """IDENTIFY_SYSTEM: which cluster this is."""
@@ -91,7 +92,7 @@ class Replication:
 
         def begin(accepted: Mapping[str, str]) -> None:
             pairs = sql.SQL(", ").join(
-                sql.SQL("{} {}").format(sql.Identifier(name), sql.Literal(value)) for name, value in accepted.items()
+                sql.SQL("{} {}").format(sql.Identifier(name), _literal(value)) for name, value in accepted.items()
             )
             command = sql.SQL("START_REPLICATION SLOT {} LOGICAL {} ({})")
             self._connection.execute(command.format(sql.Identifier(slot), sql.SQL(str(position)), pairs))
@@ -150,3 +151,8 @@ class Replication:
     def close(self) -> None:
         """Hang up. The server reads what was sent before it notices."""
         self._connection.close()
+
+
+def _literal(value: str) -> sql.SQL:
+    """A string for a replication command, whose grammar doesn't know E'' (src/backend/replication/repl_scanner.l)."""
+    return sql.SQL("'" + value.replace("'", "''") + "'")

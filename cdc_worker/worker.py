@@ -458,7 +458,8 @@ class _Stream:
         self._wal_end = self._told = sink.position.lsn
         now = time.monotonic()
         self._heard_at = self._status_at = self._advanced_at = self._began_at = now
-        self._looked_at, self._looked_until, self._looked_after = now, sink.position.lsn, totals.batches
+        self._looked_at = now - WATCH_INTERVAL
+        self._looked_until, self._looked_after = sink.position.lsn, totals.batches
         self._progress_at = now
         self._progress_from = totals.activities.total()
 
