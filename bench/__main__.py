@@ -5,6 +5,8 @@ options, and drained into `activity` by `cdc-worker run --once` with all guarant
 Connections are by TCP, as a worker in a container or on another machine has them; `--socket` takes a Unix socket, by
 which the server sends a row in half the time.
 
+Shutdown: from the request of a fast shutdown to its end, on a server that would wait for a walsender's client for ever.
+
 Latency: from the commit's timestamp to the moment when another session sees the activity, which it asks for every
 millisecond; so what is printed is a little more than what it was.
 """
@@ -18,7 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from datetime import datetime
 from pathlib import Path
 
@@ -33,6 +35,8 @@ from cdc_worker.rules import compile_rules
 from cdc_worker.transform import CONTEXT_PREFIX
 
 LEADS = 10_000
+
+SETTINGS = {"max_wal_size": "8GB", "autovacuum": "off", "wal_sender_timeout": "0"}
 
 UPDATE = r"""
 \set id random(1, {leads})
@@ -55,7 +59,7 @@ class Bench:
         self.cluster = cluster
         self.dsn = cluster.socket_dsn() if socket else cluster.dsn()
         self.directory = directory
-        self.connection = psycopg.connect(cluster.socket_dsn(), autocommit=True)
+        self.connect()
         self.connection.execute(schema("leadfi.sql").encode())
         self.cdc("setup", slot="base")
         self.connection.execute(
@@ -67,6 +71,9 @@ class Bench:
             (LEADS,),
         )
         self.connection.execute("VACUUM ANALYZE lead")
+
+    def connect(self) -> None:
+        self.connection = psycopg.connect(self.cluster.socket_dsn(), autocommit=True)
 
     def environment(self, slot: str) -> dict[str, str]:
         return os.environ | {
@@ -188,6 +195,29 @@ class Bench:
                 time.sleep(0.001)
         return found
 
+    def shutdown(self, number: int, *, behind: bool = False, locked: bool = False) -> float:
+        """Seconds that a fast shutdown takes while the worker runs, has the backlog before it, or waits for a lock."""
+        self.copy_slot(slot := f"shutdown_{number}")
+        self.connection.execute("TRUNCATE activity")
+        self.cdc("setup", slot=slot)
+        if not behind:
+            self.cdc("run", "--once", slot=slot)
+        with self.daemon(slot), closing(psycopg.connect(self.cluster.socket_dsn())) as other:
+            if locked:
+                other.execute("LOCK TABLE activity")
+                self.connection.execute("UPDATE lead SET status = 'locked' WHERE lead_id = 1")
+            time.sleep(1)
+            seconds = self.stop()
+        self.cluster.start()
+        self.connect()
+        self.drop_slot(slot)
+        return seconds
+
+    def stop(self) -> float:
+        started = time.perf_counter()
+        self.cluster.stop("fast")
+        return time.perf_counter() - started
+
 
 def table(title: str, rows: Sequence[Sequence[object]]) -> None:
     """Print rows in columns."""
@@ -210,7 +240,7 @@ def main(count: int, rounds: int, rate: int, seconds: int, socket: bool) -> None
     zone = time.strftime("%Z")
     with (
         tempfile.TemporaryDirectory() as directory,
-        Cluster(binaries, settings={"timezone": zone, "max_wal_size": "8GB", "autovacuum": "off"}) as cluster,
+        Cluster(binaries, settings=SETTINGS | {"timezone": zone}) as cluster,
     ):
         bench = Bench(cluster, Path(directory), socket=socket)
         bench.updates(count)
@@ -222,6 +252,15 @@ def main(count: int, rounds: int, rate: int, seconds: int, socket: bool) -> None
             lines.append((number, f"{count / peer:,.0f}", f"{count / ours:,.0f}", f"{peer / ours:.2f}"))
         lines.append(("median", "", "", f"{statistics.median(ratios):.2f}"))
         table(f"Drain of {count:,} single-row transactions, rows checked", lines)
+        shutdowns = [
+            ("caught up", bench.shutdown(1)),
+            ("backlog", bench.shutdown(2, behind=True)),
+            ("target locked", bench.shutdown(3, locked=True)),
+            ("no worker", bench.stop()),
+        ]
+        table("Seconds of a fast shutdown", [*zip(*((name, f"{taken:.2f}") for name, taken in shutdowns), strict=True)])
+        cluster.start()
+        bench.connect()
         found = bench.latencies(rate, seconds)
         cuts = statistics.quantiles(found, n=100)
         table(

@@ -156,6 +156,8 @@ def test_what_is_there_already_is_done_already(crm: Crm) -> None:
 @pytest.mark.parametrize("lagging", [False, True], ids=["caught up", "lagging"])
 def test_a_fast_shutdown_of_the_server_is_not_held_up(own_crm: Crm, own_server: Cluster, lagging: bool) -> None:
     crm = own_crm
+    own_server.set(wal_sender_timeout="0")  # the server would wait for ever
+    own_server.reload()
     shadow.install(crm.connection)
     with crm.worker() as worker:
         worker.wait_for("replication_started")
