@@ -256,7 +256,8 @@ class Server:
     """What the worker needs to know of a server. `time_zone` is the database's, `version` server_version_num.
 
     `standbys` are the names of those that stream now. `dropped` are settings of ours that the connection lost on its
-    way. `output_plugin_libraries` is None where there is no such setting, and for a role that may not see it.
+    way. `read_only` is the source of default_transaction_read_only where that is on. `output_plugin_libraries` is None
+    where there is no such setting, and for a role that may not see it.
     """
 
     version: int
@@ -269,6 +270,7 @@ class Server:
     synchronous_standby_names: str
     standbys: list[str]
     dropped: list[str]
+    read_only: str | None
     may_replicate: bool
     output_plugin_libraries: str | None
 
@@ -290,6 +292,7 @@ SELECT current_setting('server_version_num')::int, pg_is_in_recovery(),
              FROM pg_settings JOIN unnest(%s::text[], %s::text[]) AS asked (key, value) ON lower(name) = key
              WHERE split_part(reset_val, ',', 1) <> value  -- the order of a date's fields is left as it is
              ORDER BY 1),
+       (SELECT source FROM pg_settings WHERE name = 'default_transaction_read_only' AND setting = 'on'),
        (SELECT rolreplication OR rolsuper FROM pg_roles WHERE rolname = current_user),
        CASE WHEN pg_has_role('pg_read_all_settings', 'USAGE') THEN current_setting('output_plugin_libraries', true) END
 """
@@ -305,6 +308,7 @@ def check_server(server: Server, worker: str) -> None:
     check_version(server)
     check_primary(server)
     check_options(server)
+    check_writable(server)
     check_encoding(server)
     check_wal_level(server)
     check_no_standby(server, worker)
@@ -332,6 +336,23 @@ def check_options(server: Server) -> None:
             f"the connection's options were dropped on the way, as a pooler does: {', '.join(server.dropped)}",
             hint=_NO_POOLER,
         )
+
+
+def check_writable(server: Server) -> None:
+    """Raise TargetUnusableError if transactions are read-only."""
+    if server.read_only is not None:
+        raise errors.TargetUnusableError(
+            "default_transaction_read_only is on: nothing can be written (SQLSTATE 25006)",
+            hint=better(server, "default_transaction_read_only", "off", source=server.read_only),
+        )
+
+
+def better(server: Server, name: str, value: str, *, source: str) -> str:
+    """How a setting of role, database or server is overridden for the worker; `source` is as in pg_settings."""
+    if source == "client":
+        return MEND_OPTIONS
+    role, database = sql.Identifier(server.role).as_string(), sql.Identifier(server.database).as_string()
+    return f"as a superuser: ALTER ROLE {role} IN DATABASE {database} SET {name} = {sql.quote(value)}"
 
 
 _UNREADABLE: Final = frozenset(("EUC_TW", "MULE_INTERNAL"))

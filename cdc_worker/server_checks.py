@@ -298,11 +298,9 @@ class _Harm:
     bad: str | None
     good: str
     why: str
-    fatal: bool = False
 
 
 _HARMS: Final = (
-    _Harm("default_transaction_read_only", "on", "off", "the worker can't write", fatal=True),
     _Harm("wal_sender_timeout", "0", "1min", "where a worker's machine has died, its slot is never free for another"),
     _Harm("fsync", "off", "on", "a crash of the server may lose what the slot no longer holds"),
     _Harm("full_page_writes", "off", "on", "a crash of the server may spoil what was recorded"),
@@ -323,14 +321,14 @@ WHERE setrole IN (0, (SELECT oid FROM pg_roles WHERE rolname = current_user))
 def settings(look: Look) -> Iterator[Finding]:
     """Whether server, database and role have settings that do harm, and whether ours are in force instead."""
     postgres.check_options(look.server)
+    postgres.check_writable(look.server)
     found = {name: rest for name, *rest in look.connection.execute(_SETTINGS, ([harm.name for harm in _HARMS],))}
     healthy = True
     for harm in _HARMS:
         value, context, source = found.get(harm.name, (harm.good, "", ""))
         if value == harm.bad or (harm.bad is None and value != harm.good):
             healthy = False
-            finding = failed if harm.fatal else warning
-            yield finding(f"{harm.name} is {value}: {harm.why}", _better(look, harm, context, source))
+            yield warning(f"{harm.name} is {value}: {harm.why}", _better(look, harm, context, source))
     if healthy:
         defaults = {name for (name,) in look.connection.execute(_DEFAULTS)}
         overridden = ", ".join(sorted(postgres.OVERRIDDEN & defaults))
@@ -338,14 +336,9 @@ def settings(look: Look) -> Iterator[Finding]:
 
 
 def _better(look: Look, harm: _Harm, context: str, source: str) -> str:
-    if source == "client":
-        return postgres.MEND_OPTIONS
-    value = sql.quote(harm.good)
     if context != "user":
-        return f"as a superuser: ALTER SYSTEM SET {harm.name} = {value}; {RELOAD}"
-    # It goes before what is set for the role, the database or the server.
-    role, database = _name(look.server.role), _name(look.server.database)
-    return f"as a superuser: ALTER ROLE {role} IN DATABASE {database} SET {harm.name} = {value}"
+        return f"as a superuser: ALTER SYSTEM SET {harm.name} = {sql.quote(harm.good)}; {RELOAD}"
+    return postgres.better(look.server, harm.name, harm.good, source=source)
 
 
 def synchronous_standby(look: Look) -> Iterator[Finding]:
