@@ -17,7 +17,7 @@ from pathlib import Path
 
 import psycopg
 import pytest
-from doctoring import ailing, cure, findings, healthy, mend
+from doctoring import ailing, cure, findings, healthy, mend, report
 from psycopg import sql
 from psycopg.conninfo import make_conninfo
 from support import GRANTS, Crm, crm_on, eventually, having, leadfi, role
@@ -93,6 +93,7 @@ def test_a_standby(spare: Cluster, spare_crm: Crm) -> None:
     done = spare_crm.command("run", "--once")
     with spare_crm.worker() as worker:
         worker.wait_for("connection_lost")
+        assert {finding.check for finding in report(spare_crm)} >= {check.__name__ for check in server_checks.CHECKS}
         found = cure(spare_crm, "primary")
         worker.wait_for("replication_started")
         assert worker.terminate() == 0
