@@ -29,7 +29,7 @@ SELECT a.attname::text, a.atttypid::regtype::text, t.oid::regtype::text, t.typca
        attnotnull OR EXISTS (SELECT FROM base d JOIN pg_type USING (oid) WHERE d.attname = a.attname AND typnotnull),
        atthasdef OR attidentity <> '' OR EXISTS (
            SELECT FROM base d JOIN pg_type USING (oid) WHERE d.attname = a.attname AND typdefault IS NOT NULL),
-       attidentity = 'a', attgenerated <> '', ARRAY(SELECT enumlabel::text FROM pg_enum WHERE enumtypid = t.oid)
+       attidentity::text, attgenerated <> '', ARRAY(SELECT enumlabel::text FROM pg_enum WHERE enumtypid = t.oid)
 FROM base b JOIN pg_type t USING (oid)
 JOIN pg_attribute a ON attrelid = to_regclass(format('%%I.%%I', %(schema)s::text, %(table)s::text))
                    AND a.attname = b.attname
@@ -43,7 +43,7 @@ class Column:
     """A column as the catalog has it. `type` is its type, `base` the one below domains, `declared` has its modifier.
 
     `category` is that of `base`, as in pg_type; `labels` it has if it is an enum. It is `filled` if who leaves it out
-    gets more than a NULL, `always` is GENERATED ALWAYS AS IDENTITY, and `generated` has an expression.
+    gets more than a NULL; its `identity` is as in pg_attribute, and a `generated` one has an expression.
     """
 
     name: str
@@ -53,7 +53,7 @@ class Column:
     declared: str
     required: bool
     filled: bool
-    always: bool
+    identity: str
     generated: bool
     labels: list[str]
 
@@ -272,17 +272,18 @@ def _target_faults(connection: Connection, profile: Profile, captured: Captured)
                 yield Fault(message, f"{alter} ALTER COLUMN {quoted(to)} DROP EXPRESSION")
         elif (misfit := _misfit(connection, source, found[to], captured)) is not None:
             taker, certain = found[to], misfit == "none"
-            what = f'"{source.samples[0]}"' if source.certain else f"the field {target.columns[to]}"
+            value = source.samples[0] if source.certain else None
+            what = f"the field {target.columns[to]}" if value is None else f'"{value}"'
             if source.column is not None:
                 what = f"{'.'.join(source.column[0])}.{source.column[1]}"
             how = "can't be read" if certain else "can't always be read, and such rows become dead letters"
             wanted = _wanted(target, to, source, captured)
             retype = f"{alter} ALTER COLUMN {quoted(to)} TYPE {wanted} USING {quoted(to)}::text::{wanted}"
-            add = f"as the owner of the type: ALTER TYPE {taker.base} ADD VALUE {sql.quote(source.samples[0])}"
+            add = f"as the owner of the type: ALTER TYPE {taker.base} ADD VALUE {sql.quote(value)}"
             yield Fault(
                 f"target column {name}.{to} is of the type {taker.declared}, as which {what} {how}:"
                 f" {'all rules' if len(by) == len(rules) else ', '.join(by)}",
-                add if source.certain and taker.labels else retype,
+                add if value is not None and taker.labels else retype,
                 certain=certain,
             )
 

@@ -51,7 +51,7 @@ _TEXT: Final = Source()
 _NULL: Final = Source((None,), certain=True)
 
 _COMMON: Final = {
-    "metadata": Source(("{}",)),
+    "metadata": Source(('{"id": 1}',)),
     "occurred_at": Source(("2001-02-03 04:05:06.789",)),
     "created_by": _TEXT,
     "change_key": Source((change_key(key_prefix("worker", "1", INVALID), "public", "table", 0, "rule"),)),
