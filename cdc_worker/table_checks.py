@@ -35,9 +35,9 @@ WITH captured AS (
     SELECT to_regclass(name)::oid AS oid, needs FROM unnest(%s::text[], %s::bool[]) AS captured (name, needs)
 ), leaf AS (
     SELECT coalesce(relid::oid, captured.oid) AS oid, pg_partition_root(captured.oid) AS root,
-           bool_or(captured.oid IN (relid::oid, pg_partition_root(captured.oid)::oid) OR relid IS NULL) AS captured,
-           bool_or(needs) AS needs
-    FROM captured LEFT JOIN LATERAL pg_partition_tree(pg_partition_root(captured.oid)) ON isleaf
+           bool_or(stands) AS captured, bool_or(stands AND needs) AS needs
+    FROM captured LEFT JOIN LATERAL pg_partition_tree(pg_partition_root(captured.oid)) ON isleaf,
+        LATERAL (SELECT relid IS NULL OR captured.oid IN (SELECT pg_partition_ancestors(relid))) AS it (stands)
     GROUP BY 1, 2
 )
 SELECT nspname::text, relname::text, captured, needs, root::text, CASE relreplident
@@ -155,11 +155,11 @@ def other_writers(look: Look) -> Iterator[Finding]:
     table = sql.Identifier(*qualified(target.table))
     columns = {field: column for column, field in target.columns.items()}
     primary = connection.execute(_PRIMARY, (table.as_string(),)).fetchone()
-    if not target.constants or "type" not in columns or primary is None:
-        yield unknown(
-            "rows of others can't be told from manual ones: the target has no constants or no type, or no primary key"
-            " that is a number"
-        )
+    if not target.constants or "type" not in columns:
+        yield ok("the profile has no constants and type by which rows of others could be taken for the worker's")
+        return
+    if primary is None:
+        yield unknown(f"{target.table} has no primary key of one integer, by which to know its newest rows")
         return
     names = {"id": primary[0], "key": columns["change_key"], "type": columns["type"]}
     alike = sql.SQL(" AND ").join(
