@@ -79,7 +79,7 @@ class Bench:
         return os.environ | {
             "CDC_WORKER_DSN": self.dsn,
             "CDC_WORKER_SLOT": slot,
-            "CDC_WORKER_LOG_LEVEL": "warning",
+            "CDC_WORKER_LOG_LEVEL": "error",
         }
 
     def cdc(self, *arguments: str, slot: str) -> None:

@@ -75,6 +75,8 @@ def examine(check: Check, look: Look) -> Iterator[Finding]:
         found = [unknown(f'role "{look.server.role}" may not look: {error.diag.message_primary}')]
     except psycopg.errors.QueryCanceled:
         found = [unknown("the server took too long to tell")]
+    except psycopg.errors.LockNotAvailable:
+        found = [unknown("a lock is in the way (see writing)")]
     except psycopg.Error as error:
         if look.connection.closed:
             raise

@@ -7,7 +7,6 @@ from collections.abc import Iterable
 from typing import Final
 
 import psycopg
-from psycopg import sql
 from pydantic import BaseModel, Field
 
 from cdc_worker import postgres, profile, server_checks, slot_checks, table_checks
@@ -18,8 +17,8 @@ from cdc_worker.rules import compile_rules
 
 CHECKS: Final[tuple[Check, ...]] = (*server_checks.CHECKS, *table_checks.CHECKS, *slot_checks.CHECKS)
 
-PATIENCE: Final = 10.0
-"""Seconds that a check may let the server work."""
+PATIENCE: Final = "SET statement_timeout = '10s'; SET lock_timeout = '1s'"
+"""So long a check may let the server work, and wait for a lock."""
 
 
 class Report(BaseModel):
@@ -42,8 +41,7 @@ def _findings(settings: Settings, checks: Iterable[Check]) -> list[Finding]:
         rules = compile_rules(loaded)
         step = "connection"
         with postgres.connect(settings.dsn.get_secret_value(), settings.worker) as connection:
-            milliseconds = sql.Literal(round(PATIENCE * 1000))
-            connection.execute(sql.SQL("SET statement_timeout = {0}; SET lock_timeout = {0}").format(milliseconds))
+            connection.execute(PATIENCE)
             look = Look(settings, loaded, rules, connection, postgres.server(connection))
             return [finding for check in checks for finding in examine(check, look)]
     except (CdcWorkerError, psycopg.Error) as error:
@@ -60,5 +58,4 @@ def lines(report: Report) -> list[str]:
         if finding.fix:
             found.append(f"{'':8} {'fix:':{width + 1}} {finding.fix}")
     counts = Counter[str](finding.outcome for finding in report.findings)
-    told = ("ok", "ok"), ("warning", "to be looked at"), ("failed", "failed"), ("unknown", "unknown")
-    return [*found, ", ".join(f"{counts[outcome]} {word}" for outcome, word in told)]
+    return [*found, ", ".join(f"{counts[outcome]} {outcome}" for outcome in ("ok", "warning", "failed", "unknown"))]

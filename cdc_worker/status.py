@@ -245,7 +245,7 @@ def _not_running(processes: list[Known]) -> str:
         return f"not running: {_named(last)} has vanished"
     if last.exit_code:
         return f"not running: {_named(last)} ended with {last.exit_code}: {last.failure}"
-    return f"not running: {_named(last)} was asked to end at {last.ended_at:%Y-%m-%d %H:%M:%S %Z}"
+    return f"not running: {_named(last)} was asked to end at {_time(last.ended_at)}"
 
 
 def _named(of: Known) -> str:
@@ -274,36 +274,35 @@ def watch(settings: Settings) -> Iterator[Status | Unreachable]:
 
 def lines(found: Status | Unreachable) -> list[str]:
     """The status as a person reads it."""
-    values: dict[str, Any] = {"worker": found.worker, "late": found.late or "no"}
+    values = [("worker", found.worker), ("late", found.late or "no")]
     if isinstance(found, Status):
-        values |= _values(found)
-    return [f"{name + ':':14}{value}" for name, value in values.items() if value is not None]
+        values += _values(found)
+    return [f"{name + ':':14}{value}" for name, value in values]
 
 
-def _values(found: Status) -> dict[str, Any]:
-    reader = f"{found.holder}, process {found.active_pid} of the server" if found.active_pid else "none"
+def _values(found: Status) -> Iterator[tuple[str, str]]:
+    for of in found.processes:
+        since = f"{timedelta(seconds=round(of.uptime))} since {_time(of.started_at)}"
+        yield of.role, f"process {of.pid} on {of.host}, cdc-worker {of.version}, up {since}"
+    if found.plugin is None:
+        yield "slot", f"{found.slot}, which is gone"
+    else:
+        yield "slot", f"{found.slot} ({found.plugin}, {found.wal_status})"
+        yield "reader", f"{found.holder}, process {found.active_pid} of the server" if found.active_pid else "none"
+    within = f", and {found.changes:,} changes of the commit at {found.commit_lsn}" if found.commit_lsn else ""
+    yield "checkpoint", found.checkpoint + within
+    yield "lag", f"{found.lag_bytes:,} bytes, {found.lag_seconds:.1f} s"
+    if found.retained_bytes is not None:
+        yield "retained WAL", f"{found.retained_bytes:,} bytes"
+    yield "activities", _counts(found.activities)
+    yield "dead letters", f"{_counts(found.dead_letters)}; {found.dead_letters_waiting:,} waiting"
     failure = found.last_error
-    return {
-        **{
-            of.role + ("" if place == 0 or of.role == "active" else f" {place + 1}"): (
-                f"process {of.pid} on {of.host}, cdc-worker {of.version},"
-                f" up {timedelta(seconds=round(of.uptime))} since {of.started_at:%Y-%m-%d %H:%M:%S %Z}"
-            )
-            for place, of in enumerate(found.processes)
-        },
-        "slot": f"{found.slot} ({found.plugin}, {found.wal_status})"
-        if found.plugin
-        else f"{found.slot}, which is gone",
-        "reader": reader,
-        "checkpoint": found.checkpoint
-        + (f", and {found.changes:,} changes of the commit at {found.commit_lsn}" if found.commit_lsn else ""),
-        "lag": f"{found.lag_bytes:,} bytes, {found.lag_seconds:.1f} s",
-        "retained WAL": None if found.retained_bytes is None else f"{found.retained_bytes:,} bytes",
-        "activities": _counts(found.activities),
-        "dead letters": f"{_counts(found.dead_letters)}; {found.dead_letters_waiting:,} waiting",
-        "last error": f"{failure.at:%Y-%m-%d %H:%M:%S %Z}: {failure.error}" if failure else "none",
-        "server": f"PostgreSQL {found.server_version}",
-    }
+    yield "last error", f"{_time(failure.at)}: {failure.error}" if failure else "none"
+    yield "server", f"PostgreSQL {found.server_version}"
+
+
+def _time(at: datetime) -> str:
+    return f"{at:%Y-%m-%d %H:%M:%S %Z}"
 
 
 def _counts(counts: Counts) -> str:

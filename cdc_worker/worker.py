@@ -721,4 +721,5 @@ def _summary(totals: Totals) -> dict[str, int]:
 def _described(error: BaseException | None) -> dict[str, str | None]:
     """What may be logged of an error: the server's words hold values of rows, libpq's own and ours don't."""
     sqlstate = error.sqlstate if isinstance(error, psycopg.Error) else None
-    return {"error": type(error).__name__, "sqlstate": sqlstate, "reason": None if sqlstate else str(error)}
+    reason = None if sqlstate else " ".join(str(error).split())
+    return {"error": type(error).__name__, "sqlstate": sqlstate, "reason": reason}

@@ -48,7 +48,7 @@ def test_every_option_has_help(command: str) -> None:
 
 def test_every_flag_of_run_is_a_setting_or_its_own() -> None:
     names = {option.name for option in main.commands["run"].params}
-    assert names - {"config", "once"} <= set(Settings.model_fields)
+    assert names - {"config", "once", "takeover", "no_wait"} <= set(Settings.model_fields)
 
 
 def test_the_version_is_told_on_stdout() -> None:

@@ -6,9 +6,12 @@ import re
 from pathlib import Path
 
 import psycopg
+from pydantic import BaseModel
 from support import GRANTS, Crm
 
 from cdc_worker.config import PREFIX, Settings
+from cdc_worker.doctor import CHECKS
+from cdc_worker.status import Counts, Failure, Process, Status
 
 ROOT = Path(__file__).parent.parent
 
@@ -24,13 +27,35 @@ def settings_table() -> list[str]:
 
 
 def test_the_readme_lists_every_setting_with_its_default() -> None:
-    readme = (ROOT / "README.md").read_text()
-    assert "\n".join(settings_table()) in readme, "\n" + "\n".join(settings_table())
+    assert_has("README.md", settings_table())
 
 
 def test_the_readme_lists_the_grants_with_which_the_suite_runs_the_worker() -> None:
     readme = (ROOT / "README.md").read_text()
     assert [grant for grant in GRANTS if f"    {grant.format(role='cdc')};" not in readme] == []
+
+
+def test_operating_lists_the_fields_of_the_status() -> None:
+    assert_has("docs/operating.md", fields_table(Status, Process, Counts, Failure))
+
+
+def fields_table(*models: type[BaseModel]) -> list[str]:
+    """Of the first, and of the others as fields of its fields."""
+    rows = ["| Field | |", "| --- | --- |"]
+    for model in models:
+        of = "" if model is models[0] else f"(of {model.__name__.lower()}) "
+        rows += [f"| {of}`{name}` | {field.description} |" for name, field in model.model_fields.items()]
+    return rows
+
+
+def test_operating_lists_the_checks_of_the_doctor() -> None:
+    rows = ["| Check | |", "| --- | --- |"]
+    rows += [f"| `{check.__name__}` | {(check.__doc__ or '').splitlines()[0]} |" for check in CHECKS]
+    assert_has("docs/operating.md", rows)
+
+
+def assert_has(document: str, rows: list[str]) -> None:
+    assert "\n".join(rows) in (ROOT / document).read_text(), "\n" + "\n".join(rows)
 
 
 def test_links_within_the_documents_lead_somewhere() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import signal
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import ExitStack, closing
 from datetime import datetime
 from pathlib import Path
 from socket import gethostname
@@ -210,8 +210,10 @@ def test_late_because_the_active_worker_is_silent_while_another_stands_by(
     crm: Crm, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("cdc_worker.status.SILENCE", 0.7)  # the server's patience is two seconds
-    with crm.worker() as first, crm.worker() as second:
+    with ExitStack() as stack:
+        first = stack.enter_context(crm.worker())
         first.wait_for("replication_started")
+        second = stack.enter_context(crm.worker())
         second.wait_for("waiting_for_slot")
         roles = {(process.role, process.pid) for process in seen(crm).processes}
         assert roles == {("active", first.process.pid), ("standby", second.process.pid)}
