@@ -165,32 +165,37 @@ _TAKE_OVER: Final = """
 UPDATE cdc_worker.checkpoint
 SET owner = %s, tables = %s, backend_pid = pg_backend_pid(),
     backend_start = (SELECT backend_start FROM pg_stat_activity WHERE pid = pg_backend_pid())
-WHERE worker = %s
+WHERE worker = %s AND owner IS NOT DISTINCT FROM %s
+    AND (SELECT active_pid FROM pg_replication_slots WHERE slot_name = slot) = %s
 """
 
 
-def take_over(connection: Connection, worker: str, tables: list[str], *, timeout: float = 10) -> Checkpoint:
+def take_over(
+    connection: Connection, worker: str, tables: list[str], *, reader: int, timeout: float = 10
+) -> Checkpoint:
     """Become the process that may write, and captures these tables; returns the checkpoint, with its token as owner.
 
-    The predecessor's writing backend is terminated first: what it has in hand is either in the position that is
-    returned, or will never be. Raises CatalogMismatchError where that position has no meaning with these tables.
+    That is only for who reads the slot, through the process `reader` of the server: we may have slept meanwhile, and
+    another taken over. The predecessor's writing backend is terminated first: what it has in hand is either in the
+    position that is returned, or will never be. Raises CatalogMismatchError where that position has no meaning with
+    these tables.
     """
-    before = read(connection, worker)
     deadline = time.monotonic() + timeout
-    while before.backend_pid is not None and fetch_one(
-        connection, _BACKEND_ALIVE, before.backend_pid, before.backend_start
-    ) != (0,):
-        connection.execute("SELECT pg_terminate_backend(%s)", (before.backend_pid,))
-        if time.monotonic() > deadline:
-            raise psycopg.OperationalError(f"the predecessor's backend {before.backend_pid} does not end")
-        time.sleep(0.01)
-    check_tables(read(connection, worker), tables)
     owner = uuid.uuid4()
-    connection.execute(_TAKE_OVER, (owner, tables, worker))
-    after = read(connection, worker)
-    if after.owner != owner:
-        raise fenced(worker)
-    return after
+    while True:
+        before = read(connection, worker)
+        backend = before.backend_pid, before.backend_start
+        if before.backend_pid is not None and fetch_one(connection, _BACKEND_ALIVE, *backend) != (0,):
+            connection.execute("SELECT pg_terminate_backend(%s)", (before.backend_pid,))
+        else:
+            check_tables(read(connection, worker), tables)  # what it had in hand may have been written since
+            connection.execute(_TAKE_OVER, (owner, tables, worker, before.owner, reader))
+            after = read(connection, worker)
+            if after.owner == owner:
+                return after
+        if time.monotonic() > deadline:
+            raise psycopg.OperationalError("the slot, or the checkpoint, is another process's")
+        time.sleep(0.01)
 
 
 def new_nonce(worker: str) -> str:

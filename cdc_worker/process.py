@@ -10,9 +10,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Final
 
-import psycopg
-
-from cdc_worker import __version__, errors
+from cdc_worker import __version__
 from cdc_worker.postgres import Connection, application_name
 
 KEPT: Final = 20
@@ -49,24 +47,19 @@ DELETE FROM cdc_worker.process WHERE worker = %(worker)s AND process <> ALL (ARR
 
 
 def register(connection: Connection, own: Process) -> None:
-    """Say that this process is there, for as long as this connection is. Raises NotSetUpError without the table."""
-    try:
-        connection.execute(
-            _REGISTER,
-            {
-                "process": own.process,
-                "worker": own.worker,
-                "host": socket.gethostname(),
-                "pid": os.getpid(),
-                "version": __version__,
-                "age": time.monotonic() - own.began,
-                "failure": own.failure,
-            },
-        )
-    except psycopg.errors.UndefinedTable as error:
-        raise errors.NotSetUpError(
-            "the tables of cdc-worker are not those of this version", hint="run: cdc-worker setup"
-        ) from error
+    """Say that this process is there, for as long as this connection is."""
+    connection.execute(
+        _REGISTER,
+        {
+            "process": own.process,
+            "worker": own.worker,
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "version": __version__,
+            "age": time.monotonic() - own.began,
+            "failure": own.failure,
+        },
+    )
     own.failure = None
     connection.execute(_PRUNE, {"worker": own.worker, "kept": KEPT})
 
@@ -92,7 +85,7 @@ def ended(connection: Connection, own: Process, exit_code: int) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Known:
-    """A process of the worker, this or another. It is `active` if the worker's checkpoint is its to write."""
+    """A process of the worker, this or another. The `last` that wrote is the active one, if it is `alive`."""
 
     host: str
     pid: int
@@ -100,7 +93,7 @@ class Known:
     started_at: datetime
     uptime: float
     alive: bool
-    active: bool
+    last: bool
     failure: str | None
     failed_at: datetime | None
     exit_code: int | None
@@ -112,8 +105,7 @@ _KNOWN: Final = """
 SELECT p.host, p.pid, p.version, p.started_at,
        extract(epoch FROM clock_timestamp() - p.started_at)::float8,
        a.pid IS NOT NULL AND p.ended_at IS NULL AS alive,
-       coalesce(a.pid IS NOT NULL AND p.ended_at IS NULL
-                AND (c.backend_pid, c.backend_start) = (p.backend_pid, p.backend_start), false) AS active,
+       coalesce((c.backend_pid, c.backend_start) = (p.backend_pid, p.backend_start), false) AS last,
        p.failure, p.failed_at, p.exit_code, p.ended_at
 FROM cdc_worker.process p
 LEFT JOIN cdc_worker.checkpoint c USING (worker)

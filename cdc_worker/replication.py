@@ -101,6 +101,11 @@ class Replication:
         self._pgconn.nonblocking = 1
         return refused
 
+    @property
+    def pid(self) -> int:
+        """The process of the server that serves us."""
+        return self._connection.info.backend_pid
+
     def fileno(self) -> int:
         """The socket, for select."""
         return self._pgconn.socket

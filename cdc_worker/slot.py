@@ -14,7 +14,7 @@ from psycopg import sql
 from cdc_worker import checkpoint, errors, wal2json
 from cdc_worker.checkpoint import Checkpoint
 from cdc_worker.lsn import LSN
-from cdc_worker.postgres import APPLICATION_NAME, Connection, Server, fetch_one, listed
+from cdc_worker.postgres import APPLICATION_NAME, Connection, Server, application_name, fetch_one, listed
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,24 +123,29 @@ def given_up(slot: Slot, checkpoint: Checkpoint, limit: int) -> errors.SlotGiven
     )
 
 
-_FREE: Final = "SELECT pg_terminate_backend(active_pid) FROM pg_replication_slots WHERE slot_name = %s"
+_FREE: Final = """
+SELECT pg_terminate_backend(pid) FROM pg_replication_slots JOIN pg_stat_activity ON pid = active_pid
+WHERE slot_name = %s AND application_name = %s
+"""
 
 _DROP: Final = "SELECT pg_drop_replication_slot(%s)"
 
 
-def give_up(connection: Connection, name: str) -> None:
-    """Drop the slot, whichever of our own connections still reads it."""
-    while read(connection, name) is not None:
+def give_up(connection: Connection, name: str, worker: str) -> None:
+    """Drop the slot, whichever process of the worker still reads it. Raises SlotTakenError if another does."""
+    while (found := read(connection, name)) is not None:
         try:
             connection.execute(_DROP, (name,))
         except psycopg.errors.ObjectInUse:
-            free(connection, name)
+            if found.active_pid is not None and not free(connection, name, worker):
+                raise taken(found) from None
 
 
-def free(connection: Connection, name: str) -> None:
-    """End the process of the server that serves the slot's reader."""
-    connection.execute(_FREE, (name,))
+def free(connection: Connection, name: str, worker: str) -> bool:
+    """End the process of the server that serves the slot's reader, if that is this worker; returns whether it is."""
+    freed = connection.execute(_FREE, (name, application_name(worker))).fetchall() != []
     time.sleep(0.05)
+    return freed
 
 
 def check(slot: Slot | None, *, name: str, database: str, checkpoint: LSN) -> Slot:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from datetime import datetime, timedelta
+from itertools import takewhile
 from typing import Any, Final
 
 import psycopg
@@ -164,7 +165,7 @@ def _status(connection: Connection, worker: str) -> Status:
     try:
         _, checked = slot.check_checkpoint(connection, worker, name)
     except errors.CdcWorkerError as error:
-        late: str | None = f"gap: {error}"
+        late: str | None = f"gap: {_one_line(str(error))}"
     else:
         holders = postgres.blockers(connection, known.backend_pid) if streaming and known.backend_pid else []
         late = _late(checked, processes, seen, holders, lag=lag, seconds=seconds)
@@ -182,14 +183,14 @@ def _status(connection: Connection, worker: str) -> Status:
         late=late,
         processes=[
             Process(
-                role="active" if of.active else "standby",
+                role="active" if of.last else "standby",
                 host=of.host,
                 pid=of.pid,
                 version=of.version,
                 started_at=of.started_at,
                 uptime=round(of.uptime, 3),
             )
-            for of in sorted(processes, key=lambda of: not of.active)
+            for of in sorted(processes, key=lambda of: not of.last)
             if of.alive
         ],
         slot=name,
@@ -215,7 +216,7 @@ def _late(
     found: Slot, processes: list[Known], seen: _Seen, holders: list[Blocker], *, lag: int, seconds: float
 ) -> str | None:
     """Why activities are late."""
-    waiting = [of for of in processes if of.alive and not of.active]
+    waiting = [of for of in processes if of.alive and not of.last]
     if found.active_pid is None:
         return f"standby: {_named(waiting[0])} is about to take over" if waiting else _not_running(processes)
     if not found.held_by_worker:
@@ -240,12 +241,19 @@ def _late(
 def _not_running(processes: list[Known]) -> str:
     if not processes:
         return "not running: no worker has run yet"
-    last = processes[0]
+    # Who wrote last is gone, and who tried after that has failed.
+    newer = list(takewhile(lambda of: not of.last, processes))
+    wrote = processes[len(newer) : len(newer) + 1]
+    last = next((of for of in newer if of.exit_code), (wrote or newer)[0])
     if last.ended_at is None:
-        return f"not running: {_named(last)} has vanished"
+        return f"not running: {_named(last)} was killed, is cut off, or tries again within half a minute"
     if last.exit_code:
-        return f"not running: {_named(last)} ended with {last.exit_code}: {last.failure}"
+        return f"not running: {_named(last)} ended with {last.exit_code}: {_one_line(last.failure or '')}"
     return f"not running: {_named(last)} was asked to end at {_time(last.ended_at)}"
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
 
 
 def _named(of: Known) -> str:
@@ -254,7 +262,7 @@ def _named(of: Known) -> str:
 
 def _last_error(processes: list[Known]) -> Failure | None:
     failures = [
-        Failure(error=of.failure, at=of.failed_at, host=of.host, pid=of.pid, exit_code=of.exit_code)
+        Failure(error=_one_line(of.failure), at=of.failed_at, host=of.host, pid=of.pid, exit_code=of.exit_code)
         for of in processes
         if of.failure is not None and of.failed_at is not None
     ]
@@ -269,7 +277,7 @@ def watch(settings: Settings) -> Iterator[Status | Unreachable]:
         except (psycopg.Error, errors.CdcWorkerError) as error:
             known = postgres.failure(error) if isinstance(error, psycopg.Error) else error
             down = isinstance(error, psycopg.Error) and postgres.is_transient(error.sqlstate)
-            yield Unreachable(worker=settings.worker, late=f"server down: {known}" if down else str(known))
+            yield Unreachable(worker=settings.worker, late=("server down: " if down else "") + _one_line(str(known)))
 
 
 def lines(found: Status | Unreachable) -> list[str]:

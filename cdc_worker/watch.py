@@ -10,6 +10,7 @@ import psycopg
 from cdc_worker import checkpoint, errors, postgres, process, slot
 from cdc_worker.config import Settings
 from cdc_worker.log import Logger
+from cdc_worker.postgres import Blocker
 from cdc_worker.process import Process
 
 INTERVAL: Final = 10.0
@@ -41,21 +42,23 @@ class Watch:
         settings = self._settings
         try:
             with closing(postgres.connect(settings.dsn.get_secret_value(), settings.worker)) as connection:
-                process.failed(connection, self._own)
+                checkpoint.tally(connection, settings.worker)
                 found = slot.read(connection, settings.slot)
                 known = checkpoint.read(connection, settings.worker)
-                checkpoint.tally(connection, settings.worker)
-                holders = postgres.blockers(connection, known.backend_pid) if held_up and known.backend_pid else []
-                by = [str(holder) for holder in holders]
+                if held_up and known.backend_pid is not None:
+                    self._tell_of(postgres.blockers(connection, known.backend_pid))
+                if found is not None:
+                    self.retained(found, known)
+                process.failed(connection, self._own)
+        except errors.SlotGivenUpError:
+            raise
         except (psycopg.Error, errors.CdcWorkerError) as error:
             self._log.debug("look_failed", error=type(error).__name__)
-            return
-        if bool(by) != self._held_up:
-            self._held_up = bool(by)
-            if by:
-                self._log.warning("write_held_up", by=by)
-        if found is not None:
-            self.retained(found, known)
+
+    def _tell_of(self, blockers: list[Blocker]) -> None:
+        if blockers and not self._held_up:
+            self._log.warning("write_held_up", by=[str(blocker) for blocker in blockers])
+        self._held_up = bool(blockers)
 
     def retained(self, found: slot.Slot, known: checkpoint.Checkpoint) -> None:
         """Raise an alarm if the server keeps much WAL for the slot. Raises SlotGivenUpError if it is too much."""

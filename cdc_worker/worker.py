@@ -167,7 +167,7 @@ class Worker:
         self._waits = wait
         self._process = Process(settings.worker)
         self._watch = Watch(settings, self._process, log)
-        self._registered = False
+        self._reachable = False
         self._dropped_of: set[str] = set()
         self._started = False
         self._owner: uuid.UUID | None = None
@@ -185,6 +185,7 @@ class Worker:
             error = state.outcome.exception() if state.outcome else None
             wait = state.next_action.sleep if state.next_action else 0
             described = _described(error)
+            self._reachable = False
             self._process.failure = " ".join(filter(None, described.values()))
             log.warning("connection_lost", **described, attempt=state.attempt_number, retry_in=round(wait, 2))
 
@@ -208,7 +209,7 @@ class Worker:
                             if self.totals.batches > since:
                                 attempt.retry_state.attempt_number = 1  # it worked: begin anew with short waits
         except Stopped:
-            pass
+            self._end(0)
         except errors.CdcWorkerError as error:
             self._fail(error)
             raise
@@ -217,7 +218,8 @@ class Worker:
                 failure = postgres.failure(error)
                 self._fail(failure)
                 raise failure from error
-        self._end(0)
+        else:
+            self._end(0)
         log.info("worker_stopped", **_summary(self.totals))
 
     def _fail(self, error: errors.CdcWorkerError) -> None:
@@ -225,7 +227,7 @@ class Worker:
         if isinstance(error, errors.SlotGivenUpError):
             try:
                 with closing(self._connect()) as connection:
-                    slot.give_up(connection, self._settings.slot)
+                    slot.give_up(connection, self._settings.slot, self._settings.worker)
             except (psycopg.Error, errors.CdcWorkerError) as problem:
                 self._log.error("slot_not_dropped", **_described(problem))
         self._process.failure = str(error)
@@ -234,7 +236,7 @@ class Worker:
 
     def _end(self, exit_code: int) -> None:
         """Leave word of how it ended, if there is anybody to leave it with."""
-        if self._registered:
+        if self._reachable:
             with suppress(psycopg.Error, errors.CdcWorkerError), closing(self._connect()) as connection:
                 checkpoint.tally(connection, self._settings.worker)
                 process.ended(connection, self._process, exit_code)
@@ -296,21 +298,16 @@ class Worker:
         with self._stop.interrupting():
             connection = self._connect()
             stack.callback(connection.close)
-            server = postgres.server(connection)
-            postgres.check_server(server, worker)
-            found, _ = slot.check_checkpoint(connection, worker, settings.slot)
-            process.register(connection, self._process)
-            self._registered = True
-            checkpoint.tally(connection, worker)
-            self._check_owner(found)
-            self._nonce = self._nonce or found.nonce
+            self._reachable = False
+            server, found, table = self._examine(connection)
             if self._until is None and self._once:
                 self._until = slot.committed_so_far(connection)
-            table = catalog.check(connection, self._profile, self._rules)
-            replication, timeout = self._read(stack, connection, server)
+            while self._stand_by(connection) or (stream := self._read(stack, found, server)) is None:
+                server, found, table = self._examine(connection)  # it may be another now
+            replication, timeout = stream
             # A table without rules tells of others: it counts, and it isn't recorded.
             tables = [f"{'.'.join(of)}{'' if any(t.rules.values()) else ' (facts)'}" for of, t in self._rules.items()]
-            found = checkpoint.take_over(connection, worker, sorted(tables))
+            found = checkpoint.take_over(connection, worker, sorted(tables), reader=replication.pid)
             self._owner = found.owner
             if found.nonce != self._nonce:
                 raise checkpoint.fenced(worker)  # a table that came with it would be passed over with our profile
@@ -344,53 +341,60 @@ class Worker:
             until=self._until,
         )
 
-    def _read(
-        self, stack: ExitStack, connection: postgres.Connection, server: postgres.Server
-    ) -> tuple[Replication, float]:
-        """Read the slot, as soon as nobody else does; returns with it the server's wal_sender_timeout."""
+    def _examine(self, connection: postgres.Connection) -> tuple[postgres.Server, Checkpoint, catalog.TargetTable]:
+        """Make sure that server, checkpoint, slot and tables are as they should be. Raises what `run` ends with."""
         settings = self._settings
-        options = wal2json.options(self._rules, PREFIXES)
-        while True:
-            self._stand_by(connection)
-            found = checkpoint.read(connection, settings.worker)
-            replication = Replication(
-                postgres.connect_replication(settings.dsn.get_secret_value(), settings.worker),
-                on_dropped=self._warn_of_dropped,
-            )
-            stack.enter_context(replication)
-            checkpoint.check_cluster(found, replication.system_identifier())
-            timeout = replication.wal_sender_timeout()
-            try:
-                refused = replication.start(
-                    settings.slot, found.position.lsn, options, encoding=server.encoding, optional=wal2json.OPTIONAL
-                )
-            except psycopg.errors.ObjectInUse:  # somebody was faster
-                replication.close()
-            except psycopg.Error as error:
-                raise slot.plugin_error(error, server) from error
-            else:
-                for option in refused:
-                    self._log.warning("option_refused", option=option)
-                return replication, timeout
+        server = postgres.server(connection)
+        postgres.check_server(server, settings.worker)
+        if not self._reachable:
+            checkpoint.read(connection, settings.worker)  # where there is none, there is nobody to tell
+            process.register(connection, self._process)
+            checkpoint.tally(connection, settings.worker)
+            self._reachable = True
+        found, _ = slot.check_checkpoint(connection, settings.worker, settings.slot)
+        self._check_owner(found)
+        self._nonce = self._nonce or found.nonce
+        return server, found, catalog.check(connection, self._profile, self._rules)
 
-    def _stand_by(self, connection: postgres.Connection) -> None:
-        """Wait until nobody reads the slot. Raises SlotTakenError if that isn't to be waited for.
+    def _read(self, stack: ExitStack, found: Checkpoint, server: postgres.Server) -> tuple[Replication, float] | None:
+        """Read the slot; returns with it the server's wal_sender_timeout. None if another process was faster."""
+        settings = self._settings
+        connection = postgres.connect_replication(settings.dsn.get_secret_value(), settings.worker)
+        replication = stack.enter_context(Replication(connection, on_dropped=self._warn_of_dropped))
+        checkpoint.check_cluster(found, replication.system_identifier())
+        timeout = replication.wal_sender_timeout()
+        options = wal2json.options(self._rules, PREFIXES)
+        try:
+            refused = replication.start(
+                settings.slot, found.position.lsn, options, encoding=server.encoding, optional=wal2json.OPTIONAL
+            )
+        except psycopg.errors.ObjectInUse:
+            replication.close()
+            return None
+        except psycopg.Error as error:
+            raise slot.plugin_error(error, server) from error
+        for option in refused:
+            self._log.warning("option_refused", option=option)
+        return replication, timeout
+
+    def _stand_by(self, connection: postgres.Connection) -> bool:
+        """Wait until nobody reads the slot; returns whether somebody did. Raises SlotTakenError if it is not to wait.
 
         By looking, for who waits in the server for a lock holds up its vacuum.
         """
         settings, told = self._settings, None
         while (found := slot.read(connection, settings.slot)) is not None and found.active_pid is not None:
-            self._check_owner(checkpoint.read(connection, settings.worker))
+            if self._owner is not None:
+                self._check_owner(checkpoint.read(connection, settings.worker))
             if not self._waits or (self._once and not found.held_by_worker):
                 raise slot.taken(found)
             if told != found.active_pid:
                 told = found.active_pid
                 log = self._log.info if found.held_by_worker else self._log.warning
                 log("waiting_for_slot", active_pid=told, holder=found.holder, client=found.client)
-            if self._takeover and not self._started and found.holder == postgres.application_name(settings.worker):
-                slot.free(connection, settings.slot)
-            else:
+            if not (self._takeover and not self._started and slot.free(connection, settings.slot, settings.worker)):
                 time.sleep(STANDBY_INTERVAL)
+        return told is not None
 
     def _check_owner(self, found: Checkpoint) -> None:
         """Raise FencedError if another process has taken over since we wrote."""

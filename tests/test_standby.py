@@ -190,6 +190,28 @@ def test_a_worker_that_wakes_up_after_its_successor_has_ended_as_well_writes_not
     assert len(crm.types()) == 2
 
 
+def test_a_worker_that_slept_while_it_was_taking_over_stands_by(hasty_crm: Crm) -> None:
+    """It had the slot, and was about to become the owner: meanwhile the server freed the slot, and another has it."""
+    crm = hasty_crm
+    with closing(psycopg.connect(crm.dsn)) as locker, ExitStack() as stack:
+        locker.execute("SELECT FROM cdc_worker.checkpoint FOR UPDATE")
+        first = stack.enter_context(crm.worker())
+        eventually(lambda: sessions(crm, "wait_event_type = 'Lock'"))
+        stop(first)
+        second = stack.enter_context(crm.worker())
+        eventually(lambda: sessions(crm, "wait_event_type = 'Lock'") == 2)
+        locker.rollback()
+        second.wait_for("replication_started")
+        crm.add_leads(2)
+        eventually(lambda: len(crm.types()) == 2)
+        go_on(first)
+        eventually(lambda: len(first.events("waiting_for_slot")))
+        crm.add_leads(1)
+        assert second.terminate() == 0
+        eventually(lambda: len(crm.types()) == 3)
+        assert first.terminate() == 0
+
+
 def test_workers_stopped_at_any_moment_write_nothing_twice(crm: Crm, seed: int) -> None:
     """Each in turn is stopped under load, replaced, and woken up at some later time."""
     chance = random.Random(seed)
