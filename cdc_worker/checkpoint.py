@@ -161,12 +161,13 @@ def check_tables(checkpoint: Checkpoint, tables: list[str]) -> None:
 
 _BACKEND_ALIVE: Final = "SELECT count(*) FROM pg_stat_activity WHERE pid = %s AND backend_start = %s"
 
+_SLOT_READER: Final = "SELECT max(active_pid) FROM pg_replication_slots WHERE slot_name = %s"
+
 _TAKE_OVER: Final = """
 UPDATE cdc_worker.checkpoint
 SET owner = %s, tables = %s, backend_pid = pg_backend_pid(),
     backend_start = (SELECT backend_start FROM pg_stat_activity WHERE pid = pg_backend_pid())
 WHERE worker = %s AND owner IS NOT DISTINCT FROM %s
-    AND (SELECT active_pid FROM pg_replication_slots WHERE slot_name = slot) = %s
 """
 
 
@@ -184,17 +185,19 @@ def take_over(
     owner = uuid.uuid4()
     while True:
         before = read(connection, worker)
+        if fetch_one(connection, _SLOT_READER, before.slot) != (reader,):
+            raise psycopg.OperationalError("another process has come to read the slot")
         backend = before.backend_pid, before.backend_start
         if before.backend_pid is not None and fetch_one(connection, _BACKEND_ALIVE, *backend) != (0,):
             connection.execute("SELECT pg_terminate_backend(%s)", (before.backend_pid,))
         else:
             check_tables(read(connection, worker), tables)  # what it had in hand may have been written since
-            connection.execute(_TAKE_OVER, (owner, tables, worker, before.owner, reader))
+            connection.execute(_TAKE_OVER, (owner, tables, worker, before.owner))
             after = read(connection, worker)
             if after.owner == owner:
                 return after
         if time.monotonic() > deadline:
-            raise psycopg.OperationalError("the slot, or the checkpoint, is another process's")
+            raise psycopg.OperationalError(f"the predecessor's backend {before.backend_pid} does not end")
         time.sleep(0.01)
 
 

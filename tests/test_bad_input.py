@@ -342,7 +342,7 @@ def test_the_slot_is_missing(crm: Crm) -> None:
     crm.record()
     add(crm, "Bob")
     crm.execute("SELECT pg_drop_replication_slot(%s)", crm.slot)
-    said, hint = refused(crm, errors.SlotMissingError, "setup", "status")
+    said, hint = refused(crm, errors.SlotMissingError, "setup")
     assert said == f'slot "{crm.slot}" does not exist: changes from {checkpoint(crm)} on are not kept'
     follow(crm, hint)
     crm.setup()

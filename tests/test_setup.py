@@ -489,7 +489,7 @@ def test_a_role_with_nothing_but_the_grants_records_everything(bare_crm: Crm) ->
                 bare_crm.add_leads(1)
                 eventually(lambda: len(bare_crm.activities()) == 3)
                 assert successor.terminate() == 0
-        assert '"dead_letters": 1' in bare_crm.succeed("status", "--json")
+        assert '"dead_letters_waiting": 1' in bare_crm.succeed("status", "--json")
         assert bare_crm.value("SELECT lsn > %s::pg_lsn FROM cdc_worker.checkpoint", begin)
     finally:
         del bare_crm.settings["dsn"]

@@ -212,6 +212,26 @@ def test_a_worker_that_slept_while_it_was_taking_over_stands_by(hasty_crm: Crm) 
         assert first.terminate() == 0
 
 
+def test_a_worker_that_slept_while_it_was_taking_over_ends_nobody(hasty: Cluster, hasty_crm: Crm) -> None:
+    """Here the test is the successor, which becomes the owner while the other waits to."""
+    crm = hasty_crm
+    with closing(psycopg.connect(crm.dsn, autocommit=True)) as successor, ExitStack() as stack:
+        with successor.transaction():
+            successor.execute("SELECT FROM cdc_worker.checkpoint FOR UPDATE")
+            first = stack.enter_context(crm.worker())
+            eventually(lambda: sessions(crm, "wait_event_type = 'Lock'"))
+            stop(first)
+            eventually(lambda: crm.reader() is None)
+            stack.enter_context(stranger(hasty, crm))
+            successor.execute(
+                "UPDATE cdc_worker.checkpoint SET owner = gen_random_uuid(), backend_pid = pg_backend_pid(),"
+                " backend_start = (SELECT backend_start FROM pg_stat_activity WHERE pid = pg_backend_pid())"
+            )
+        go_on(first)
+        first.wait_for("waiting_for_slot")
+        successor.execute("SELECT")
+
+
 def test_workers_stopped_at_any_moment_write_nothing_twice(crm: Crm, seed: int) -> None:
     """Each in turn is stopped under load, replaced, and woken up at some later time."""
     chance = random.Random(seed)
