@@ -29,6 +29,8 @@ The edges each know one thing outside:
     ddl         changes of the database's structure, in steps that hardly wait
     checkpoint  how far a worker has written, and who may write
     slot        the server's promise to keep WAL
+    process     the processes of a worker: which is active, what went wrong
+    watch       does it harm the server, is it held up
     replication the replication connection
     sink        the writing connection
     cutover     from triggers to the worker, and back
@@ -36,6 +38,8 @@ The edges each know one thing outside:
     teardown    the slot, and all that setup made
     erasure     persons who are to be forgotten
     status      what a person on call asks
+    checks      what a check sees and says: server_, table_, target_, slot_checks
+    doctor      all checks
     worker      the loop over both sockets, and what keeps it going
     cli         the command line
 
