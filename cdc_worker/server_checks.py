@@ -218,7 +218,7 @@ def plugin(look: Look) -> Iterator[Finding]:
             yield ok(f'wal2json {_tried(look, name)}, which can read the slot "{name}"')
         else:
             yield ok(f"wal2json {_tried(look, None)}")
-    except psycopg.errors.QueryCanceled:
+    except (psycopg.errors.QueryCanceled, psycopg.errors.LockNotAvailable):
         # It has been loaded by then.
         held_by = slots.holders(look.connection, 0)
         yield ok(f"wal2json, of a version not known, for a slot to try it waits for open transactions ({held_by})")

@@ -54,10 +54,10 @@ def bare_crm(server: Cluster, tmp_path: Path) -> Iterator[Crm]:
 
 
 @pytest.fixture
-def crm(bare_crm: Crm) -> Crm:
+def crm(server: Cluster, tmp_path: Path) -> Iterator[Crm]:
     """A database with LeadFi's tables, set up for the worker."""
-    bare_crm.setup()
-    return bare_crm
+    with crm_on(server, tmp_path, prepared=True) as crm:
+        yield crm
 
 
 @pytest.fixture

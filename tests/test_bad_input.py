@@ -43,8 +43,7 @@ def spare(binaries: Binaries) -> Iterator[Cluster]:
 @pytest.fixture
 def spare_crm(spare: Cluster, tmp_path: Path) -> Iterator[Crm]:
     """A database with LeadFi's tables on the spare server, set up for the worker."""
-    with crm_on(spare, tmp_path) as crm:
-        crm.setup()
+    with crm_on(spare, tmp_path, prepared=True) as crm:
         yield crm
 
 

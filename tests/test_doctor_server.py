@@ -30,7 +30,8 @@ from cdc_worker.cluster import Binaries, Cluster, find_binaries
 @pytest.fixture(scope="module")
 def spare(binaries: Binaries) -> Iterator[Cluster]:
     """A server whose settings the tests here change, and set back."""
-    with Cluster(binaries, settings={"max_prepared_transactions": "5"}) as server:
+    # An autovacuum would be a transaction in the way as well.
+    with Cluster(binaries, settings={"max_prepared_transactions": "5", "autovacuum": "off"}) as server:
         yield server
 
 
@@ -538,12 +539,12 @@ def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("at_once")
 @pytest.mark.parametrize(("installed", "outcome"), [(True, "warning"), (False, "failed")])
-def test_a_session_that_is_idle_in_its_transaction(bare_crm: Crm, installed: bool, outcome: str) -> None:
+def test_a_session_that_is_idle_in_its_transaction(spare_crm: Crm, installed: bool, outcome: str) -> None:
     if installed:
-        bare_crm.setup()
-    with closing(psycopg.connect(bare_crm.dsn, application_name="nightly")) as other:
+        spare_crm.setup()
+    with closing(psycopg.connect(spare_crm.dsn, application_name="nightly")) as other:
         pid = other.execute("SELECT pg_backend_pid(), pg_current_xact_id()").fetchall()[0][0]
-        found = cure(bare_crm, "open_transactions")
+        found = cure(spare_crm, "open_transactions")
         assert found.outcome == outcome
         assert found.message.startswith(f"process {pid} (nightly, idle in transaction) has a transaction open since 2")
 
@@ -558,7 +559,9 @@ def test_a_prepared_transaction(spare: Cluster, spare_crm: Crm) -> None:
 
 
 @pytest.mark.usefixtures("at_once")
-def test_transactions_whose_age_is_hidden(crm: Crm) -> None:
+def test_transactions_whose_age_is_hidden(spare_crm: Crm) -> None:
+    crm = spare_crm
+    crm.setup()
     with role(crm), closing(psycopg.connect(crm.dsn)) as other:
         other.execute("SELECT pg_current_xact_id()")
         found = ailing(crm, "open_transactions")

@@ -30,8 +30,7 @@ def hasty(binaries: Binaries) -> Iterator[Cluster]:
 
 @pytest.fixture
 def hasty_crm(hasty: Cluster, tmp_path: Path) -> Iterator[Crm]:
-    with crm_on(hasty, tmp_path) as crm:
-        crm.setup()
+    with crm_on(hasty, tmp_path, prepared=True) as crm:
         yield crm
 
 

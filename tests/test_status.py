@@ -32,8 +32,7 @@ def quiet(binaries: Binaries) -> Iterator[Cluster]:
 
 @pytest.fixture
 def crm(quiet: Cluster, tmp_path: Path) -> Iterator[Crm]:
-    with crm_on(quiet, tmp_path) as crm:
-        crm.setup()
+    with crm_on(quiet, tmp_path, prepared=True) as crm:
         yield crm
 
 
