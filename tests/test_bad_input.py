@@ -14,8 +14,9 @@ from psycopg import sql
 from psycopg.conninfo import make_conninfo
 from support import Crm, crm_on, eventually, grant, having, role, stranger
 
-from cdc_worker import errors, postgres
+from cdc_worker import config, errors, postgres
 from cdc_worker.cluster import Binaries, Cluster, find_binaries
+from cdc_worker.doctor import doctor
 from cdc_worker.errors import CdcWorkerError
 
 CANARY = "c4n4ry"
@@ -63,9 +64,30 @@ def refused(crm: Crm, kind: type[CdcWorkerError], *others: str, **settings: str)
     """What `run` and `others` say, message and hint: one error, which ends `run` with a code of its own."""
     settings = {"dsn": make_conninfo(crm.settings.get("dsn", crm.dsn), password=CANARY)} | settings
     said = one_error(crm, ["run"], kind.exit_code, **settings)
+    if kind not in FOUND_LATER:
+        diagnosed(crm, said, **settings)
     for other in others:
         assert _without_positions(one_error(crm, [other], 1, **settings)) == _without_positions(said)
     return said
+
+
+FOUND_LATER = (errors.TargetUnusableError, errors.TooManyRefusalsError, errors.MessageUnreadableError)
+"""What `run` meets only when it writes, or reads."""
+
+
+def diagnosed(crm: Crm, said: tuple[str, str], **settings: str) -> None:
+    """Assert that the doctor says the same, a finding a fault."""
+    failures: list[tuple[str, str]] = []
+    try:
+        report = doctor(config.load(None, {"dsn": crm.dsn, "slot": crm.slot} | crm.settings | settings))
+        failures = [(found.message, found.fix or "") for found in report.findings if found.outcome == "failed"]
+    except CdcWorkerError as error:  # settings with which no command begins
+        failures = [(str(error), error.hint or "")]
+    if "does not fit the database:" in said[0]:
+        faults = [line.strip() for line in said[0].splitlines()[1:]]
+        assert [message for message, _ in failures if message in faults] == faults
+    else:
+        assert _without_positions(said) in [_without_positions(failure) for failure in failures]
 
 
 def _without_positions(said: tuple[str, str]) -> list[str]:
