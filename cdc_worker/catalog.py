@@ -243,15 +243,74 @@ _SAMPLES: Final = {
 """Values of each type, of which another type that is to take them should read all."""
 
 
+# COPY goes into a view only where a trigger is there INSTEAD OF (64) an INSERT (4).
+_KIND: Final = """
+SELECT CASE WHEN relkind IN ('v', 'm') THEN
+                CASE WHEN told THEN 'a view: nothing in it is unique, and what its trigger makes of a row can''t be told'
+                ELSE 'a view: it takes no rows' END
+            WHEN relkind = 'f' THEN 'foreign: a crash between the commits of both servers loses or doubles rows'
+            WHEN relkind NOT IN ('r', 'p') THEN 'no table' END, NOT told
+FROM pg_class c, LATERAL (SELECT EXISTS (
+    SELECT FROM pg_trigger WHERE tgrelid = c.oid AND tgtype & 68 = 68 AND tgenabled IN ('O', 'A'))) AS trigger (told)
+WHERE c.oid = to_regclass(format('%%I.%%I', %s::text, %s::text))
+"""
+
+
+def no_target(connection: Connection, target: Target) -> Fault | None:
+    """Why there is no table to write to, if so."""
+    table = qualified(target.table)
+    name = ".".join(table)
+    found = connection.execute(_KIND, table).fetchone()
+    if found is None:
+        fix = "cdc-worker setup" if target.prepare else "make it, or name another one in [target] of the profile"
+        return Fault(f"target table {name} does not exist", fix)
+    kind, certain = found
+    fix = "in [target] of the profile, name the table where the rows are to be"
+    return None if kind is None else Fault(f"target {name} is {kind}", fix, certain=certain)
+
+
+# Of what isn't partitioned, pg_partition_tree has nothing.
+_PARTS: Final = """
+SELECT nspname::text, relname::text, format('%%I.%%I', nspname, relname), relkind = 'r', relpersistence::text
+FROM to_regclass(format('%%I.%%I', %s::text, %s::text)) AS target
+JOIN pg_class c ON c.oid = target OR c.oid IN (SELECT relid FROM pg_partition_tree(target))
+JOIN pg_namespace n ON n.oid = relnamespace
+ORDER BY c.oid <> target, 1, 2
+"""
+
+
+def _target_parts(connection: Connection, profile: Profile) -> Iterator[Fault]:
+    """What of the target, or of its partitions, gets lost, or comes back as a change."""
+    inserts = {qualified(name) for name, table in profile.tables.items() for r in table.rules if "insert" in r.on}
+    for schema, relname, relation, stores, persistence in connection.execute(_PARTS, qualified(profile.target.table)):
+        name = f"{schema}.{relname}"
+        if (schema, relname) in inserts:
+            yield Fault(
+                f"target table {name} is captured, with a rule on insert: each activity would make another, for ever",
+                f"take the rules on insert out of [tables.{section((schema, relname))}] of the profile",
+            )
+        if stores and persistence == "u":
+            yield Fault(
+                f"target table {name} is unlogged: a crash of the server empties it, and nothing is written again",
+                f"as its owner: ALTER TABLE {relation} SET LOGGED",
+            )
+        elif stores and persistence == "t":
+            yield Fault(
+                f"target table {name} is temporary: it is gone with its session",
+                "name another one in [target] of the profile",
+            )
+
+
 def _target_faults(connection: Connection, profile: Profile, captured: Captured) -> Iterator[Fault]:
     target, table = profile.target, qualified(profile.target.table)
     name, relation = ".".join(table), sql.Identifier(*table).as_string()
     alter = f"as its owner: ALTER TABLE {relation}"
+    if (fault := no_target(connection, target)) is not None:
+        yield fault
+        if fault.certain:
+            return
+    yield from _target_parts(connection, profile)
     found = columns(connection, table)
-    if not found:
-        fix = "cdc-worker setup" if target.prepare else "make it, or name another one in [target] of the profile"
-        yield Fault(f"target table {name} does not exist", fix)
-        return
     rules = list(written(profile))
     sources: dict[tuple[str, Source], list[str]] = {}
     for rule in rules:

@@ -115,12 +115,12 @@ def _unrecorded_or_twice(look: Look, ends: OpenEnds) -> Iterator[Finding]:
         yield warning(
             f"{'.'.join(table)} is set up and no longer in the profile, so it isn't recorded; if it is to be, put"
             f" [tables.{section(table)}] back and send the worker a SIGHUP",
-            f"if it isn't: {forget.format(worker, '.'.join(table)).as_string()}",
+            f"if it isn't, as the owner of cdc_worker: {forget.format(worker, '.'.join(table)).as_string()}",
         )
     for trigger in cutover.unclear_triggers(connection, look.profile, look.rules):
         relation = sql.Identifier(*qualified(trigger.table)).as_string()
         said = f"{trigger.why}: see whether it records what the worker records"
-        fix = f"if it does: DROP TRIGGER {quoted(trigger.name)} ON {relation}"
+        fix = f"if it does, as its owner: DROP TRIGGER {quoted(trigger.name)} ON {relation}"
         yield (warning if trigger.writes else unknown)(said, fix)
 
 
@@ -152,6 +152,9 @@ FROM other
 def other_writers(look: Look) -> Iterator[Finding]:
     """Whether something else records what the worker records, in rows that look like its own."""
     connection, target = look.connection, look.profile.target
+    if (fault := catalog.no_target(connection, target)) is not None:
+        yield unknown(fault.message, fault.fix)
+        return
     table = sql.Identifier(*qualified(target.table))
     columns = {field: column for column, field in target.columns.items()}
     primary = connection.execute(_PRIMARY, (table.as_string(),)).fetchone()

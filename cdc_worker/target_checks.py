@@ -49,15 +49,16 @@ def _on_target(check: Callable[[Look, _Target], Iterable[Finding]]) -> Check:
     @wraps(check)
     def made(look: Look) -> Iterator[Finding]:
         spec = look.profile.target
+        if (fault := catalog.no_target(look.connection, spec)) is not None:
+            yield unknown(fault.message, fault.fix)
+            return
         name = qualified(spec.table)
-        if columns := catalog.columns(look.connection, name):
-            key = next(column for column, field in spec.columns.items() if field == "change_key")
-            table = catalog.target_table(look.connection, spec)
-            relation = sql.Identifier(*name).as_string()
-            rules = list(written(look.profile))
-            yield from check(look, _Target(".".join(name), relation, key, columns, table, rules))
-        else:
-            yield unknown(f"there is no table {'.'.join(name)}")
+        columns = catalog.columns(look.connection, name)
+        key = next(column for column, field in spec.columns.items() if field == "change_key")
+        table = catalog.target_table(look.connection, spec)
+        relation = sql.Identifier(*name).as_string()
+        rules = list(written(look.profile))
+        yield from check(look, _Target(".".join(name), relation, key, columns, table, rules))
 
     return made
 

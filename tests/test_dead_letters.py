@@ -110,12 +110,14 @@ def test_many_refusals_with_rows_between_them_do_not_stop_it(crm: Crm) -> None:
 
 def test_a_target_that_refuses_every_write_stops_the_worker_without_a_dead_letter(crm: Crm) -> None:
     crm.add_leads(3)
-    crm.execute("ALTER TABLE activity RENAME TO elsewhere")
-    crm.execute("CREATE VIEW activity AS SELECT * FROM elsewhere")
+    crm.execute(
+        "CREATE FUNCTION count_it() RETURNS trigger LANGUAGE plpgsql AS"
+        " $$ BEGIN INSERT INTO counted VALUES (1); RETURN NEW; END $$"
+    )
+    crm.execute("CREATE TRIGGER count_it BEFORE INSERT ON activity FOR EACH ROW EXECUTE FUNCTION count_it()")
     done = crm.command("run", "--once")
     assert done.returncode == 21
-    crm.execute("DROP VIEW activity")
-    crm.execute("ALTER TABLE elsewhere RENAME TO activity")
+    crm.execute("DROP TRIGGER count_it ON activity")
     crm.record()
     assert crm.types() == ["lead_created"] * 3
     assert crm.value("SELECT count(*) FROM cdc_worker.dead_letter") == 0

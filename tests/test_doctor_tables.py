@@ -110,7 +110,12 @@ def test_a_role_with_nothing_but_the_grants_can_look_at_all_but_rows(crm: Crm) -
 
 
 def test_before_setup_the_doctor_says_what_setup_is_for(bare_crm: Crm) -> None:
-    assert cure(bare_crm, "profile").message == "target table public.activity does not exist"
+    missing = "target table public.activity does not exist"
+    told = {(finding.message, finding.fix) for finding in unwell(bare_crm) if finding.check.startswith("target")}
+    assert told == {(missing, "cdc-worker setup")}
+    (found,) = findings(bare_crm, "other_writers")
+    assert (found.message, found.fix) == (missing, "cdc-worker setup")
+    assert cure(bare_crm, "profile").message == missing
     assert unwell(bare_crm) == []
 
 
@@ -250,6 +255,53 @@ def test_a_value_that_the_target_cannot_always_read_is_a_warning(
     found = cure(crm, "profile")
     assert found.outcome == "warning"
     assert message in found.message
+
+
+def test_a_target_that_is_captured_would_never_end(plain: Crm) -> None:
+    crm = plain
+    profile = Path(crm.settings["profile"])
+    rule = '[tables.activity]\n[[tables.activity.rules]]\non = "{}"\ntype = "made"\ndescription = "made"\n'
+    profile.write_text(profile.read_text() + rule.format("insert"))
+    found = ailing(crm, "profile")
+    assert found.message == (
+        "target table public.activity is captured, with a rule on insert: each activity would make another, for ever"
+    )
+    ended = crm.command("run", "--once")
+    assert (ended.returncode, crm.activities()) == (17, [])
+    assert found.message in ended.stderr
+    profile.write_text(profile.read_text().replace('on = "insert"\ntype = "made"', 'on = "delete"\ntype = "made"'))
+    assert healthy(crm, "profile")
+
+
+def test_a_target_that_a_crash_empties_stops_the_worker(plain: Crm) -> None:
+    crm = plain
+    crm.execute("ALTER TABLE activity SET UNLOGGED")
+    assert stops_at_start(crm)
+    found = cure(crm, "profile")
+    assert found.message.startswith("target table public.activity is unlogged: a crash of the server empties it")
+    assert not stops_at_start(crm)
+
+
+def test_a_target_that_is_no_table(plain: Crm) -> None:
+    crm = plain
+    crm.execute("ALTER TABLE activity RENAME TO stored")
+    crm.execute("CREATE VIEW activity AS SELECT * FROM stored")
+    try:
+        found = ailing(crm, "profile")
+        assert found.message == "target public.activity is a view: it takes no rows"
+        assert found.fix == "in [target] of the profile, name the table where the rows are to be"
+        assert stops_at_start(crm)
+        assert {finding.message for finding in unwell(crm)} == {found.message}
+        crm.connection.execute(FILL.format("BEGIN INSERT INTO stored VALUES (NEW.*); RETURN NEW; END"))
+        crm.execute("CREATE TRIGGER fill INSTEAD OF INSERT ON activity FOR EACH ROW EXECUTE FUNCTION fill()")
+        assert "what its trigger makes of a row" in ailing(crm, "profile").message
+        assert not stops_at_start(crm)
+        profile = Path(crm.settings["profile"])
+        profile.write_text(profile.read_text().replace('table = "activity"', 'table = "stored"'))
+        assert unwell(crm) == []
+    finally:
+        crm.execute("DROP VIEW activity CASCADE")
+        crm.execute("ALTER TABLE stored RENAME TO activity")
 
 
 @pytest.mark.parametrize(
