@@ -217,18 +217,25 @@ def _can_be(connection: Connection, column: Column, value: Constant) -> bool:
         return False
     try:
         (printed,) = connection.execute(_PRINTED.format(column.declared).encode(), (value,)).fetchone() or (None,)
+    except psycopg.errors.InsufficientPrivilege:
+        return not column.labels or value in column.labels
     except (psycopg.DataError, psycopg.IntegrityError):
         return False
+    except psycopg.OperationalError:
+        raise
+    except psycopg.DatabaseError:  # a function of the type's own raised it, or there is no such object as yet
+        return True
     # Texts and enums print as they are written, but for what a length does to them; others can be written in many ways.
     return column.category not in ("S", "E") or printed == value
 
 
-_NUMBERS: Final = ("smallint", "integer", "bigint", "numeric", "real", "double precision")
+_NUMBERS: Final = ("smallint", "integer", "bigint", "oid", "numeric", "real", "double precision")
 
 _SAMPLES: Final = {
     "smallint": ("1", "32767"),
     "integer": ("1", "20010203", "2147483647"),
     "bigint": ("1", "20010203", "9223372036854775807"),
+    "oid": ("1", "4294967295"),
     "numeric": ("1", "0.5"),
     "real": ("1", "0.5"),
     "double precision": ("1", "0.5"),
@@ -246,7 +253,7 @@ _SAMPLES: Final = {
 # COPY goes into a view only where a trigger is there INSTEAD OF (64) an INSERT (4).
 _KIND: Final = """
 SELECT CASE WHEN relkind IN ('v', 'm') THEN
-                CASE WHEN told THEN 'a view: nothing in it is unique, and what its trigger makes of a row can''t be told'
+                CASE WHEN told THEN 'a view: nothing in it is unique, and what its trigger does can''t be told'
                 ELSE 'a view: it takes no rows' END
             WHEN relkind = 'f' THEN 'foreign: a crash between the commits of both servers loses or doubles rows'
             WHEN relkind NOT IN ('r', 'p') THEN 'no table' END, NOT told
@@ -379,20 +386,28 @@ def _misfit(
         samples = of.labels or [*_SAMPLES.get(of.base, ())]
     elif source.certain and not samples:
         return None  # it is always NULL
-    read = [_reads(connection, target.type, sample) for sample in samples]
+    read = [_reads(connection, target, sample) for sample in samples]
     if read and all(read):
         return None
-    return "some" if any(read) or not read else "none"
+    doubtful = None in read and not source.certain
+    return "some" if any(read) or not read or doubtful else "none"
 
 
 _READ: Final = "SELECT %s::{}"
 
 
-def _reads(connection: Connection, type_name: str, sample: str) -> bool:
+def _reads(connection: Connection, column: Column, sample: str) -> bool | None:
+    """Whether a column takes a value. None: not this one, which says nothing of others."""
     try:
-        connection.execute(_READ.format(type_name).encode(), (sample,))
-    except (psycopg.errors.StringDataRightTruncation, psycopg.errors.InsufficientPrivilege):
-        return True  # what is too long is cut when it is written; and to write takes no right to the type
+        connection.execute(_READ.format(column.type).encode(), (sample,))
+    except psycopg.errors.StringDataRightTruncation:
+        return True  # what is too long is cut when it is written
+    except psycopg.errors.InsufficientPrivilege:
+        return not column.labels or sample in column.labels  # to write takes no right to the type
     except (psycopg.DataError, psycopg.IntegrityError):
         return False
+    except psycopg.OperationalError:
+        raise
+    except psycopg.DatabaseError:  # a function of the type's own raised it, or it names an object that isn't there
+        return None
     return True

@@ -10,7 +10,7 @@ import psycopg
 import pytest
 from doctoring import ailing, cure, findings, healthy, mend, report
 from psycopg import sql
-from support import Crm, crm_on, grant
+from support import Crm, crm_on, grant, role
 from test_bad_input import leadfi_with
 from test_unprepared_target import LEAD_KEY, TARGET, use
 
@@ -42,7 +42,7 @@ def plain(own: Crm) -> Crm:
         DROP TABLE activity CASCADE;
         DROP TYPE IF EXISTS kind;
         DROP DOMAIN IF EXISTS brief, sure;
-        DROP FUNCTION IF EXISTS fill, unknowing;
+        DROP FUNCTION IF EXISTS fill, unknowing, picky;
         ALTER TABLE lead ALTER lead_id TYPE integer
         """
     )
@@ -62,7 +62,7 @@ def unwell(crm: Crm) -> list[Finding]:
 def stops_at_start(crm: Crm) -> bool:
     """Whether the profile has faults with which the worker doesn't start."""
     loaded = profile.load(crm.settings["profile"])
-    with postgres.connect(crm.dsn, "test") as connection:
+    with postgres.connect(crm.settings.get("dsn", crm.dsn), "test") as connection:
         try:
             catalog.check(connection, loaded, compile_rules(loaded))
         except errors.CatalogMismatchError:
@@ -120,6 +120,13 @@ def test_before_setup_the_doctor_says_what_setup_is_for(bare_crm: Crm) -> None:
 
 
 # The profile
+
+PICKY: LiteralString = """
+CREATE FUNCTION picky(text) RETURNS boolean LANGUAGE plpgsql STABLE AS $$ BEGIN
+    IF $1 IN ('lead_deleted', '1', '20010203') THEN RAISE 'not %', $1; END IF;
+    RETURN true;
+END $$
+"""
 
 
 def test_each_fault_of_a_profile_is_a_finding_with_a_way_out(crm: Crm, tmp_path: Path) -> None:
@@ -211,11 +218,17 @@ def test_columns_of_the_target_that_nobody_makes_get_types_that_fit(plain: Crm) 
             " read: all rules",
         ),
         (
+            f"{PICKY}; CREATE DOMAIN brief AS text CHECK (picky(VALUE));"
+            "ALTER TABLE activity ALTER activity_type TYPE brief",
+            'target column public.activity.activity_type is of the type brief, as which "lead_deleted" can\'t be read:'
+            " lead_deleted of public.lead, leads_truncated of public.lead",
+        ),
+        (
             "ALTER TABLE activity DROP bd; ALTER TABLE activity ADD bd text GENERATED ALWAYS AS (description) STORED",
             "target column public.activity.bd is generated, and takes no values",
         ),
     ],
-    ids=["enum", "domain", "link", "metadata", "time", "generated"],
+    ids=["enum", "domain", "link", "metadata", "time", "raises", "generated"],
 )
 def test_a_value_that_the_target_can_never_read_stops_the_worker(
     plain: Crm, change: LiteralString, message: str
@@ -243,6 +256,15 @@ def test_a_value_that_the_target_can_never_read_stops_the_worker(
         (
             "ALTER TABLE lead ALTER lead_id TYPE bigint",
             "as which public.lead.lead_id can't always be read, and such rows",
+        ),
+        (
+            f"{PICKY}; CREATE DOMAIN brief AS integer CHECK (picky(VALUE::text));"
+            "ALTER TABLE lead ALTER lead_id TYPE bigint; ALTER TABLE activity ALTER lead_id TYPE brief",
+            "as which public.lead.lead_id can't always be read, and such rows",
+        ),
+        (
+            "ALTER TABLE activity ALTER created_by TYPE regclass USING NULL",
+            "as which the field created_by can't always",
         ),
     ],
 )
@@ -294,7 +316,7 @@ def test_a_target_that_is_no_table(plain: Crm) -> None:
         assert {finding.message for finding in unwell(crm)} == {found.message}
         crm.connection.execute(FILL.format("BEGIN INSERT INTO stored VALUES (NEW.*); RETURN NEW; END"))
         crm.execute("CREATE TRIGGER fill INSTEAD OF INSERT ON activity FOR EACH ROW EXECUTE FUNCTION fill()")
-        assert "what its trigger makes of a row" in ailing(crm, "profile").message
+        assert "what its trigger does" in ailing(crm, "profile").message
         assert not stops_at_start(crm)
         profile = Path(crm.settings["profile"])
         profile.write_text(profile.read_text().replace('table = "activity"', 'table = "stored"'))
@@ -324,6 +346,37 @@ def test_a_rule_that_waits_for_what_its_column_never_is_stops_the_worker(
 def test_a_rule_may_wait_for_what_its_column_can_be(crm: Crm, tmp_path: Path, column: str, value: str) -> None:
     crm.settings["profile"] = leadfi_with(tmp_path, ("to = { is_converted = true }", f"to = {{ {column} = {value} }}"))
     assert healthy(crm, "profile")
+
+
+def test_what_an_oid_is_about_is_a_number(crm: Crm, tmp_path: Path) -> None:
+    crm.execute("ALTER TABLE lead ADD photo oid")
+    for value, healthy_ in (("7", True), ('"7"', False)):
+        change = ("to = { is_converted = true }", f"to = {{ photo = {value} }}")
+        crm.settings["profile"] = leadfi_with(tmp_path, change)
+        assert healthy(crm, "profile") == healthy_
+
+
+def test_types_that_the_role_may_not_use_are_believed_and_compared(plain: Crm) -> None:
+    crm = plain
+    path = Path(crm.settings["profile"])
+    text = path.read_text()
+    crm.connection.execute(
+        """
+        CREATE SCHEMA types;
+        CREATE TYPE types.state AS ENUM ('new', 'won');
+        CREATE DOMAIN types.word AS text CHECK (VALUE <> '');
+        ALTER TABLE lead ADD state types.state, ADD word types.word;
+        ALTER TABLE activity ALTER activity_type TYPE types.word
+        """
+    )
+    try:
+        with role(crm):
+            for to, known in (('state = "won"', True), ('state = "lost"', False), ('word = "anything"', True)):
+                path.write_text(text.replace("to = { is_converted = true }", f"to = {{ {to} }}"))
+                assert healthy(crm, "profile") == known
+                assert stops_at_start(crm) != known
+    finally:
+        crm.execute("DROP SCHEMA types CASCADE")
 
 
 # Old rows
