@@ -332,29 +332,60 @@ class _Unique:
     immediate: bool
 
 
+# Expressions have no column.
+_PARTING: Final = """
+SELECT CASE relkind WHEN 'p' THEN ARRAY(
+    SELECT attname::text FROM pg_partitioned_table CROSS JOIN unnest(partattrs) AS part (number)
+    LEFT JOIN pg_attribute ON attrelid = partrelid AND attnum = number AND number > 0
+    WHERE partrelid = c.oid) END
+FROM pg_class c WHERE oid = to_regclass(%s)
+"""
+
+
 @_on_target
 def target_key(look: Look, target: _Target) -> Iterable[Finding]:
     """Whether the target takes each change once, and any number of them."""
     found = [_Unique(*row) for row in _query(look, target, _UNIQUE)]
-    keys = [index for index in found if [*index.columns] == [target.key]]
-    others = [index for index in found if index not in keys]
+    ((parting,),) = _query(look, target, _PARTING)
+    # Of a partitioned table, a unique index has all columns that part it: they are of the change, as its key is.
+    unique = {target.key} if parting is None else {target.key, *parting}
+    keys = [index for index in found if {*index.columns} == unique]
+    others = [index for index in found if target.key not in index.columns]
     every = re.compile(rf"\((?:{_named(target.key)}) IS NOT NULL\)")
     findings = [finding for index in others for finding in _clashing(look, target, index)]
     if not any(
         index.valid and index.immediate and (index.predicate is None or every.fullmatch(index.predicate))
         for index in keys
     ):
-        drop = "".join(f"DROP INDEX CONCURRENTLY {index.relation}; " for index in keys if not index.valid)
-        key = quoted(target.key)
         findings.append(
             failed(
                 f"column {target.key} has no unique index of its own that is valid, not deferrable, and holds all keys:"
                 " what is written again after a restore or a replay would be there twice",
-                f"as its owner: {drop}CREATE UNIQUE INDEX CONCURRENTLY ON {target.relation} ({key})"
-                f" WHERE {key} IS NOT NULL",
+                _made_unique(target, [index.relation for index in keys if not index.valid], parting),
             )
         )
     return otherwise(findings, f"{target.key} is unique, and nothing else that the worker writes has to be")
+
+
+def _made_unique(target: _Target, invalid: Sequence[str], parting: Sequence[str | None] | None) -> str:
+    """What makes the keys unique, and shows before which of them stand in its way."""
+    key = quoted(target.key)
+    if parting is not None and not all(column is not None and target.written(column) for column in parting):
+        return (
+            f"{target.name} is partitioned by what the worker doesn't write, and so can't be unique by {key}:"
+            " in [target] of the profile, name a table that isn't"
+        )
+    columns = ", ".join([key, *(quoted(column) for column in parting or () if column and column != target.key)])
+    doubles = (
+        f"SELECT {columns}, count(*) FROM {target.relation} WHERE {key} IS NOT NULL"  # noqa: S608
+        f" GROUP BY {columns} HAVING count(*) > 1"
+    )
+    concurrently = " CONCURRENTLY" if parting is None else ""  # of a partitioned table there is no other
+    drop = "".join(f"DROP INDEX{concurrently} {relation}; " for relation in invalid)
+    return (
+        f"as its owner, see which rows are there twice, and delete all but the first: {doubles}; then: {drop}"
+        f"CREATE UNIQUE INDEX{concurrently} ON {target.relation} ({columns}) WHERE {key} IS NOT NULL"
+    )
 
 
 def _clashing(look: Look, target: _Target, index: _Unique) -> Iterator[Finding]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import LiteralString
 
@@ -571,6 +572,50 @@ def test_a_key_that_is_not_unique(plain: Crm, change: LiteralString) -> None:
     assert ("DROP INDEX" in (found.fix or "")) == ("indisvalid" in change)
 
 
+def test_keys_that_are_there_twice_are_shown(plain: Crm) -> None:
+    crm = plain
+    crm.execute("ALTER TABLE activity DROP CONSTRAINT activity_key")
+    for _ in range(2):
+        crm.execute(TWICE.format("'a'"))
+    fix = ailing(crm, "target_key").fix or ""
+    select = fix.partition("first: ")[2].partition("; then: ")[0]
+    assert crm.connection.execute(select.encode()).fetchall() == [("a", 2)]
+    with pytest.raises(psycopg.errors.UniqueViolation):
+        mend(crm, fix)
+    crm.execute("DELETE FROM activity WHERE activity_id > (SELECT min(activity_id) FROM activity)")
+    assert "; then: DROP INDEX CONCURRENTLY" in (cure(crm, "target_key").fix or "")
+
+
+def test_a_partitioned_target_is_unique_by_key_and_partition(plain: Crm) -> None:
+    crm = plain
+    crm.connection.execute(
+        """
+        ALTER TABLE activity DROP CONSTRAINT activity_pkey;
+        ALTER TABLE activity DROP CONSTRAINT activity_key;
+        ALTER TABLE activity RENAME TO stored;
+        CREATE TABLE activity (LIKE stored INCLUDING ALL) PARTITION BY RANGE (date_created);
+        ALTER TABLE activity ATTACH PARTITION stored DEFAULT
+        """
+    )
+    assert cure(crm, "target_key").outcome == "failed"
+    for key, refused in (("'a'", False), ("NULL", False), ("NULL", False), ("'a'", True)):
+        with pytest.raises(psycopg.errors.UniqueViolation) if refused else nullcontext():
+            crm.execute(TWICE.format(key))
+    crm.execute("ALTER TABLE stored SET UNLOGGED")
+    assert cure(crm, "profile").message.startswith("target table public.stored is unlogged")
+    crm.add_leads(1)
+    crm.record()
+    assert crm.types()[-1] == "lead_created"
+    crm.connection.execute(
+        """
+        ALTER TABLE activity RENAME TO old;
+        CREATE TABLE activity (LIKE old INCLUDING DEFAULTS) PARTITION BY LIST (activity_id);
+        DROP TABLE old CASCADE
+        """
+    )
+    assert "is partitioned by what the worker doesn't write" in (ailing(crm, "target_key").fix or "")
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -596,6 +641,7 @@ def test_what_else_has_to_be_unique(plain: Crm, change: LiteralString) -> None:
     [
         "CREATE UNIQUE INDEX once ON activity (lead_id) WHERE activity_type = 'call'",
         "CREATE UNIQUE INDEX once ON activity (lead_id, activity_id)",
+        "CREATE UNIQUE INDEX once ON activity (activity_type, change_key)",
     ],
 )
 def test_what_may_be_unique(plain: Crm, change: LiteralString) -> None:
