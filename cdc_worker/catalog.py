@@ -17,24 +17,27 @@ from cdc_worker.rules import Rules, qualified, text
 from cdc_worker.written import Source, written
 
 _COLUMNS: Final = """
-WITH RECURSIVE base AS (
-    SELECT attname, atttypid AS oid FROM pg_attribute
-    WHERE attrelid = to_regclass(format('%%I.%%I', %(schema)s::text, %(table)s::text)) AND attnum > 0
-        AND NOT attisdropped
+WITH RECURSIVE relation AS (
+    SELECT schema, name, to_regclass(format('%%I.%%I', schema, name)) AS oid
+    FROM unnest(%s::text[], %s::text[]) AS asked (schema, name)
+), base AS (
+    SELECT attrelid, attnum, atttypid AS oid FROM pg_attribute
+    WHERE attrelid IN (SELECT oid FROM relation) AND attnum > 0 AND NOT attisdropped
     UNION ALL
-    SELECT attname, typbasetype FROM base JOIN pg_type USING (oid) WHERE typtype = 'd'
+    SELECT attrelid, attnum, typbasetype FROM base JOIN pg_type USING (oid) WHERE typtype = 'd'
 )
-SELECT a.attname::text, a.atttypid::regtype::text, t.oid::regtype::text, t.typcategory::text,
+SELECT schema, relation.name, attname::text, a.atttypid::regtype::text, t.oid::regtype::text, t.typcategory::text,
        format_type(a.atttypid, a.atttypmod),
-       attnotnull OR EXISTS (SELECT FROM base d JOIN pg_type USING (oid) WHERE d.attname = a.attname AND typnotnull),
+       attnotnull OR EXISTS (SELECT FROM base d JOIN pg_type USING (oid)
+                             WHERE (d.attrelid, d.attnum) = (a.attrelid, a.attnum) AND typnotnull),
        atthasdef OR attidentity <> '' OR EXISTS (
-           SELECT FROM base d JOIN pg_type USING (oid) WHERE d.attname = a.attname AND typdefault IS NOT NULL),
+           SELECT FROM base d JOIN pg_type USING (oid)
+           WHERE (d.attrelid, d.attnum) = (a.attrelid, a.attnum) AND typdefault IS NOT NULL),
        attidentity::text, attgenerated <> '', ARRAY(SELECT enumlabel::text FROM pg_enum WHERE enumtypid = t.oid)
-FROM base b JOIN pg_type t USING (oid)
-JOIN pg_attribute a ON attrelid = to_regclass(format('%%I.%%I', %(schema)s::text, %(table)s::text))
-                   AND a.attname = b.attname
+FROM base JOIN pg_type t USING (oid) JOIN pg_attribute a USING (attrelid, attnum)
+JOIN relation ON relation.oid = attrelid
 WHERE t.typtype <> 'd'
-ORDER BY a.attnum
+ORDER BY attrelid, attnum
 """
 
 
@@ -58,10 +61,16 @@ class Column:
     labels: list[str]
 
 
-def columns(connection: Connection, table: tuple[str, str]) -> dict[str, Column]:
-    """A table's columns by name; none when there is no such table."""
-    schema, name = table
-    return {row[0]: Column(*row) for row in connection.execute(_COLUMNS, {"schema": schema, "table": name})}
+Columns = Mapping[tuple[str, str], Mapping[str, Column]]
+"""The columns of tables, by (schema, name) and by their own."""
+
+
+def columns(connection: Connection, *tables: tuple[str, str]) -> Columns:
+    """The columns of tables; of one that isn't there, none."""
+    found: dict[tuple[str, str], dict[str, Column]] = {table: {} for table in tables}
+    for schema, table, *column in connection.execute(_COLUMNS, ([s for s, _ in found], [name for _, name in found])):
+        found[schema, table][column[0]] = Column(*column)
+    return found
 
 
 _UNDECODED: Final = """
@@ -126,7 +135,7 @@ def target_table(connection: Connection, target: Target) -> TargetTable:
     """What there is to know of a target, if it is there."""
     table = qualified(target.table)
     written = target.columns.keys() | target.constants.keys()
-    types = {name: column.type for name, column in columns(connection, table).items()}
+    types = {name: column.type for name, column in columns(connection, table)[table].items()}
     lengths: dict[str, int] = dict(connection.execute(_LENGTHS, table).fetchall())
     foreign_keys = {
         name: tuple(own)
@@ -165,7 +174,7 @@ class Fault:
 
 def faults(connection: Connection, profile: Profile, rules: Rules) -> Iterator[Fault]:
     """Where a profile and the database disagree."""
-    captured = {table: columns(connection, table) for table in rules}
+    captured = columns(connection, *rules)
     for table in rules.values():
         name = ".".join(table.name)
         found = captured[table.name]
@@ -187,10 +196,7 @@ def section(table: tuple[str, str]) -> str:
     return table[1] if table[0] == "public" else f'"{".".join(table)}"'
 
 
-Captured = Mapping[tuple[str, str], Mapping[str, Column]]
-
-
-def _never_told(connection: Connection, profile: Profile, captured: Captured) -> Iterator[Fault]:
+def _never_told(connection: Connection, profile: Profile, captured: Columns) -> Iterator[Fault]:
     """Rules that wait for a value which their column can never have."""
     for name, table in profile.tables.items():
         for rule in table.rules:
@@ -308,7 +314,7 @@ def _target_parts(connection: Connection, profile: Profile) -> Iterator[Fault]:
             )
 
 
-def _target_faults(connection: Connection, profile: Profile, captured: Captured) -> Iterator[Fault]:
+def _target_faults(connection: Connection, profile: Profile, captured: Columns) -> Iterator[Fault]:
     target, table = profile.target, qualified(profile.target.table)
     name, relation = ".".join(table), sql.Identifier(*table).as_string()
     alter = f"as its owner: ALTER TABLE {relation}"
@@ -317,7 +323,7 @@ def _target_faults(connection: Connection, profile: Profile, captured: Captured)
         if fault.certain:
             return
     yield from _target_parts(connection, profile)
-    found = columns(connection, table)
+    found = columns(connection, table)[table]
     rules = list(written(profile))
     sources: dict[tuple[str, Source], list[str]] = {}
     for rule in rules:
@@ -363,7 +369,7 @@ _FIELDS: Final = {"metadata": "jsonb", "occurred_at": "timestamptz"}
 _CONSTANTS: Final = {bool: "boolean", int: "bigint", Decimal: "numeric", str: "text"}
 
 
-def _wanted(target: Target, to: str, source: Source, captured: Captured) -> str:
+def _wanted(target: Target, to: str, source: Source, captured: Columns) -> str:
     """A type for a target's column that takes all values of a source."""
     if source.column is not None and (of := captured[source.column[0]].get(source.column[1])) is not None:
         return of.declared
@@ -373,7 +379,7 @@ def _wanted(target: Target, to: str, source: Source, captured: Captured) -> str:
 
 
 def _misfit(
-    connection: Connection, source: Source, target: Column, captured: Captured
+    connection: Connection, source: Source, target: Column, captured: Columns
 ) -> Literal["some", "none"] | None:
     """How much a target's column can read of a source; None is all."""
     if target.category == "S" and target.type == target.base:

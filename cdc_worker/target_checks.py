@@ -7,8 +7,8 @@ written once the target takes them, while all others go on. Only types that can'
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import wraps
 from typing import Any, Final
 
@@ -16,7 +16,7 @@ import psycopg
 from psycopg import sql
 
 from cdc_worker import catalog, ddl
-from cdc_worker.catalog import Column, TargetTable, quoted
+from cdc_worker.catalog import Column, Columns, TargetTable, quoted
 from cdc_worker.checks import Check, Finding, Look, failed, ok, unknown, warning
 from cdc_worker.rules import qualified
 from cdc_worker.written import Source, Written, longest_key, written
@@ -24,14 +24,19 @@ from cdc_worker.written import Source, Written, longest_key, written
 
 @dataclass(frozen=True, slots=True)
 class _Target:
-    """The target and what is written to it. `relation` is its name in SQL, `rules` what each of them writes."""
+    """The target and what is written to it. `relation` is its name in SQL, `rules` what each of them writes.
+
+    `captured` are the columns from which they write, and `known` is what expressions come to for each rule, once asked.
+    """
 
     name: str
     relation: str
     key: str
-    columns: dict[str, Column]
+    columns: Mapping[str, Column]
     table: TargetTable
     rules: list[Written]
+    captured: Columns
+    known: dict[str, Mapping[Written, bool | None]] = field(default_factory=dict)
 
     @property
     def alter(self) -> str:
@@ -53,12 +58,12 @@ def _on_target(check: Callable[[Look, _Target], Iterable[Finding]]) -> Check:
             yield unknown(fault.message, fault.fix)
             return
         name = qualified(spec.table)
-        columns = catalog.columns(look.connection, name)
+        columns = catalog.columns(look.connection, name, *look.rules)
         key = next(column for column, field in spec.columns.items() if field == "change_key")
         table = catalog.target_table(look.connection, spec)
         relation = sql.Identifier(*name).as_string()
         rules = list(written(look.profile))
-        yield from check(look, _Target(".".join(name), relation, key, columns, table, rules))
+        yield from check(look, _Target(".".join(name), relation, key, columns[name], table, rules, columns))
 
     return made
 
@@ -115,13 +120,12 @@ def _left_out(look: Look, target: _Target) -> Iterator[Finding]:
 
 
 def _without_value(look: Look, target: _Target) -> Iterator[Finding]:
-    captured = _captured(look)
     for column in target.columns.values():
         if not column.required or column.name == target.key:
             continue
         sources = [(rule, rule.values[column.name]) for rule in target.rules if column.name in rule.values]
         never = [rule for rule, source in sources if source.certain and source.samples == (None,)]
-        at_times = [rule for rule, source in sources if rule not in never and _may_be_null(source, captured)]
+        at_times = [rule for rule, source in sources if rule not in never and _may_be_null(source, target.captured)]
         if never:
             yield failed(
                 f"column {column.name} must have a value, and these rules have none, so that their rows become dead"
@@ -136,14 +140,7 @@ def _without_value(look: Look, target: _Target) -> Iterator[Finding]:
             )
 
 
-Captured = dict[tuple[str, str], dict[str, Column]]
-
-
-def _captured(look: Look) -> Captured:
-    return {table: catalog.columns(look.connection, table) for table in look.rules}
-
-
-def _may_be_null(source: Source, captured: Captured) -> bool:
+def _may_be_null(source: Source, captured: Columns) -> bool:
     if source.certain:
         return source.samples == (None,)
     column = captured[source.column[0]].get(source.column[1]) if source.column is not None else None
@@ -177,7 +174,6 @@ def _too_long(look: Look, target: _Target) -> Iterator[Finding]:
     fields, lengths = look.profile.target.columns, target.table.lengths
     keeps = "metadata" in fields.values()
     longest = longest_key(look.profile, look.settings.worker)
-    captured = _captured(look)
     for column, length in lengths.items():
         widen = f"{target.alter} ALTER COLUMN {quoted(column)} TYPE text"
         sources = {rule: rule.values[column] for rule in target.rules if column in rule.values}
@@ -193,7 +189,7 @@ def _too_long(look: Look, target: _Target) -> Iterator[Finding]:
                 f" letters: {_names(constant)}",
                 widen,
             )
-        elif not keeps and (longer := [r for r, s in sources.items() if _length(s, captured) > length]):
+        elif not keeps and (longer := [r for r, s in sources.items() if _length(s, target.captured) > length]):
             yield warning(
                 f"column {column} has {length} characters, and with no metadata to keep the whole of it, what is longer"
                 f" becomes a dead letter: {_names(longer)}",
@@ -204,7 +200,7 @@ def _too_long(look: Look, target: _Target) -> Iterator[Finding]:
 _DECLARED: Final = re.compile(r"\((\d+)\)$")
 
 
-def _length(source: Source, captured: Captured) -> float:
+def _length(source: Source, captured: Columns) -> float:
     """Characters in the longest text of a source."""
     if source.certain:
         return len(source.samples[0] or "")
@@ -228,36 +224,66 @@ def _holds(look: Look, target: _Target, expression: str, rule: Written) -> bool 
 
     A CHECK that comes to NULL holds.
     """
-    columns = [name for name in target.columns if re.search(_named(name), expression)]
-    captured = _captured(look)
+    if expression not in target.known:
+        rows = {rule: _row(target, expression, rule) for rule in target.rules}
+        found = _evaluated(look, expression, list(dict.fromkeys(row for row in rows.values() if row is not None)))
+        target.known[expression] = {rule: None if row is None else found.get(row) for rule, row in rows.items()}
+    return target.known[expression][rule]
+
+
+def _row(target: _Target, expression: str, rule: Written) -> str | None:
+    """What a rule writes to the columns of an expression, as a query; None if that can't be told."""
     row = []
-    for name in columns:
-        column, source = target.columns[name], rule.values.get(name)
+    for name, column in target.columns.items():
+        if not re.search(_named(name), expression):
+            continue
+        source = rule.values.get(name)
         if source is None:
             if column.filled or column.generated:
                 return None
-            row.append((name, f"NULL::{column.type}"))
+            value = f"NULL::{column.type}"
         elif source.certain:
-            row.append((name, f"{_literal(source.samples[0])}::{column.type}"))
-        elif _may_be_null(source, captured) or re.search(_named(name), _without_tests(expression, name)):
+            value = f"{_literal(source.samples[0])}::{column.type}"
+        elif _may_be_null(source, target.captured) or re.search(_named(name), _without_tests(expression, name)):
             return None
         else:  # no matter which value
-            row.append((name, "'{}'::jsonb" if column.base == "jsonb" else "'{}'::text"))
+            value = "'{}'::jsonb" if column.base == "jsonb" else "'{}'::text"
+        row.append(f"{value} AS {quoted(name)}")
+    return f"SELECT {', '.join(row) or '1 AS one'}"
+
+
+_AT_ONCE: Final = 100
+
+
+def _evaluated(look: Look, expression: str, rows: Sequence[str]) -> dict[str, bool]:
+    """What an expression comes to for each row of which that can be told."""
+    if not rows or _OF_THE_SESSION.search(expression):
+        return {}
     called = re.findall(r"(\w+)\s*\(", expression)
-    (volatile,) = look.connection.execute(_NOT_IMMUTABLE, (called,)).fetchone() or (1,)
-    if volatile or _OF_THE_SESSION.search(expression):
-        return None
-    values = ", ".join(f"{value} AS {quoted(name)}" for name, value in row) or "1 AS one"
+    if look.connection.execute(_NOT_IMMUTABLE, (called,)).fetchone() != (0,):
+        return {}
+    found: dict[str, bool] = {}
+    for begin in range(0, len(rows), _AT_ONCE):
+        part = rows[begin : begin + _AT_ONCE]
+        came_to = _evaluated_at_once(look, expression, part)
+        for row in part:
+            found |= (came_to if came_to is not None else _evaluated_at_once(look, expression, [row])) or {}
+    return found
+
+
+def _evaluated_at_once(look: Look, expression: str, rows: Sequence[str]) -> dict[str, bool] | None:
+    query = " UNION ALL ".join(
+        f"SELECT {number}, ({expression}) IS NOT FALSE FROM ({row}) AS written"  # noqa: S608  # the catalog's
+        for number, row in enumerate(rows)
+    )
     try:
         with look.connection.transaction():
             look.connection.execute("SET TRANSACTION READ ONLY")
-            query = f"SELECT ({expression}) IS NOT FALSE FROM (SELECT {values}) AS written"  # noqa: S608  # the catalog's
-            (found,) = look.connection.execute(query.encode()).fetchone() or (None,)
+            return {rows[number]: came_to for number, came_to in look.connection.execute(query.encode())}
     except psycopg.OperationalError:
         raise
     except psycopg.DatabaseError:  # its operators want other types, or it can't be evaluated for such a row
         return None
-    return bool(found)
 
 
 def _named(column: str) -> str:

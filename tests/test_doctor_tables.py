@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
-from typing import LiteralString
+from typing import Any, LiteralString
 
 import psycopg
 import pytest
@@ -546,6 +546,30 @@ def test_checks_that_refuse_whole_rules(plain: Crm, check: str, rules: list[str]
     with pytest.raises(psycopg.errors.CheckViolation):
         crm.execute(AS_RULE, rules[0], link)
     crm.execute(AS_RULE.replace("NULL", "'x/1/2/3'"), rules[0], link)
+
+
+def test_what_is_the_same_is_asked_once(plain: Crm, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ten rules of each of thirty tables, and ten CHECKs."""
+    crm = plain
+    profile = Path(crm.settings["profile"])
+    rules = [f'[[tables.t{n}.rules]]\non = "insert"\ntype = "r{n}_{rule}"' for n in range(30) for rule in range(10)]
+    for n in range(30):
+        crm.connection.execute(f"CREATE TABLE t{n} (id int PRIMARY KEY)".encode())
+    profile.write_text("\n".join([profile.read_text(), *(f'{rule}\ndescription = "made"' for rule in rules)]))
+    for n in range(10):
+        check = f"activity_type <> 'r{n}_{n}' OR lead_id IS NOT NULL"
+        crm.connection.execute(f"ALTER TABLE activity ADD CHECK ({check})".encode())
+    statements = []
+    execute = psycopg.Connection.execute
+
+    def counting(*given: Any, **more: Any) -> Any:
+        statements.append(given[1])
+        return execute(*given, **more)
+
+    monkeypatch.setattr(psycopg.Connection, "execute", counting)
+    found = findings(crm, "target_checks")
+    assert [f"r{n}_{n} of public.t{n}" in finding.message for n, finding in enumerate(found)] == [True] * 10
+    assert len(statements) < 150
 
 
 @pytest.mark.parametrize(
