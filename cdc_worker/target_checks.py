@@ -103,7 +103,11 @@ def target(look: Look, target: _Target) -> Iterable[Finding]:
 
 
 def _left_out(look: Look, target: _Target) -> Iterator[Finding]:
-    given = {column for trigger in _triggers(look, target) for column in trigger.assigned if trigger.fires}
+    triggers = [trigger for trigger in _triggers(look, target) if trigger.fires]
+    if any(trigger.replaces for trigger in triggers):
+        given = {*target.columns}  # or some of them
+    else:
+        given = {column for trigger in triggers for column in trigger.assigned}
     for column in target.columns.values():
         if target.written(column.name):
             if column.identity == "a" and target.table.row_security:
@@ -480,11 +484,12 @@ def _linking(look: Look, target: _Target) -> Iterator[Finding]:
 
 
 _TRIGGERS: Final = r"""
-SELECT tgname::text, format('%%I.%%I', nspname, proname), pg_get_triggerdef(t.oid), tgenabled = 'A', tgtype & 8 <> 0,
+SELECT tgname::text, format('%%I.%%I', nspname, proname), pg_get_triggerdef(t.oid), tgenabled = 'A',
+       tgtype & 1 = 0 OR tgtype & 8 <> 0, tgtype & 3 = 3,
        regexp_replace(coalesce(pg_get_function_sqlbody(p.oid), prosrc), '--[^\n]*|/\*.*?\*/', ' ', 'g')
 FROM pg_trigger t JOIN pg_proc p ON p.oid = tgfoid JOIN pg_namespace n ON n.oid = pronamespace
 WHERE tgrelid = to_regclass(%s) AND NOT tgisinternal AND tgenabled IN ('O', 'A')
-  AND tgtype & 7 = 7 -- BEFORE, FOR EACH ROW, INSERT
+  AND tgtype & 4 <> 0 -- of the others: FOR EACH ROW 1, BEFORE 2, DELETE 8
   AND prolang NOT IN (SELECT oid FROM pg_language WHERE lanname IN ('c', 'internal'))
 ORDER BY 1
 """
@@ -493,31 +498,57 @@ _ASSIGNED: Final = re.compile(
     r"""(?:^|;|\b(?:begin|then|else|loop)\b|\binto\b(?:\s+strict\b)?)\s*new\.(?:(\w+)|"([^"]+)")\s*(?::?=|\bfrom\b|;)""",
     re.IGNORECASE,
 )
+_REPLACED: Final = re.compile(
+    r"(?:(?:^|;|\b(?:begin|then|else|loop)\b)\s*new\s*:?=|\binto\b(?:\s+strict\b)?\s*new\s*(?:\bfrom\b|;)"
+    r"|\breturn\s+(?!(?:new|old|null|coalesce\s*\(\s*new\s*,\s*old\s*\))\s*;)\S)",
+    re.IGNORECASE,
+)
 _SKIPPED: Final = re.compile(r"\breturn\s+null\b", re.IGNORECASE)
+_SKIPPED_ON_INSERT: Final = re.compile(r"\A(?!.*\btg_op\b).*\breturn\s+old\b", re.IGNORECASE | re.DOTALL)
 _WHEN: Final = re.compile(r" WHEN \((.*)\) EXECUTE (?:FUNCTION|PROCEDURE) ", re.DOTALL)
 
 
 @dataclass(frozen=True, slots=True)
 class _Trigger:
-    """A trigger that sees rows before they are there; `fires` says whether those of the worker as well."""
+    """A trigger that is there for INSERTs; `fires` says whether for those of the worker as well.
+
+    It is `unconditional` if no WHEN can ask for a new row's columns. What it does to the row is in `assigned`, columns,
+    and `replaces` or `skips` it whole; to rows that are there already, in `later`.
+    """
 
     name: str
     function: str
     definition: str
     always: bool
-    on_delete: bool
+    unconditional: bool
     assigned: frozenset[str]
+    replaces: bool
     skips: bool
+    later: Sequence[str]
     fires: bool
 
 
 def _triggers(look: Look, target: _Target) -> Iterator[_Trigger]:
-    for name, function, definition, always, on_delete, source in _query(look, target, _TRIGGERS):
-        assigned = frozenset(plain.lower() or quoted_ for plain, quoted_ in _ASSIGNED.findall(source))
+    schema, table = qualified(look.profile.target.table)
+    itself = rf'(?:only\s+)?(?:"?{re.escape(schema)}"?\s*\.\s*)?"?{re.escape(table)}"?(?!\s*\.)(?:\s|;|\Z)'
+    later = {
+        "change": re.compile(rf"\b(?:update|merge\s+into)\s+{itself}", re.IGNORECASE),
+        "remove": re.compile(rf"\b(?:delete\s+from|truncate(?:\s+table)?)\s+{itself}", re.IGNORECASE),
+    }
+    for name, function, definition, always, unconditional, before, source in _query(look, target, _TRIGGERS):
+        assigned = [plain.lower() or quoted_ for plain, quoted_ in _ASSIGNED.findall(source)] if before else []
         when = _WHEN.search(definition)
-        fires = when is None or not _passes_by(look, target, when[1])
         yield _Trigger(
-            name, function, definition, always, on_delete, assigned, _SKIPPED.search(source) is not None, fires
+            name,
+            function,
+            definition,
+            always,
+            unconditional,
+            frozenset(assigned),
+            before and _REPLACED.search(source) is not None,
+            before and any(skipped.search(source) for skipped in (_SKIPPED, _SKIPPED_ON_INSERT)),
+            [what for what, does in later.items() if does.search(source)],
+            fires=when is None or not _passes_by(look, target, when[1]),
         )
 
 
@@ -545,7 +576,9 @@ def _changing(look: Look, target: _Target) -> Iterator[Finding]:
     for trigger in _triggers(look, target):
         changed = sorted(column for column in trigger.assigned if target.written(column))
         done = [f"sets {', '.join(changed)}"] if changed else []
+        done += ["may change any column"] if trigger.replaces else []
         done += ["may leave a row out without an error"] if trigger.skips else []
+        done += [f"may {what} rows that are there" for what in trigger.later]
         if trigger.fires and done:
             yield warning(
                 f'trigger "{trigger.name}" ({trigger.function}) {" and ".join(done)}, also of what the worker writes',
@@ -561,10 +594,12 @@ def _changing(look: Look, target: _Target) -> Iterator[Finding]:
 
 def _conditional(target: _Target, trigger: _Trigger) -> str:
     """What keeps a trigger from the worker's rows, and leaves it to all others."""
-    if trigger.on_delete:
+    if trigger.unconditional:
         return f"as its owner: have {trigger.function} leave rows as they are that have a {target.key}"
     condition = f"new.{quoted(target.key)} IS NULL"
     definition = trigger.definition.replace("CREATE TRIGGER", "CREATE OR REPLACE TRIGGER", 1)
+    if definition.startswith("CREATE CONSTRAINT"):  # which nothing replaces
+        definition = f"DROP TRIGGER {quoted(trigger.name)} ON {target.relation}; {definition}"
     if _WHEN.search(definition):
         definition = definition.replace(" WHEN (", f" WHEN ({condition} AND ", 1)
     else:

@@ -714,6 +714,14 @@ ON_INSERT = "CREATE TRIGGER fill BEFORE INSERT ON activity FOR EACH ROW {} EXECU
             "",
             "may leave a row out without an error",
         ),
+        ("BEGIN RETURN OLD; END", "", "may leave a row out without an error"),
+        ('BEGIN NEW := jsonb_populate_record(NEW, \'{"bd": "x"}\'); RETURN NEW; END', "", "may change any column"),
+        (
+            "DECLARE other activity; BEGIN other = NEW; other.bd = 'x'; RETURN other; END",
+            "",
+            "may change any column",
+        ),
+        ("BEGIN IF TG_OP = 'DELETE' THEN RETURN OLD; END IF; RETURN coalesce(NEW, OLD); END", "", None),
         ("BEGIN -- NEW.bd := 'x'\n IF NEW.bd = 'x' THEN PERFORM 1; END IF; RETURN NEW; END", "", None),
         ("BEGIN NEW.bd := 'x'; RETURN NEW; END", "WHEN (NEW.activity_type = 'call')", None),
         ("BEGIN NEW.bd := 'x'; RETURN NEW; END", "WHEN (NEW.change_key IS NULL AND pg_trigger_depth() = 1)", None),
@@ -734,6 +742,30 @@ def test_triggers_that_change_what_the_worker_writes(
     assert crm.value("SELECT tgenabled FROM pg_trigger WHERE tgname = 'fill'") == "A"
     crm.execute(TWICE.format("'a'"))
     assert crm.value("SELECT (bd, date_created) = ('jane', 'yesterday') FROM activity")
+
+
+@pytest.mark.parametrize(
+    ("body", "does"),
+    [
+        ("UPDATE activity SET bd = 'x' WHERE activity_id = NEW.activity_id", "may change rows that are there"),
+        ("DELETE FROM public.activity WHERE activity_id = NEW.activity_id", "may remove rows that are there"),
+        ("UPDATE activity_count SET bd = 'x'; PERFORM NEW.bd = 'x'", None),
+    ],
+)
+@pytest.mark.parametrize("constraint", ["", "CONSTRAINT "])
+def test_triggers_that_change_what_the_worker_wrote(
+    plain: Crm, body: LiteralString, does: str | None, constraint: LiteralString
+) -> None:
+    crm = plain
+    crm.connection.execute(FILL.format(f"BEGIN {body}; RETURN NULL; END"))
+    crm.connection.execute(ON_INSERT.format("").replace("TRIGGER", f"{constraint}TRIGGER").replace("BEFORE", "AFTER"))
+    if does is None:
+        assert healthy(crm, "target_triggers")
+        return
+    found = cure(crm, "target_triggers")
+    assert found.message == f'trigger "fill" (public.fill) {does}, also of what the worker writes'
+    crm.execute(TWICE.format("'a'"))
+    assert crm.value("SELECT bd FROM activity") == "jane"
 
 
 def test_triggers_that_setup_makes_conditional_are_for_setup(crm: Crm) -> None:
