@@ -50,8 +50,24 @@ ORDER BY 1, 2
 """
 
 
+_HEIRS: Final = """
+WITH RECURSIVE captured AS (
+    SELECT to_regclass(name)::oid AS relation, name FROM unnest(%s::text[]) AS its (name)
+), heir AS (
+    SELECT relation, name FROM captured
+    UNION
+    SELECT inhrelid, name FROM heir JOIN pg_inherits ON inhparent = relation
+)
+SELECT DISTINCT ON (nspname, relname) nspname::text, relname::text, to_regclass(name)::text
+FROM heir JOIN pg_class c ON c.oid = relation JOIN pg_namespace n ON n.oid = relnamespace
+WHERE relkind = 'r' AND NOT relispartition AND relation NOT IN (
+    SELECT relation FROM captured WHERE relation IS NOT NULL)
+ORDER BY nspname, relname, name
+"""
+
+
 def replica_identity(look: Look) -> Iterator[Finding]:
-    """Whether updates and deletes carry the old row, of partitions as well, and no partition is forgotten."""
+    """Whether updates and deletes carry the old row, of partitions as well, and no partition or heir is forgotten."""
     yield from otherwise(_without_old_rows(look), "FULL where rules need old rows")
 
 
@@ -71,6 +87,11 @@ def _without_old_rows(look: Look) -> Iterator[Finding]:
                 f"replica identity of {name} is {identity}: its updates and deletes lack the old row, and {fate}",
                 f"as its owner: ALTER TABLE {sql.Identifier(schema, relation).as_string()} REPLICA IDENTITY FULL",
             )
+    for schema, relation, parent in look.connection.execute(_HEIRS, parameters[:1]):
+        yield warning(
+            f"table {schema}.{relation} inherits from {parent} and isn't in the profile: nothing of it is recorded",
+            f"give the profile a [tables.{section((schema, relation))}] like its parent's; then: cdc-worker setup",
+        )
 
 
 def trackers(look: Look) -> Iterator[Finding]:

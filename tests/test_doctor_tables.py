@@ -418,6 +418,20 @@ def test_partitions_that_are_new(crm: Crm, tmp_path: Path) -> None:
     assert healthy(crm, "replica_identity")
 
 
+def test_tables_that_inherit_are_not_recorded(crm: Crm, tmp_path: Path) -> None:
+    crm.execute("CREATE TABLE foreign_lead () INHERITS (lead)")
+    found = ailing(crm, "replica_identity")
+    assert (found.outcome, found.message) == (
+        "warning",
+        "table public.foreign_lead inherits from lead and isn't in the profile: nothing of it is recorded",
+    )
+    assert found.fix == "give the profile a [tables.foreign_lead] like its parent's; then: cdc-worker setup"
+    rule = '[tables.foreign_lead]\n[[tables.foreign_lead.rules]]\non = "insert"\ntype = "x"\ndescription = "x"\n'
+    crm.settings["profile"] = leadfi_with(tmp_path, ("[tables.contact]", f"{rule}[tables.contact]"))
+    mend(crm, "cdc-worker setup")
+    assert healthy(crm, "replica_identity")
+
+
 # The target
 
 
@@ -465,6 +479,37 @@ def test_what_columns_ask(plain: Crm, change: LiteralString, outcome: str, messa
         profile.write_text(text.replace('fields = { customer = "{row', 'fields = { state = "x", customer = "{row'))
     found = cure(crm, "target")
     assert (found.outcome, found.message[: len(message)]) == (outcome, message)
+
+
+UUID = "ALTER TABLE activity DROP activity_id, ADD activity_id uuid "
+
+
+@pytest.mark.parametrize(
+    ("change", "fix"),
+    [
+        (f"{UUID} PRIMARY KEY", None),
+        ("ALTER TABLE activity DROP activity_id, ADD activity_id text PRIMARY KEY", "give activity_id a default"),
+        (
+            "ALTER TABLE activity ALTER activity_id DROP DEFAULT, DROP CONSTRAINT activity_pkey,"
+            " ADD PRIMARY KEY (activity_type, activity_id)",
+            "name a table in [target] of the profile whose primary key isn't activity_id, activity_type",
+        ),
+        (
+            "ALTER TABLE activity DROP CONSTRAINT activity_pkey, ADD PRIMARY KEY (lead_id, activity_id)",
+            "name a table in [target] of the profile whose primary key isn't activity_id, lead_id",
+        ),
+    ],
+    ids=["uuid", "text", "two columns", "links"],
+)
+def test_primary_keys_that_no_identity_fits(plain: Crm, change: LiteralString, fix: str | None) -> None:
+    crm = plain
+    crm.connection.execute(change)
+    if fix is None:
+        cure(crm, "target")
+        for key in ("'a'", "'b'"):
+            crm.execute(TWICE.format(key))
+    else:
+        assert fix in (ailing(crm, "target").fix or "")
 
 
 def test_what_columns_still_ask_of_others_after_the_cure(plain: Crm) -> None:
@@ -803,12 +848,14 @@ def test_truncate_by_cascade(crm: Crm) -> None:
     crm.connection.execute(sql.SQL("CREATE ROLE {0}; ALTER TABLE activity OWNER TO {0}").format(name))
     crm.execute("GRANT TRUNCATE ON activity TO PUBLIC")
     try:
+        assert healthy(crm, "truncate")
+        crm.connection.execute(sql.SQL("GRANT TRUNCATE ON lead, customer TO {0}").format(name))
         found = cure(crm, "truncate")
         assert found.message == (
             "a TRUNCATE … CASCADE of customer or lead empties public.activity as well, and these roles may do that:"
             f' "{app}", PUBLIC'
         )
-        crm.connection.execute(sql.SQL("GRANT TRUNCATE ON lead, contact TO {0}; SET ROLE {0}").format(name))
+        crm.connection.execute(sql.SQL("GRANT TRUNCATE ON contact TO {0}; SET ROLE {0}").format(name))
         with pytest.raises(psycopg.errors.InsufficientPrivilege):
             crm.execute("TRUNCATE lead CASCADE")
     finally:
