@@ -40,6 +40,9 @@ class Checkpoint:
     dead_letters: int
 
 
+WRITTEN: Final = ("cdc_worker.checkpoint", "cdc_worker.dead_letter", "cdc_worker.process", "cdc_worker.tally")
+"""The tables that a worker writes, beside the target."""
+
 _READ: Final = """
 SELECT worker, slot, plugin, system_identifier, slot_created_at, lsn, commit_lsn, changes, committed_at, written_at,
        backend_pid, backend_start, owner, nonce, tables, activities, dead_letters
@@ -256,12 +259,12 @@ WITH kept AS (
 ), old AS (
     DELETE FROM cdc_worker.tally USING kept WHERE worker = %(worker)s AND at < since
 )
-INSERT INTO cdc_worker.tally (worker, activities, dead_letters)
-SELECT worker, activities, dead_letters FROM cdc_worker.checkpoint WHERE worker = %(worker)s
+INSERT INTO cdc_worker.tally (worker, at, activities, dead_letters)
+SELECT worker, written_at, activities, dead_letters FROM cdc_worker.checkpoint WHERE worker = %(worker)s
 ON CONFLICT DO NOTHING
 """
 
 
 def tally(connection: Connection, worker: str) -> None:
-    """Note how much is written by now, for status to tell how much of it was written lately."""
+    """Note how much was written when something was last, for status to tell how much was written since."""
     connection.execute(_TALLY, {"worker": worker})

@@ -17,7 +17,7 @@ from cdc_worker.rules import compile_rules
 
 CHECKS: Final[tuple[Check, ...]] = (*server_checks.CHECKS, *table_checks.CHECKS, *slot_checks.CHECKS)
 
-PATIENCE: Final = "SET statement_timeout = '10s'; SET lock_timeout = '1s'"
+PATIENCE: Final = "SET statement_timeout = '10s'; SET lock_timeout = '300ms'"
 """So long a check may let the server work, and wait for a lock."""
 
 
@@ -40,7 +40,7 @@ def _findings(settings: Settings, checks: Iterable[Check]) -> list[Finding]:
         loaded = profile.load(settings.profile)
         rules = compile_rules(loaded)
         step = "connection"
-        with postgres.connect(settings.dsn.get_secret_value(), settings.worker) as connection:
+        with postgres.connect(settings.dsn.get_secret_value(), settings.worker, name=postgres.DOCTOR) as connection:
             connection.execute(PATIENCE)
             look = Look(settings, loaded, rules, connection, postgres.server(connection))
             return [finding for check in checks for finding in examine(check, look)]

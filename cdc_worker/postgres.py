@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import shlex
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, Final, LiteralString
 
@@ -20,10 +22,20 @@ Connection = psycopg.Connection[TupleRow]
 
 APPLICATION_NAME: Final = "cdc-worker"
 
+NAMEDATALEN: Final = 64
+"""Of a longer name the server cuts the end off, and then some would be alike."""
+
 
 def application_name(worker: str) -> str:
-    """What the connections of a worker are called, those of its commands as well."""
-    return f"{APPLICATION_NAME} {worker}"
+    """What the connections of a worker are called, those of its commands as well: as much as a server takes."""
+    name = f"{APPLICATION_NAME} {worker}"
+    if len(name) < NAMEDATALEN:
+        return name
+    return f"{name[: NAMEDATALEN - 10]}-{hashlib.sha256(worker.encode()).hexdigest()[:8]}"
+
+
+DOCTOR: Final = f"{APPLICATION_NAME}-doctor"
+"""What a doctor's connection is called, which may hold a slot for a moment."""
 
 
 # A role's or database's defaults must change neither what the plugin prints nor when we are interrupted.
@@ -34,6 +46,7 @@ _PINNED: Final = {
     "extra_float_digits": "1",
     "intervalstyle": "postgres",
     "lc_monetary": "C",
+    "standard_conforming_strings": "on",
     "statement_timeout": "0",
     "lock_timeout": "0",
     "idle_in_transaction_session_timeout": "0",
@@ -51,18 +64,20 @@ OVERRIDDEN: Final = frozenset((*_WRITING, *_UNLIMITED))
 _KEEPALIVES: Final = {"keepalives_idle": 30, "keepalives_interval": 10, "keepalives_count": 6, "connect_timeout": 10}
 
 
-def _connect(dsn: str, worker: str, pinned: dict[str, str], **parameters: Any) -> Connection:
+def _connect(
+    dsn: str, worker: str, pinned: dict[str, str], *, name: str | None = None, **parameters: Any
+) -> Connection:
     own = conninfo_to_dict(dsn)
     options = str(own.get("options") or os.environ.get("PGOPTIONS", ""))
     options = " ".join([options, *(f"-c {name}={value}" for name, value in pinned.items())])
-    defaults = {name: value for name, value in _KEEPALIVES.items() if name not in own}
+    defaults = {name: value for name, value in _KEEPALIVES.items() if name not in own and name not in parameters}
     if "PGCONNECT_TIMEOUT" in os.environ:
         defaults.pop("connect_timeout", None)
     try:
         return psycopg.connect(
             make_conninfo(dsn, **defaults),
             autocommit=True,
-            application_name=application_name(worker),
+            application_name=name or application_name(worker),
             options=options.strip(),
             **parameters,
         )
@@ -70,18 +85,28 @@ def _connect(dsn: str, worker: str, pinned: dict[str, str], **parameters: Any) -
         raise _connection_error(error) from error
 
 
-def connect(dsn: str, worker: str) -> Connection:
-    """An ordinary connection, in autocommit, whose commits are durable whatever the role's defaults are."""
-    connection = _connect(dsn, worker, _WRITING, client_encoding="UTF8")
+def connect(dsn: str, worker: str, *, name: str | None = None) -> Connection:
+    """An ordinary connection, in autocommit, whose commits are durable whatever the role's defaults are.
+
+    It has the worker's `name`, if it is given none.
+    """
+    connection = _connect(dsn, worker, _WRITING, name=name, client_encoding="UTF8")
     connection.execute(
         "SELECT set_config(name, '0', false) FROM pg_settings WHERE name = ANY (%s)", (list(_UNLIMITED),)
     )
     return connection
 
 
+def connect_briefly(dsn: str, worker: str) -> Connection:
+    """A connection beside those that do the work, which waits for no one: its commits may be lost in a crash."""
+    brief = {"synchronous_commit": "local", "lock_timeout": "500ms", "statement_timeout": "1s"}
+    return _connect(dsn, worker, {**_WRITING, **brief}, client_encoding="UTF8", connect_timeout=2)
+
+
 def connect_replication(dsn: str, worker: str) -> Connection:
     """A connection that speaks the replication protocol."""
-    return _connect(dsn, worker, {**_PINNED, "timezone": "UTC"}, replication="database")
+    # From a database in SQL_ASCII even its own names would come as bytes, until the stream asks for them.
+    return _connect(dsn, worker, {**_PINNED, "timezone": "UTC"}, client_encoding="UTF8", replication="database")
 
 
 _NO_POOLER: Final = "name the server itself, no pooler: replication needs a connection of its own"
@@ -222,26 +247,39 @@ class Blocker:
 
 
 _BLOCKERS: Final = """
-SELECT format('process %%s (%%s)', pid, concat_ws(', ', coalesce(nullif(application_name, ''), 'no name'),
+WITH held (pid, virtualtransaction) AS (
+    SELECT l.pid, l.virtualtransaction  -- whatever would keep the worker's rows out
+    FROM pg_locks l JOIN unnest(%(tables)s::text[]) AS name ON l.relation = to_regclass(name)
+    WHERE l.granted AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())
+        AND l.mode IN ('ShareLock', 'ShareRowExclusiveLock', 'ExclusiveLock', 'AccessExclusiveLock')
+    UNION
+    SELECT blocking.pid, blocking.virtualtransaction
+    FROM pg_stat_activity a
+    JOIN pg_locks waiting ON waiting.pid = a.pid AND NOT waiting.granted
+    CROSS JOIN unnest(pg_blocking_pids(a.pid)) AS blocker (pid)
+    JOIN pg_locks blocking ON blocking.granted AND blocking.pid IS NOT DISTINCT FROM nullif(blocker.pid, 0)
+        AND blocking.locktype = waiting.locktype AND blocking.database IS NOT DISTINCT FROM waiting.database
+        AND blocking.relation IS NOT DISTINCT FROM waiting.relation
+        AND blocking.transactionid IS NOT DISTINCT FROM waiting.transactionid
+    WHERE a.application_name = %(name)s
+)
+SELECT format('process %%s (%%s)', pid, concat_ws(', ', coalesce(nullif(application_name, ''), backend_type, 'no name'),
               host(client_addr), state, 'for ' || date_trunc('second', clock_timestamp() - xact_start))),
        format('SELECT pg_terminate_backend(%%s)', pid)
-FROM unnest(pg_blocking_pids(%(pid)s)) AS blocker (pid) JOIN pg_stat_activity USING (pid)
-UNION ALL
-SELECT DISTINCT format('the prepared transaction %%L', gid), format('ROLLBACK PREPARED %%L', gid)
-FROM pg_locks waiting
-JOIN pg_locks held ON held.granted AND held.locktype = waiting.locktype AND held.pid IS NULL
-    AND held.database IS NOT DISTINCT FROM waiting.database AND held.relation IS NOT DISTINCT FROM waiting.relation
-    AND held.transactionid IS NOT DISTINCT FROM waiting.transactionid
-JOIN pg_locks own ON own.pid IS NULL AND own.virtualtransaction = held.virtualtransaction
+FROM held JOIN pg_stat_activity USING (pid) WHERE pid <> pg_backend_pid() AND application_name <> %(name)s
+UNION
+SELECT format('the prepared transaction %%L', gid), format('ROLLBACK PREPARED %%L', gid)
+FROM held JOIN pg_locks own ON own.pid IS NULL AND own.virtualtransaction = held.virtualtransaction
 JOIN pg_prepared_xacts ON transaction = own.transactionid
-WHERE waiting.pid = %(pid)s AND NOT waiting.granted AND 0 = ANY (pg_blocking_pids(%(pid)s))
+WHERE held.pid IS NULL
 ORDER BY 1
 """
 
 
-def blockers(connection: Connection, pid: int) -> list[Blocker]:
-    """Who holds the lock that a process of the server waits for; none if it waits for no lock."""
-    return [Blocker(*row) for row in connection.execute(_BLOCKERS, {"pid": pid})]
+def blockers(connection: Connection, worker: str, tables: Collection[str] = ()) -> list[Blocker]:
+    """Who holds a lock that the worker waits for, or one of these `tables` in a way that it would have to."""
+    parameters = {"name": application_name(worker), "tables": [*tables]}
+    return [Blocker(*row) for row in connection.execute(_BLOCKERS, parameters)]
 
 
 def fetch_one(connection: Connection, query: LiteralString, *parameters: Any) -> tuple[Any, ...]:
@@ -294,7 +332,13 @@ SELECT current_setting('server_version_num')::int, pg_is_in_recovery(),
              ORDER BY 1),
        (SELECT source FROM pg_settings WHERE name = 'default_transaction_read_only' AND setting = 'on'),
        (SELECT rolreplication OR rolsuper FROM pg_roles WHERE rolname = current_user),
-       CASE WHEN pg_has_role('pg_read_all_settings', 'USAGE') THEN current_setting('output_plugin_libraries', true) END
+       CASE WHEN pg_has_role('pg_read_all_settings', 'USAGE') THEN current_setting('output_plugin_libraries', true)
+            ELSE (SELECT substr(c, strpos(c, '=') + 1)
+                  FROM pg_db_role_setting s, unnest(s.setconfig) c
+                  WHERE c LIKE 'output\\_plugin\\_libraries=%%'
+                    AND s.setrole IN (0, (SELECT oid FROM pg_roles WHERE rolname = current_user))
+                    AND s.setdatabase IN (0, (SELECT oid FROM pg_database WHERE datname = current_database()))
+                  ORDER BY s.setrole = 0, s.setdatabase = 0 LIMIT 1) END
 """
 
 

@@ -14,7 +14,7 @@ from cdc_worker import __version__
 from cdc_worker.postgres import Connection, application_name
 
 KEPT: Final = 20
-"""So many processes of a worker are remembered."""
+"""So many processes of a worker are remembered, and those that run or wrote last."""
 
 
 @dataclass(slots=True)
@@ -41,8 +41,12 @@ SET backend_pid = excluded.backend_pid, backend_start = excluded.backend_start,
 """
 
 _PRUNE: Final = """
-DELETE FROM cdc_worker.process WHERE worker = %(worker)s AND process <> ALL (ARRAY(
+DELETE FROM cdc_worker.process p WHERE worker = %(worker)s AND process <> ALL (ARRAY(
     SELECT process FROM cdc_worker.process WHERE worker = %(worker)s ORDER BY started_at DESC LIMIT %(kept)s))
+    AND NOT EXISTS (SELECT FROM pg_stat_activity a
+                    WHERE pid = backend_pid AND coalesce(a.backend_start = p.backend_start, true))
+    AND NOT EXISTS (SELECT FROM cdc_worker.checkpoint c
+                    WHERE (c.backend_pid, c.backend_start) = (p.backend_pid, p.backend_start))
 """
 
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import shlex
 import time
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from typing import Final
 
 import psycopg
 from psycopg import sql
 
-from cdc_worker import ddl, postgres, setup, wal2json
+from cdc_worker import checkpoint, errors, postgres, setup, wal2json
 from cdc_worker import replication as replicating
 from cdc_worker import slot as slots
 from cdc_worker.checks import Check, Finding, Look, failed, ok, unknown, warning
@@ -164,7 +164,10 @@ def other_slots(look: Look) -> Iterator[Finding]:
 
 
 _CONNECTIONS: Final = """
-WITH session AS (SELECT datname, usename, pid IN (SELECT pid FROM pg_stat_replication) AS sends FROM pg_stat_activity)
+WITH session AS (
+    SELECT datname, usename, pid IN (SELECT pid FROM pg_stat_replication) AS sends FROM pg_stat_activity
+    WHERE pid <> pg_backend_pid()
+)
 SELECT current_setting('max_connections')::int - CASE WHEN rolsuper THEN 0 ELSE
            current_setting('superuser_reserved_connections')::int
            + coalesce(current_setting('reserved_connections', true)::int, 0) END,
@@ -201,9 +204,14 @@ def connections(look: Look) -> Iterator[Finding]:
 def replication(look: Look) -> Iterator[Finding]:
     """Whether a replication connection can be had."""
     dsn = look.settings.dsn.get_secret_value()
-    with closing(postgres.connect_replication(dsn, look.settings.worker)) as connection:
-        fetch_one(connection, "IDENTIFY_SYSTEM")
-    yield ok("a replication connection can be had")
+    try:
+        with closing(postgres.connect_replication(dsn, look.settings.worker)) as connection:
+            fetch_one(connection, "IDENTIFY_SYSTEM")
+        yield ok("a replication connection can be had")
+    except psycopg.OperationalError:
+        if not _running(_slot(look)):
+            raise
+        yield ok("the worker has one, and there is no other to be had")
 
 
 def plugin(look: Look) -> Iterator[Finding]:
@@ -270,21 +278,14 @@ def role(look: Look) -> Iterator[Finding]:
 
 
 def _grants(look: Look) -> Iterator[Finding]:
-    role = look.server.role
-    steps = ddl.steps(ddl.schema(setup.GRANTS), setup.grantee(look.profile, look.rules, role))
     try:
-        statements = [s for step in steps if step.generates for s in step.statements(look.connection)]
-    except psycopg.errors.InsufficientPrivilege as error:
-        # Without USAGE on a schema nothing in it can be looked at.
-        yield failed(
-            f'role "{role}" lacks grants: {error.diag.message_primary}',
-            f"as the owner: cdc-worker setup --role {shlex.quote(role)} --no-cutover --no-protect",
-        )
-        return
-    grants = [statement.partition("; INSERT INTO cdc_worker.replaced")[0] for statement in statements]
-    if grants:
-        lacking = ", ".join(grant.removeprefix("GRANT ").rpartition(" TO ")[0] for grant in grants)
-        yield failed(f'role "{role}" lacks {lacking}', f"as the owner: {'; '.join(grants)}")
+        with suppress(psycopg.errors.InsufficientPrivilege):  # which is for the grants to explain
+            checkpoint.read(look.connection, look.settings.worker)
+        setup.check_grants(look.connection, look.profile, look.rules, look.server.role)
+    except errors.NotSetUpError as error:
+        yield unknown(f"there are no tables of cdc-worker yet to have rights on: {error}", error.hint)
+    except errors.TargetUnusableError as error:
+        yield failed(str(error), error.hint or "")
 
 
 # What is set
@@ -375,7 +376,8 @@ LONG: Final = 60.0
 
 def open_transactions(look: Look) -> Iterator[Finding]:
     """Whether there are old transactions that have written: a new slot waits for them, and WAL is kept since."""
-    found = slots.open_transactions(look.connection, LONG)
+    own = postgres.application_name(look.settings.worker)  # what holds up the worker is told by writing
+    found = [each for each in slots.open_transactions(look.connection, LONG) if each.name != own]
     hidden = [transaction.holder for transaction in found if transaction.since is None]
     finding, harm = (
         (failed, "the worker's slot can't be made before it ends")

@@ -6,6 +6,7 @@ have recorded changes so far: in this order, each step committed, so that it can
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Final
@@ -121,6 +122,23 @@ def grantee(profile: Profile, rules: Rules, role: str) -> dict[str, str]:
         "key": next(column for column, field in profile.target.columns.items() if field == "change_key"),
         "schemas": ",".join(sorted({target[0], *(schema for schema, _ in rules)})),
     }
+
+
+def check_grants(connection: Connection, profile: Profile, rules: Rules, role: str) -> None:
+    """Raise TargetUnusableError if the role lacks a right that the worker needs, of those that setup grants."""
+    steps = ddl.steps(ddl.schema(GRANTS), grantee(profile, rules, role))
+    try:
+        statements = [s for step in steps if step.generates for s in step.statements(connection)]
+    except psycopg.errors.InsufficientPrivilege as error:
+        # Without USAGE on a schema nothing in it can be looked at.
+        raise errors.TargetUnusableError(
+            f'role "{role}" lacks grants: {error.diag.message_primary}',
+            hint=f"as the owner: cdc-worker setup --role {shlex.quote(role)} --no-cutover --no-protect",
+        ) from error
+    grants = [statement.partition("; INSERT INTO cdc_worker.replaced")[0] for statement in statements]
+    if grants:
+        lacking = ", ".join(grant.removeprefix("GRANT ").rpartition(" TO ")[0] for grant in grants)
+        raise errors.TargetUnusableError(f'role "{role}" lacks {lacking}', hint=f"as the owner: {'; '.join(grants)}")
 
 
 _APPLIED: Final = (

@@ -14,12 +14,15 @@ from psycopg import sql
 from cdc_worker import checkpoint, errors, wal2json
 from cdc_worker.checkpoint import Checkpoint
 from cdc_worker.lsn import LSN
-from cdc_worker.postgres import APPLICATION_NAME, Connection, Server, application_name, fetch_one, listed
+from cdc_worker.postgres import DOCTOR, Connection, Server, application_name, fetch_one, listed
 
 
 @dataclass(frozen=True, slots=True)
 class Slot:
-    """A logical slot as pg_replication_slots shows it. `retained` is in bytes; `wal_end` is the server's."""
+    """A logical slot as pg_replication_slots shows it. `retained` is in bytes; `wal_end` is the server's.
+
+    A doctor, which may hold it for a moment, is nobody.
+    """
 
     name: str
     plugin: str
@@ -37,7 +40,7 @@ class Slot:
     @property
     def held_by_worker(self) -> bool:
         """Whether its reader is a cdc-worker."""
-        return (self.holder or "").startswith(APPLICATION_NAME)
+        return (self.holder or "").startswith(application_name(""))
 
     @property
     def reader(self) -> str:
@@ -47,11 +50,12 @@ class Slot:
 
 _SLOT: Final = """
 SELECT s.slot_name::text, s.plugin::text, s.database::text, s.confirmed_flush_lsn, pg_current_wal_flush_lsn(),
-       (pg_current_wal_flush_lsn() - s.restart_lsn)::bigint, s.wal_status, s.active_pid, a.application_name,
+       (pg_current_wal_flush_lsn() - s.restart_lsn)::bigint, s.wal_status, a.pid, a.application_name,
        host(a.client_addr)
-FROM pg_replication_slots s LEFT JOIN pg_stat_activity a ON a.pid = s.active_pid
+FROM pg_replication_slots s
+LEFT JOIN pg_stat_activity a ON a.pid = s.active_pid AND NOT starts_with(a.application_name, '{doctor}')
 WHERE s.slot_name = %s
-"""
+""".replace("{doctor}", DOCTOR)
 
 
 def read(connection: Connection, name: str) -> Slot | None:
@@ -137,13 +141,20 @@ def give_up(connection: Connection, name: str, worker: str) -> None:
         try:
             connection.execute(_DROP, (name,))
         except psycopg.errors.ObjectInUse:
-            if found.active_pid is not None and not free(connection, name, worker):
+            if not free(connection, name, worker) and found.active_pid is not None:
                 raise taken(found) from None
 
 
 def free(connection: Connection, name: str, worker: str) -> bool:
     """End the process of the server that serves the slot's reader, if that is this worker; returns whether it is."""
-    freed = connection.execute(_FREE, (name, application_name(worker))).fetchall() != []
+    try:
+        freed = connection.execute(_FREE, (name, application_name(worker))).fetchall() != []
+    except psycopg.errors.InsufficientPrivilege as error:
+        role = sql.Identifier(connection.info.user).as_string()
+        raise errors.SlotTakenError(
+            f'slot "{name}" is read by another role\'s worker, which the role {role} may not end',
+            hint=f"as a superuser: GRANT pg_signal_backend TO {role}",
+        ) from error
     time.sleep(0.05)
     return freed
 
@@ -332,10 +343,15 @@ def plugin_release(connection: Connection, name: str | None) -> str:
     return "before 2.3"
 
 
-def allow(role: str, allowed: list[str]) -> str:
-    """The statement that lets a role use the plugin as well. A list: in one pair of quotes it would be one library."""
-    libraries = ", ".join(sql.Identifier(library).as_string() for library in [*allowed, wal2json.PLUGIN])
-    return f"ALTER ROLE {sql.Identifier(role).as_string()} SET output_plugin_libraries = {libraries}"
+def allow(role: str, allowed: list[str], *, database: str | None = None) -> str:
+    """The statement that lets a role use the plugin as well. A list: in one pair of quotes it would be one library.
+
+    Of what may be set for a role, that in a `database` counts most.
+    """
+    libraries = sql.SQL(", ").join(map(sql.Identifier, [*allowed, wal2json.PLUGIN]))
+    where = sql.SQL(" IN DATABASE {}").format(sql.Identifier(database)) if database is not None else sql.SQL("")
+    statement = sql.SQL("ALTER ROLE {}{} SET output_plugin_libraries = {}")
+    return statement.format(sql.Identifier(role), where, libraries).as_string()
 
 
 def plugin_error(error: psycopg.Error, server: Server) -> Exception:
@@ -356,7 +372,7 @@ def plugin_error(error: psycopg.Error, server: Server) -> Exception:
         return errors.PluginRefusedError(
             f"the server refuses the output plugin {wal2json.PLUGIN}: output_plugin_libraries "
             + (f"is {known}" if known is not None else "doesn't name it"),
-            hint=f"as a superuser: {allow(server.role, allowed)}",
+            hint=f"as a superuser: {allow(server.role, allowed, database=server.database)}",
         )
     if error.sqlstate == "53400":
         return errors.ServerError("all replication slots of the server are taken", hint="raise max_replication_slots")

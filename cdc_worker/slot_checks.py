@@ -2,22 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import wraps
 from typing import Final
+
+import psycopg
+from psycopg import sql
 
 from cdc_worker import checkpoint as checkpoints
 from cdc_worker import postgres
 from cdc_worker import slot as slots
-from cdc_worker.checks import Check, Finding, Look, failed, ok, warning
+from cdc_worker.checks import Check, Finding, Look, failed, ok, unknown, warning
 from cdc_worker.postgres import fetch_one
+from cdc_worker.rules import qualified
 from cdc_worker.slot import Slot
 
 
-def _slot(look: Look) -> Slot:
-    """The slot. Raises SlotMissingError, or NotSetUpError where there has never been one."""
-    found = slots.read(look.connection, look.settings.slot)
-    position = checkpoints.read(look.connection, look.settings.worker).position.lsn
-    return slots.require(found, name=look.settings.slot, checkpoint=position)
+def _on_slot(check: Callable[[Look, Slot], Iterator[Finding]]) -> Check:
+    """A check that is made where there is a slot: that there is none is the checkpoint's to tell."""
+
+    @wraps(check)
+    def made(look: Look) -> Iterator[Finding]:
+        found = slots.read(look.connection, look.settings.slot)
+        if found is None:
+            yield unknown(f'there is no slot "{look.settings.slot}" (see checkpoint)')
+        else:
+            yield from check(look, found)
+
+    return made
 
 
 def checkpoint(look: Look) -> Iterator[Finding]:
@@ -33,11 +45,14 @@ FROM pg_replication_slots s WHERE slot_name = %s
 """
 
 
-def reader(look: Look) -> Iterator[Finding]:
+@_on_slot
+def reader(look: Look, found: Slot) -> Iterator[Finding]:
     """Whether a worker reads the slot, and nobody else."""
-    found = _slot(look)
     if found.active_pid is None:
-        (since,) = fetch_one(look.connection, _INACTIVE, look.settings.worker, found.name)
+        try:
+            (since,) = fetch_one(look.connection, _INACTIVE, look.settings.worker, found.name)
+        except (psycopg.errors.UndefinedTable, psycopg.errors.InvalidSchemaName):
+            since = None
         yield warning(
             f'nobody reads the slot "{found.name}"{f" since {since}" if since else ""}: the server keeps WAL for it',
             "cdc-worker run",
@@ -49,9 +64,9 @@ def reader(look: Look) -> Iterator[Finding]:
 
 
 def _held_up(look: Look) -> Finding | None:
-    """That a lock holds up the worker's writing, and whose it is."""
-    backend = checkpoints.read(look.connection, look.settings.worker).backend_pid
-    blockers = postgres.blockers(look.connection, backend) if backend else []
+    """That a lock holds up the worker's writing, or would, and whose it is."""
+    tables = [sql.Identifier(*qualified(look.profile.target.table)).as_string(), *checkpoints.WRITTEN]
+    blockers = postgres.blockers(look.connection, look.settings.worker, tables)
     if not blockers:
         return None
     ends = "; ".join(blocker.end for blocker in blockers)
@@ -59,13 +74,14 @@ def _held_up(look: Look) -> Finding | None:
 
 
 def writing(look: Look) -> Iterator[Finding]:
-    """Whether the worker waits for a lock."""
+    """Whether a lock keeps the worker from writing."""
     yield _held_up(look) or ok("no lock holds it up")
 
 
-def retained(look: Look) -> Iterator[Finding]:
+@_on_slot
+def retained(look: Look, found: Slot) -> Iterator[Finding]:
     """Whether the server keeps more WAL for the slot than it should."""
-    found, alarm = _slot(look), look.settings.retained_alarm_bytes
+    alarm = look.settings.retained_alarm_bytes
     said = f"the server keeps {found.retained:,} bytes of WAL for the slot ({found.wal_status})"
     if found.wal_status == "unreserved":
         said += ", and will discard it at its next checkpoint"
@@ -100,12 +116,15 @@ FROM (SELECT dead_letter_id, reason, max(dead_letter_id) OVER () AS last
 def dead_letters(look: Look) -> Iterator[Finding]:
     """Whether changes could not become activities."""
     worker = look.settings.worker
-    checkpoints.read(look.connection, worker)
-    count, reason, see, forget = fetch_one(look.connection, _DEAD_LETTERS, worker, worker, worker)
+    try:
+        count, reason, see, forget = fetch_one(look.connection, _DEAD_LETTERS, worker, worker, worker)
+    except (psycopg.errors.UndefinedTable, psycopg.errors.InvalidSchemaName):
+        yield unknown("there is no table of them (see checkpoint)")
+        return
     if count:
         yield failed(
             f"{count:,} changes could not become activities, the last because {reason}",
-            f"see them: {see}; when they have been seen to: {forget}",
+            f"see them: {see}; when they have been seen to, as the owner: {forget}",
         )
     else:
         yield ok("none wait to be seen to")

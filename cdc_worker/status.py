@@ -13,7 +13,7 @@ from pydantic import BaseModel, Field
 
 from cdc_worker import __version__, checkpoint, errors, postgres, process, slot
 from cdc_worker.config import Settings
-from cdc_worker.lsn import LSN
+from cdc_worker.lsn import INVALID, LSN
 from cdc_worker.postgres import Blocker, Connection
 from cdc_worker.process import Known
 from cdc_worker.slot import Slot
@@ -25,6 +25,9 @@ BEHIND: Final = 5.0
 """Activities that come so many seconds after their change are late."""
 
 SEGMENT: Final = 16 << 20
+
+PATIENCE: Final = "SET statement_timeout = '10s'; SET lock_timeout = '1s'"
+"""So long it lets the server work, and waits for a lock."""
 
 
 class Counts(BaseModel):
@@ -96,7 +99,9 @@ class Unreachable(BaseModel):
 _LATELY: Final = """
 SELECT CASE WHEN writer.wait_event = 'SyncRep' THEN current_setting('synchronous_standby_names') END AS standbys,
        sender.write_lsn, sender.replay_lsn, sender.reply_time,
-       extract(epoch FROM clock_timestamp() - coalesce(sender.reply_time, sender.backend_start))::float8 AS silence,
+       CASE WHEN sender.state IS NOT NULL THEN
+           extract(epoch FROM clock_timestamp() - coalesce(sender.reply_time, sender.backend_start))::float8
+       END AS silence,
        clock_timestamp() AS now, current_setting('server_version') AS server_version,
        (SELECT count(*) FROM cdc_worker.dead_letter WHERE worker = %(worker)s) AS waiting,
        (SELECT reason FROM cdc_worker.dead_letter WHERE worker = %(worker)s
@@ -139,11 +144,20 @@ class _Seen(BaseModel):
 
 def status(settings: Settings) -> Status:
     """Look. Raises NotSetUpError and what a connection can fail with."""
-    with postgres.connect(settings.dsn.get_secret_value(), settings.worker) as connection:
-        return _status(connection, settings.worker)
+    worker = settings.worker
+    with postgres.connect(settings.dsn.get_secret_value(), worker) as connection:
+        connection.execute(PATIENCE)
+        try:
+            return _status(connection, settings)
+        except psycopg.errors.LockNotAvailable as error:
+            by = ", ".join(map(str, postgres.blockers(connection, worker, checkpoint.WRITTEN)))
+            raise errors.ServerError(
+                f"tables of cdc-worker are locked: by {by}", hint="end it, or wait for it: the worker has to"
+            ) from error
 
 
-def _status(connection: Connection, worker: str) -> Status:
+def _status(connection: Connection, settings: Settings) -> Status:
+    worker = settings.worker
     name = checkpoint.read(connection, worker).slot
     found = slot.read(connection, name)  # before the checkpoint, which an active worker writes first
     known = checkpoint.read(connection, worker)
@@ -152,12 +166,15 @@ def _status(connection: Connection, worker: str) -> Status:
     with connection.cursor(row_factory=class_row(_Seen)) as cursor:
         (seen,) = cursor.execute(_LATELY, parameters).fetchall()
     wal_end = found.wal_end if found else slot.committed_so_far(connection)
-    lag = max(0, wal_end - max(known.position.lsn, LSN.parse(seen.replay_lsn or "0/0")))
+    told = LSN.parse(seen.replay_lsn) if seen.replay_lsn else found.confirmed_flush_lsn if found else INVALID
+    lag = max(0, wal_end - max(known.position.lsn, told))
     since = known.committed_at or known.written_at
     if seen.reply_time and seen.write_lsn == seen.replay_lsn and lag < SEGMENT:
         since = max(since, seen.reply_time)  # at that time all that it had read was written
-    seconds = max(0.0, (seen.now - since).total_seconds()) if lag else 0.0
     streaming = found is not None and found.active_pid is not None and found.held_by_worker
+    # How far it has read is hidden from roles that may not read statistics; it need not say so before this.
+    hidden = streaming and seen.silence is None and lag <= settings.idle_advance_bytes
+    seconds = max(0.0, (seen.now - since).total_seconds()) if lag and not hidden else 0.0
     lately = {stretch: counts for stretch, *counts in connection.execute(_COUNTS, (worker,))}
     activities, dead_letters = (
         Counts(**{stretch: counts[place] for stretch, counts in lately.items()}) for place in (0, 1)
@@ -167,7 +184,7 @@ def _status(connection: Connection, worker: str) -> Status:
     except errors.CdcWorkerError as error:
         late: str | None = f"gap: {_one_line(str(error))}"
     else:
-        holders = postgres.blockers(connection, known.backend_pid) if streaming and known.backend_pid else []
+        holders = postgres.blockers(connection, worker) if streaming else []
         late = _late(checked, processes, seen, holders, lag=lag, seconds=seconds)
     of_slot: dict[str, Any] = {}
     if found is not None:
@@ -244,7 +261,9 @@ def _not_running(processes: list[Known]) -> str:
     # Who wrote last is gone, and who tried after that has failed.
     newer = list(takewhile(lambda of: not of.last, processes))
     wrote = processes[len(newer) : len(newer) + 1]
-    last = next((of for of in newer if of.exit_code), (wrote or newer)[0])
+    ended = wrote[0].ended_at if wrote else None
+    failed = [of for of in newer if of.exit_code and of.ended_at and (ended is None or of.ended_at > ended)]
+    last = (failed or wrote or newer)[0]
     if last.ended_at is None:
         return f"not running: {_named(last)} was killed, is cut off, or tries again within half a minute"
     if last.exit_code:

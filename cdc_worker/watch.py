@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import uuid
 from contextlib import closing
 from typing import Final
 
 import psycopg
 
 from cdc_worker import checkpoint, errors, postgres, process, slot
+from cdc_worker.checkpoint import Checkpoint
 from cdc_worker.config import Settings
 from cdc_worker.log import Logger
 from cdc_worker.postgres import Blocker
@@ -24,15 +26,22 @@ class Watch:
     """Looks through connections of its own, since a target that is locked holds up the writing one.
 
     Raises an alarm when the server keeps more WAL for the slot than `retained_alarm_bytes`, again at each doubling,
-    and says when it is over.
+    and says when it is over. `owner` is the process's token, once it has one.
     """
 
     def __init__(self, settings: Settings, own: Process, log: Logger) -> None:
+        self.owner: uuid.UUID | None = None
         self._settings = settings
         self._own = own
         self._log = log
         self._alarm_at = settings.retained_alarm_bytes
         self._held_up = False
+        self._sees = True
+
+    @property
+    def pending(self) -> bool:
+        """Whether something went wrong that is not written down yet."""
+        return self._own.failure is not None
 
     def look(self, *, held_up: bool = False) -> None:
         """Look, and tally what was written. Raises SlotGivenUpError beyond `retained_limit_bytes`.
@@ -41,31 +50,40 @@ class Watch:
         """
         settings = self._settings
         try:
-            with closing(postgres.connect(settings.dsn.get_secret_value(), settings.worker)) as connection:
-                checkpoint.tally(connection, settings.worker)
+            with closing(postgres.connect_briefly(settings.dsn.get_secret_value(), settings.worker)) as connection:
                 found = slot.read(connection, settings.slot)
+                if held_up:
+                    self._tell_of(postgres.blockers(connection, settings.worker))
                 known = checkpoint.read(connection, settings.worker)
-                if held_up and known.backend_pid is not None:
-                    self._tell_of(postgres.blockers(connection, known.backend_pid))
-                if found is not None:
+                if found is not None and known.owner == self.owner:
                     self.retained(found, known)
                 process.failed(connection, self._own)
+                checkpoint.tally(connection, settings.worker)
         except errors.SlotGivenUpError:
             raise
         except (psycopg.Error, errors.CdcWorkerError) as error:
-            self._log.debug("look_failed", error=type(error).__name__)
+            if self._sees:
+                sqlstate = error.sqlstate if isinstance(error, psycopg.Error) else None
+                self._log.warning("look_failed", error=type(error).__name__, sqlstate=sqlstate)
+            self._sees = False
+        else:
+            self._sees = True
 
     def _tell_of(self, blockers: list[Blocker]) -> None:
         if blockers and not self._held_up:
             self._log.warning("write_held_up", by=[str(blocker) for blocker in blockers])
         self._held_up = bool(blockers)
 
-    def retained(self, found: slot.Slot, known: checkpoint.Checkpoint) -> None:
+    def retained(self, found: slot.Slot, known: Checkpoint) -> None:
         """Raise an alarm if the server keeps much WAL for the slot. Raises SlotGivenUpError if it is too much."""
-        settings = self._settings
-        limit = settings.retained_limit_bytes
+        limit = self._settings.retained_limit_bytes
         if limit is not None and found.retained > limit:
             raise slot.given_up(found, known, limit)
+        self.alarm(found, known)
+
+    def alarm(self, found: slot.Slot, known: Checkpoint) -> None:
+        """Raise an alarm if the server keeps much WAL for the slot, and no more."""
+        settings = self._settings
         if found.retained > self._alarm_at:
             self._alarm_at = 2 * found.retained
             self._own.failure = f"the server kept {found.retained:,} bytes of WAL for the slot"

@@ -14,6 +14,7 @@ import gc
 import os
 import select
 import signal
+import threading
 import time
 import uuid
 from collections import Counter
@@ -27,7 +28,7 @@ import psycopg
 from psycopg.waiting import Ready, Wait
 from tenacity import RetryCallState, Retrying, retry_if_exception, stop_when_event_set, wait_random_exponential
 
-from cdc_worker import catalog, checkpoint, errors, postgres, process, slot, wal2json
+from cdc_worker import catalog, checkpoint, errors, postgres, process, setup, slot, wal2json
 from cdc_worker.activities import Activity, Batch, DeadLetter, Line, Position, Scope
 from cdc_worker.changes import CUTOVER_PREFIX, Assembler, Transaction
 from cdc_worker.checkpoint import Checkpoint
@@ -48,6 +49,9 @@ from cdc_worker.watch import MOVED, Watch
 GRACE: Final = 0.8
 """So long a batch in hand may take to be written after a shutdown was requested; we exit in the rest of a second."""
 
+FAREWELL: Final = 0.6
+"""So long a process that ends waits for the server to note it."""
+
 # In seconds, as all that follows.
 STATUS_INTERVAL: Final = 10.0
 STATUS_INTERVAL_BEHIND: Final = 0.5
@@ -55,6 +59,9 @@ PROGRESS_INTERVAL: Final = 10.0
 WRITING_INTERVAL: Final = 0.002
 WRITING_USUAL: Final = 0.1
 """A batch that takes longer to write is held up, by a lock perhaps: there is no haste to read on."""
+
+SETTLED: Final = 60.0
+"""A connection that held for so long has worked, though there was nothing to write."""
 
 SILENCE: Final = 60.0
 """After so long without a byte from the server, which was asked for one, the connection is given up."""
@@ -202,11 +209,11 @@ class Worker:
             while again:
                 for attempt in attempts:
                     with attempt, ExitStack() as stack:
-                        since = self.totals.batches
+                        since, began = self.totals.batches, time.monotonic()
                         try:
                             again = self._run(stack)
                         finally:
-                            if self.totals.batches > since:
+                            if self.totals.batches > since or time.monotonic() > began + SETTLED:
                                 attempt.retry_state.attempt_number = 1  # it worked: begin anew with short waits
         except Stopped:
             self._end(0)
@@ -227,6 +234,7 @@ class Worker:
         if isinstance(error, errors.SlotGivenUpError):
             try:
                 with closing(self._connect()) as connection:
+                    self._check_owner(checkpoint.read(connection, self._settings.worker))
                     slot.give_up(connection, self._settings.slot, self._settings.worker)
             except (psycopg.Error, errors.CdcWorkerError) as problem:
                 self._log.error("slot_not_dropped", **_described(problem))
@@ -236,10 +244,19 @@ class Worker:
 
     def _end(self, exit_code: int) -> None:
         """Leave word of how it ended, if there is anybody to leave it with."""
-        if self._reachable:
-            with suppress(psycopg.Error, errors.CdcWorkerError), closing(self._connect()) as connection:
-                checkpoint.tally(connection, self._settings.worker)
+
+        def leave_word() -> None:
+            dsn, worker = self._settings.dsn.get_secret_value(), self._settings.worker
+            told = suppress(psycopg.Error, errors.CdcWorkerError)
+            with told, closing(postgres.connect_briefly(dsn, worker)) as connection:
                 process.ended(connection, self._process, exit_code)
+                checkpoint.tally(connection, worker)
+
+        if self._reachable:
+            # In a thread, for nothing else ends the wait for a server that has stopped to answer.
+            thread = threading.Thread(target=leave_word, daemon=True)
+            thread.start()
+            thread.join(FAREWELL)
 
     def _run(self, stack: ExitStack) -> bool:
         """Stream, until told to stop or to begin anew; returns whether it is the latter."""
@@ -302,13 +319,15 @@ class Worker:
             server, found, table = self._examine(connection)
             if self._until is None and self._once:
                 self._until = slot.committed_so_far(connection)
-            while self._stand_by(connection) or (stream := self._read(stack, found, server)) is None:
+            while (stood_by := self._stand_by(connection)) or (stream := self._read(stack, found, server)) is None:
+                if stood_by:
+                    self._catch_up(connection)
                 server, found, table = self._examine(connection)  # it may be another now
             replication, timeout = stream
             # A table without rules tells of others: it counts, and it isn't recorded.
             tables = [f"{'.'.join(of)}{'' if any(t.rules.values()) else ' (facts)'}" for of, t in self._rules.items()]
             found = checkpoint.take_over(connection, worker, sorted(tables), reader=replication.pid)
-            self._owner = found.owner
+            self._owner = self._watch.owner = found.owner
             if found.nonce != self._nonce:
                 raise checkpoint.fenced(worker)  # a table that came with it would be passed over with our profile
             position = found.position
@@ -347,14 +366,20 @@ class Worker:
         server = postgres.server(connection)
         postgres.check_server(server, settings.worker)
         if not self._reachable:
-            checkpoint.read(connection, settings.worker)  # where there is none, there is nobody to tell
-            process.register(connection, self._process)
-            checkpoint.tally(connection, settings.worker)
+            try:
+                checkpoint.read(connection, settings.worker)  # where there is none, there is nobody to tell
+                process.register(connection, self._process)
+                checkpoint.tally(connection, settings.worker)
+            except psycopg.errors.InsufficientPrivilege:
+                setup.check_grants(connection, self._profile, self._rules, server.role)
+                raise
             self._reachable = True
         found, _ = slot.check_checkpoint(connection, settings.worker, settings.slot)
         self._check_owner(found)
         self._nonce = self._nonce or found.nonce
-        return server, found, catalog.check(connection, self._profile, self._rules)
+        table = catalog.check(connection, self._profile, self._rules)
+        setup.check_grants(connection, self._profile, self._rules, server.role)
+        return server, found, table
 
     def _read(self, stack: ExitStack, found: Checkpoint, server: postgres.Server) -> tuple[Replication, float] | None:
         """Read the slot; returns with it the server's wal_sender_timeout. None if another process was faster."""
@@ -377,12 +402,20 @@ class Worker:
             self._log.warning("option_refused", option=option)
         return replication, timeout
 
+    def _catch_up(self, connection: postgres.Connection) -> None:
+        """Read the profile as it is by now, as the process that was active may have done."""
+        if checkpoint.read(connection, self._settings.worker).position.commit_lsn:
+            self._stop.reload_requested = True  # after that commit, which was counted with the profile as it was
+        else:
+            self._nonce = None
+            self._reload()
+
     def _stand_by(self, connection: postgres.Connection) -> bool:
         """Wait until nobody reads the slot; returns whether somebody did. Raises SlotTakenError if it is not to wait.
 
         By looking, for who waits in the server for a lock holds up its vacuum.
         """
-        settings, told = self._settings, None
+        settings, told, looked_at = self._settings, None, time.monotonic()
         while (found := slot.read(connection, settings.slot)) is not None and found.active_pid is not None:
             if self._owner is not None:
                 self._check_owner(checkpoint.read(connection, settings.worker))
@@ -394,6 +427,9 @@ class Worker:
                 log("waiting_for_slot", active_pid=told, holder=found.holder, client=found.client)
             if not (self._takeover and not self._started and slot.free(connection, settings.slot, settings.worker)):
                 time.sleep(STANDBY_INTERVAL)
+            if time.monotonic() > looked_at + WATCH_INTERVAL:
+                looked_at = time.monotonic()
+                self._watch.alarm(found, checkpoint.read(connection, settings.worker))
         return told is not None
 
     def _check_owner(self, found: Checkpoint) -> None:
@@ -659,7 +695,8 @@ class _Stream:
             self._send_status(reply_requested=silent > self._status_interval)
         if self._to_look_at and now >= self._looked_at + WATCH_INTERVAL:
             self._looked_until, self._looked_after = self._received, self._totals.batches
-            self._watch.look(held_up=self._held_up)
+            with suppress(Stopped), self._stop.interrupting():
+                self._watch.look(held_up=self._held_up)
             self._looked_at = time.monotonic()
         if now >= self._progress_at + PROGRESS_INTERVAL:
             activities = self._totals.activities.total()
@@ -682,6 +719,7 @@ class _Stream:
             self._totals.batches > self._looked_after
             or self._received - self._looked_until > MOVED
             or self._writing is not None
+            or self._watch.pending
         )
 
     def _next_tick(self, now: float) -> float:

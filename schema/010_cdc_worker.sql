@@ -53,8 +53,8 @@ COMMENT ON COLUMN cdc_worker.checkpoint.activities IS 'How many activities were 
 COMMENT ON COLUMN cdc_worker.checkpoint.dead_letters IS 'How many changes became dead letters, likewise';
 
 CREATE TABLE IF NOT EXISTS cdc_worker.tally (
-    worker        text NOT NULL,
-    at            timestamptz NOT NULL DEFAULT now(),
+    worker        text NOT NULL REFERENCES cdc_worker.checkpoint ON DELETE CASCADE,
+    at            timestamptz NOT NULL,
     activities    bigint NOT NULL,
     dead_letters  bigint NOT NULL,
     PRIMARY KEY (worker, at)

@@ -40,6 +40,9 @@ def eventually(fact: Callable[[], T], *, what: str = "", patience: float = PATIE
     return found
 
 
+_numbers = itertools.count(1)
+
+
 class WorkerProcess:
     """`cdc-worker` as its users run it. Leaving the context kills what is still running."""
 
@@ -122,7 +125,8 @@ class Crm:
 
     def worker(self, *arguments: str, **settings: str) -> WorkerProcess:
         """Start `cdc-worker run`."""
-        return WorkerProcess(["run", *arguments], self.environment(**settings), self.directory / "worker.log")
+        log = self.directory / f"worker_{next(_numbers)}.log"
+        return WorkerProcess(["run", *arguments], self.environment(**settings), log)
 
     def cutting_over(self) -> WorkerProcess:
         """Start `cdc-worker cutover`."""
@@ -285,9 +289,6 @@ def leadfi(connection: psycopg.Connection[TupleRow]) -> None:
     connection.execute(schema("leadfi.sql").encode())
 
 
-_numbers = itertools.count(1)
-
-
 def make_crm(server: Cluster, directory: Path, *, template: str = "template1") -> Crm:
     """A new database with LeadFi's tables, unless the template has them."""
     number = next(_numbers)
@@ -312,7 +313,7 @@ def _template(server: Cluster, directory: Path) -> str:
             crm = make_crm(server, directory)
             crm.setup()
             crm.execute("SELECT pg_drop_replication_slot(%s)", crm.slot)
-            crm.execute("TRUNCATE cdc_worker.checkpoint, cdc_worker.excluded")
+            crm.execute("TRUNCATE cdc_worker.checkpoint, cdc_worker.tally, cdc_worker.excluded")
             names = sql.Identifier(crm.connection.info.dbname), sql.Identifier(PREPARED)
             crm.close()
             connection.execute(sql.SQL("ALTER DATABASE {} RENAME TO {}").format(*names))

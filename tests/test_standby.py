@@ -7,12 +7,13 @@ import signal
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, closing
+from importlib import resources
 from pathlib import Path
 
 import psycopg
 import pytest
 from application import Application, owed, statuses, told
-from support import Crm, WorkerProcess, crm_on, eventually, stranger
+from support import Crm, WorkerProcess, crm_on, eventually, role, stranger
 
 from cdc_worker import shadow
 from cdc_worker.cluster import Binaries, Cluster
@@ -110,6 +111,44 @@ def test_takeover_takes_over_at_once_and_ends_the_active_worker(crm: Crm) -> Non
             application.go_on(30)
         eventually(lambda: told(crm) == Counter(owed(application.done)))
         assert second.terminate() == 0
+
+
+def test_names_that_the_server_cuts_are_told_apart(crm: Crm) -> None:
+    """Sessions have names of 63 bytes, and so much may the worker's name alone have."""
+    for name in ("w" * 62 + "1", "w" * 63):
+        crm.settings |= {"name": name, "slot": name.lower()}
+        crm.setup()
+        try:
+            with active(crm) as first, crm.worker("--takeover") as second:
+                assert first.wait() == FENCED
+                assert crm.succeed("status").count(f"process {second.process.pid} on ") == 1
+                assert second.terminate() == 0
+        finally:
+            crm.succeed("teardown", "--yes")
+
+
+def test_takeover_of_another_roles_worker_says_what_it_takes(crm: Crm) -> None:
+    with active(crm), role(crm):
+        done = crm.command("run", "--takeover")
+        assert done.returncode == SlotTakenError.exit_code
+        assert done.stderr.endswith('hint: as a superuser: GRANT pg_signal_backend TO "cdc"\n')
+
+
+def test_a_stand_by_takes_over_with_the_profile_as_it_is_by_then(crm: Crm) -> None:
+    profile = crm.directory / "leadfi.toml"
+    text = (resources.files("cdc_worker") / "profiles" / "leadfi.toml").read_text("utf-8")
+    profile.write_text(text)
+    crm.settings["profile"] = str(profile)
+    with active(crm) as first, standing_by(crm) as second:
+        profile.write_text(text.replace('"lead_created"', '"lead_arrived"'))
+        first.process.send_signal(signal.SIGHUP)
+        first.wait_for("profile_reloaded")
+        crm.add_leads(1)
+        eventually(lambda: crm.types() == ["lead_arrived"])
+        first.kill()
+        crm.add_leads(1)
+        eventually(lambda: crm.types() == ["lead_arrived"] * 2)
+        assert second.process.poll() is None
 
 
 def test_takeover_waits_for_a_stranger(server: Cluster, crm: Crm) -> None:

@@ -9,11 +9,12 @@ from contextlib import ExitStack, closing
 from datetime import datetime
 from pathlib import Path
 from socket import gethostname
+from typing import LiteralString
 
 import psycopg
 import pytest
 from psycopg.conninfo import make_conninfo
-from support import Crm, WorkerProcess, crm_on, eventually, make_crm
+from support import Crm, WorkerProcess, crm_on, eventually, make_crm, role
 
 from cdc_worker.cluster import Binaries, Cluster
 from cdc_worker.config import load
@@ -310,23 +311,72 @@ def test_counts_are_of_the_last_minute_hour_and_day(crm: Crm) -> None:
     assert seen(crm).dead_letters == Counts(minute=0, hour=0, day=0)
 
 
+def test_counts_begin_anew_with_the_checkpoint(crm: Crm) -> None:
+    crm.add_leads(5)
+    crm.record()
+    crm.execute("UPDATE cdc_worker.tally SET at = at - interval '2 minutes'")
+    crm.succeed("teardown", "--yes")
+    crm.setup()
+    assert seen(crm).activities == Counts(minute=0, hour=0, day=0)
+
+
+def test_what_a_killed_worker_wrote_is_not_counted_later(crm: Crm) -> None:
+    with crm.worker() as worker:
+        worker.wait_for("replication_started")
+        for count in (1, 2):
+            crm.add_leads(1)
+            eventually(lambda count=count: len(crm.types()) == count)  # type: ignore[misc]
+        worker.kill()
+    crm.execute("UPDATE cdc_worker.tally SET at = at - interval '3 hours'")
+    crm.execute("UPDATE cdc_worker.checkpoint SET written_at = written_at - interval '3 hours'")
+    crm.record()
+    assert seen(crm).activities == Counts(minute=0, hour=0, day=2)
+
+
+def test_a_role_that_may_read_no_statistics_sees_no_lag_where_there_is_none(crm: Crm) -> None:
+    """How far a walsender's client has read is shown to members of pg_read_all_stats, not to its own role."""
+    with role(crm), crm.worker() as worker:
+        worker.wait_for("replication_started")
+        crm.add_leads(1)
+        eventually(lambda: len(crm.types()) == 1)
+        crm.execute("UPDATE cdc_worker.checkpoint SET committed_at = now() - interval '1 hour'")
+        crm.execute("CREATE TABLE elsewhere ()")
+        found = Status.model_validate_json(crm.succeed("status", "--json"))
+        assert (found.late, found.lag_seconds, found.streaming) == (None, 0, True)
+
+
+def test_tables_that_are_locked_are_told_with_who_locks_them(crm: Crm) -> None:
+    with closing(psycopg.connect(crm.dsn, application_name="psql")) as other:
+        other.execute("LOCK TABLE cdc_worker.checkpoint")
+        done = crm.command("status")
+        assert done.returncode == 1
+        assert f"tables of cdc-worker are locked: by process {other.info.backend_pid} (psql, " in done.stderr
+
+
 def test_tallies_are_kept_for_a_day_and_the_last_before(crm: Crm) -> None:
-    for _ in range(4):
+    for _ in range(3):
+        crm.add_leads(1)
         crm.record()
     crm.execute("UPDATE cdc_worker.tally SET at = at - interval '2 days'")
     crm.add_leads(1)
     crm.record()
-    old, new = crm.execute("SELECT count(*) FROM cdc_worker.tally GROUP BY at > now() - interval '1 day' ORDER BY 1")
-    assert old == (1,)
-    assert new > (1,)
+    counts = crm.execute("SELECT at > now() - interval '1 day', count(*) FROM cdc_worker.tally GROUP BY 1 ORDER BY 1")
+    assert [kept for kept, _ in counts] == [False, True]
+    assert counts[0] == (False, 1)
     assert seen(crm).activities.day == 1
 
 
-def test_the_last_processes_are_remembered_and_no_more(crm: Crm) -> None:
-    crm.execute(
-        "INSERT INTO cdc_worker.process (process, worker, host, pid, version, started_at, backend_pid, backend_start)"
-        " SELECT gen_random_uuid(), %s, 'db', n, '0', now() - interval '1 day', n, now() FROM generate_series(1, 50) n",
-        crm.slot,
-    )
-    crm.record()
-    assert crm.value("SELECT count(*) FROM cdc_worker.process") == 20
+OTHERS: LiteralString = (
+    "INSERT INTO cdc_worker.process (process, worker, host, pid, version, started_at, backend_pid, backend_start)"
+    " SELECT gen_random_uuid(), %s, 'db', n, '0', now() + interval '1 h', 0, now() FROM generate_series(1, 50) n"
+)
+
+
+def test_the_last_processes_are_remembered_and_those_that_run(crm: Crm) -> None:
+    crm.execute(OTHERS, crm.slot)
+    with crm.worker() as worker:
+        worker.wait_for("replication_started")
+        crm.execute(OTHERS, crm.slot)
+        assert crm.command("run", "--no-wait").returncode == 13
+        assert crm.value("SELECT count(*) FROM cdc_worker.process WHERE host = 'db'") == 20
+        assert [process.pid for process in seen(crm).processes] == [worker.process.pid]

@@ -151,8 +151,9 @@ def test_a_database_in_another_encoding_is_read_right(crm: Crm, encoding: str) -
     name = sql.Identifier(f"{crm.connection.info.dbname}_other")
     create = sql.SQL("CREATE DATABASE {} ENCODING {} LOCALE 'C' TEMPLATE template0")
     crm.connection.execute(create.format(name, encoding))
-    dsn = psycopg.conninfo.make_conninfo(crm.dsn, dbname=name.as_string().strip('"'), client_encoding="UTF8")
-    other = Crm(dsn, f"{crm.slot}_other", crm.directory)
+    dsn = psycopg.conninfo.make_conninfo(crm.dsn, dbname=name.as_string().strip('"'))
+    other = Crm(psycopg.conninfo.make_conninfo(dsn, client_encoding="UTF8"), f"{crm.slot}_other", crm.directory)
+    other.settings["dsn"] = dsn
     try:
         leadfi(other.connection)
         other.setup()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import psycopg
 import pytest
 from psycopg import sql
-from support import Crm, crm_on, eventually
+from support import Crm, crm_on, eventually, stranger
 
 from cdc_worker.cluster import Binaries, Cluster
 from cdc_worker.config import load
@@ -54,7 +55,9 @@ def test_much_retained_wal_raises_an_alarm_and_its_end_is_told(crm: Crm) -> None
         assert alarm["retained_bytes"] > 1 << 20
         held_up = worker.wait_for("write_held_up")  # for ten seconds by now
         assert len(held_up["by"]) == 1
-        assert held_up["by"][0].startswith(f"process {other.info.backend_pid} (no name, 127.0.0.1, idle in transaction")
+        assert held_up["by"][0].startswith(
+            f"process {other.info.backend_pid} (client backend, 127.0.0.1, idle in transaction"
+        )
         failure = seen(crm).last_error
         assert failure
         assert failure.error == f"the server kept {alarm['retained_bytes']:,} bytes of WAL for the slot"
@@ -118,6 +121,25 @@ def test_a_slot_that_has_kept_too_much_meanwhile_is_given_up_at_the_start(crm: C
     position = crm.value("SELECT lsn::text FROM cdc_worker.checkpoint")
     done = crm.command("run", retained_limit_bytes=MEGABYTE)
     given_up(crm, done.returncode, done.stderr, position)
+
+
+def test_what_it_looks_at_holds_up_neither_the_stream_nor_the_end(crm: Crm) -> None:
+    with crm.worker() as worker, closing(psycopg.connect(crm.dsn)) as other:
+        worker.wait_for("replication_started")
+        other.execute("LOCK TABLE cdc_worker.tally, cdc_worker.process")
+        for count in (1, 2, 3):
+            crm.add_leads(1)
+            eventually(lambda count=count: len(crm.types()) == count)  # type: ignore[misc]
+        assert worker.wait_for("look_failed")["sqlstate"] == "55P03"
+        assert worker.terminate() == 0
+
+
+def test_a_stand_by_raises_the_alarm_as_well(noting: Cluster, crm: Crm) -> None:
+    with stranger(noting, crm) as (process, _), crm.worker(retained_alarm_bytes=MEGABYTE) as worker:
+        worker.wait_for("waiting_for_slot")
+        process.send_signal(signal.SIGSTOP)
+        traffic(crm)
+        worker.wait_for("wal_retained")
 
 
 def test_without_a_limit_no_slot_is_ever_given_up(crm: Crm) -> None:
