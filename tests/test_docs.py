@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import re
+from contextlib import ExitStack, closing
 from pathlib import Path
+from socket import gethostname
 
 import psycopg
 from pydantic import BaseModel
-from support import GRANTS, Crm
+from support import GRANTS, Crm, eventually
 
+from cdc_worker.checks import Finding
 from cdc_worker.config import PREFIX, Settings
-from cdc_worker.doctor import CHECKS
+from cdc_worker.doctor import CHECKS, Report
 from cdc_worker.status import Counts, Failure, Process, Status
 
 ROOT = Path(__file__).parent.parent
@@ -46,6 +49,10 @@ def fields_table(*models: type[BaseModel]) -> list[str]:
         of = "" if model is models[0] else f"(of {model.__name__.lower()}) "
         rows += [f"| {of}`{name}` | {field.description} |" for name, field in model.model_fields.items()]
     return rows
+
+
+def test_operating_lists_the_fields_of_the_doctor() -> None:
+    assert_has("docs/operating.md", fields_table(Report, Finding))
 
 
 def test_operating_lists_the_checks_of_the_doctor() -> None:
@@ -110,3 +117,29 @@ def test_installing_prints_what_its_page_shows(bare_crm: Crm) -> None:
             assert any(positions(part) in positions(text) for text in printed), (
                 f"not printed:\n{part}\nbut:\n" + "\n".join(printed)
             )
+
+
+def varying(text: str) -> list[str]:
+    """The lines of a text with all numbers, positions and names of this machine alike."""
+    text = re.sub(r"[0-9A-F]+/[0-9A-F]+|\d[\d,.:-]*(?: UTC)?", "#", text.replace(f" on {gethostname()}", " on vm"))
+    return [re.sub(r"PostgreSQL .*", "PostgreSQL", re.sub(" +", " ", line)) for line in text.splitlines()]
+
+
+def test_operating_prints_what_its_page_shows(bare_crm: Crm) -> None:
+    crm = bare_crm
+    crm.slot = crm.settings["slot"] = "cdc_worker"
+    crm.setup()
+    with closing(psycopg.connect(crm.dsn, application_name="psql")) as other, ExitStack() as stack:
+        for event in ("replication_started", "waiting_for_slot"):
+            stack.enter_context(worker := crm.worker()).wait_for(event)
+        crm.add_leads(12)
+        eventually(lambda: len(crm.types()) == 12)
+        other.execute("LOCK TABLE activity")
+        crm.execute("UPDATE lead SET status = 'x'")
+        eventually(lambda: "target locked" in crm.succeed("status"))
+        (status,) = shown("docs/operating.md", "worker: ")
+        assert varying(status) == varying(crm.succeed("status"))
+        printed = varying(crm.command("doctor").stdout)
+        for part in shown("docs/operating.md", "warning  max_slot_wal_keep_size"):
+            assert [line for line in varying(part) if line not in printed] == []
+        assert worker.process.poll() is None
