@@ -1,7 +1,7 @@
 """Checks of the target: what it asks of the worker's rows, what it does to them, and what else may.
 
 What the target would refuse stops no worker at its start: such rows become dead letters, from which they can still be
-written once the target takes them, while all others go on. Only types that can't be read are faults of the profile.
+written once the target takes them, while all others go on. What no row gets past is a fault of the profile (catalog).
 """
 
 from __future__ import annotations
@@ -520,7 +520,7 @@ class _Trigger:
     """A trigger that is there for INSERTs; `fires` says whether for those of the worker as well.
 
     It is `unconditional` if no WHEN can ask for a new row's columns. What it does to the row is in `assigned`, columns,
-    and `replaces` or `skips` it whole; to rows that are there already, in `later`.
+    and `replaces` or `skips` it whole; to others, in `later`.
     """
 
     name: str
@@ -535,13 +535,24 @@ class _Trigger:
     fires: bool
 
 
+def _relation(table: tuple[str, str]) -> str:
+    """What a table is called in the text of a statement, as a pattern."""
+    schema, name = map(re.escape, table)
+    return rf'(?:only\s+)?(?:"?{schema}"?\s*\.\s*)?"?{name}"?(?!\s*\.)(?=[\s;(]|\Z)'
+
+
 def _triggers(look: Look, target: _Target) -> Iterator[_Trigger]:
-    schema, table = qualified(look.profile.target.table)
-    itself = rf'(?:only\s+)?(?:"?{re.escape(schema)}"?\s*\.\s*)?"?{re.escape(table)}"?(?!\s*\.)(?:\s|;|\Z)'
-    later = {
-        "change": re.compile(rf"\b(?:update|merge\s+into)\s+{itself}", re.IGNORECASE),
-        "remove": re.compile(rf"\b(?:delete\s+from|truncate(?:\s+table)?)\s+{itself}", re.IGNORECASE),
+    itself = _relation(qualified(look.profile.target.table))
+    change = r"\b(?:update|merge\s+into)\s+"
+    does = {
+        "change rows that are there": change + itself,
+        "remove rows that are there": rf"\b(?:delete\s+from|truncate(?:\s+table)?)\s+{itself}",
     }
+    for table in sorted({rule.table for rule in target.rules} - {qualified(look.profile.target.table)}):
+        does[f"write {'.'.join(table)}, whose changes are recorded in turn, which may never end"] = (
+            rf"(?:{change}|\binsert\s+into\s+|\bdelete\s+from\s+){_relation(table)}"
+        )
+    later = {what: re.compile(pattern, re.IGNORECASE) for what, pattern in does.items()}
     for name, function, definition, always, unconditional, before, source in _query(look, target, _TRIGGERS):
         assigned = [plain.lower() or quoted_ for plain, quoted_ in _ASSIGNED.findall(source)] if before else []
         when = _WHEN.search(definition)
@@ -554,7 +565,7 @@ def _triggers(look: Look, target: _Target) -> Iterator[_Trigger]:
             frozenset(assigned),
             before and _REPLACED.search(source) is not None,
             before and any(skipped.search(source) for skipped in (_SKIPPED, _SKIPPED_ON_INSERT)),
-            [what for what, does in later.items() if does.search(source)],
+            [what for what, pattern in later.items() if pattern.search(source)],
             fires=when is None or not _passes_by(look, target, when[1]),
         )
 
@@ -585,7 +596,7 @@ def _changing(look: Look, target: _Target) -> Iterator[Finding]:
         done = [f"sets {', '.join(changed)}"] if changed else []
         done += ["may change any column"] if trigger.replaces else []
         done += ["may leave a row out without an error"] if trigger.skips else []
-        done += [f"may {what} rows that are there" for what in trigger.later]
+        done += [f"may {what}" for what in trigger.later]
         if trigger.fires and done:
             yield warning(
                 f'trigger "{trigger.name}" ({trigger.function}) {" and ".join(done)}, also of what the worker writes',

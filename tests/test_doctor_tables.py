@@ -794,6 +794,10 @@ def test_triggers_that_change_what_the_worker_writes(
     [
         ("UPDATE activity SET bd = 'x' WHERE activity_id = NEW.activity_id", "may change rows that are there"),
         ("DELETE FROM public.activity WHERE activity_id = NEW.activity_id", "may remove rows that are there"),
+        (
+            "UPDATE lead SET title = 'contacted' WHERE lead_id = NEW.lead_id",
+            "may write public.lead, whose changes are recorded in turn, which may never end",
+        ),
         ("UPDATE activity_count SET bd = 'x'; PERFORM NEW.bd = 'x'", None),
     ],
 )
