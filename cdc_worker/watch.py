@@ -52,8 +52,7 @@ class Watch:
         try:
             with closing(postgres.connect_briefly(settings.dsn.get_secret_value(), settings.worker)) as connection:
                 found = slot.read(connection, settings.slot)
-                if held_up:
-                    self._tell_of(postgres.blockers(connection, settings.worker))
+                self._tell_of(postgres.blockers(connection, settings.worker) if held_up else [])
                 known = checkpoint.read(connection, settings.worker)
                 if found is not None and known.owner == self.owner:
                     self.retained(found, known)
