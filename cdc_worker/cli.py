@@ -15,8 +15,6 @@ import psycopg
 
 from cdc_worker import __version__, config, log, postgres, profile
 from cdc_worker import cutover as cutting_over
-from cdc_worker import demo as playing
-from cdc_worker import doctor as examining
 from cdc_worker import erasure as erasing
 from cdc_worker import setup as setting_up
 from cdc_worker import status as state
@@ -203,6 +201,8 @@ def doctor(settings: Settings, as_json: bool) -> None:
     \b
     Example: cdc-worker doctor --json
     """
+    from cdc_worker import doctor as examining  # noqa: PLC0415  # `run` begins sooner without it
+
     report = examining.doctor(settings)
     click.echo(report.model_dump_json(indent=2) if as_json else "\n".join(examining.lines(report)))
     if not report.healthy:
@@ -241,6 +241,8 @@ def demo(keep: bool) -> None:
     \b
     Example: cdc-worker demo --keep
     """
+    from cdc_worker import demo as playing  # noqa: PLC0415  # likewise
+
     try:
         right = playing.demo(keep=keep)
     except (CdcWorkerError, psycopg.Error) as error:

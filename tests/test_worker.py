@@ -178,7 +178,7 @@ def test_a_fast_shutdown_of_the_server_is_not_held_up(own_crm: Crm, own_server: 
 
 @pytest.mark.parametrize(
     ("rows", "change"),
-    [(250_000, "status = '3. negotiation'"), (50_000, "is_converted = true")],
+    [(150_000, "status = '3. negotiation'"), (30_000, "is_converted = true")],
     ids=["updates", "conversions, each of which waits for its contact for 10,000 changes"],
 )
 def test_a_large_transaction_is_consumed_in_little_memory(bare_crm: Crm, rows: int, change: LiteralString) -> None:
