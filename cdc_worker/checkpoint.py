@@ -175,17 +175,16 @@ WHERE worker = %s AND owner IS NOT DISTINCT FROM %s
 
 
 def take_over(
-    connection: Connection, worker: str, tables: list[str], *, reader: int, timeout: float = 10
+    connection: Connection, worker: str, tables: list[str], *, owner: uuid.UUID, reader: int, timeout: float = 10
 ) -> Checkpoint:
     """Become the process that may write, and captures these tables; returns the checkpoint, with its token as owner.
 
-    That is only for who reads the slot, through the process `reader` of the server: we may have slept meanwhile, and
-    another taken over. The predecessor's writing backend is terminated first: what it has in hand is either in the
-    position that is returned, or will never be. Raises CatalogMismatchError where that position has no meaning with
-    these tables.
+    A process has one token for its life: it may have become the owner without having heard so. Only who reads the
+    slot may, through the process `reader` of the server: we may have slept meanwhile, and another taken over. The
+    predecessor's writing backend is terminated first: what it has in hand is either in the position that is returned,
+    or will never be. Raises CatalogMismatchError where that position has no meaning with these tables.
     """
     deadline = time.monotonic() + timeout
-    owner = uuid.uuid4()
     while True:
         before = read(connection, worker)
         if fetch_one(connection, _SLOT_READER, before.slot) != (reader,):

@@ -326,7 +326,9 @@ class Worker:
             replication, timeout = stream
             # A table without rules tells of others: it counts, and it isn't recorded.
             tables = [f"{'.'.join(of)}{'' if any(t.rules.values()) else ' (facts)'}" for of, t in self._rules.items()]
-            found = checkpoint.take_over(connection, worker, sorted(tables), reader=replication.pid)
+            found = checkpoint.take_over(
+                connection, worker, sorted(tables), owner=self._process.process, reader=replication.pid
+            )
             self._owner = self._watch.owner = found.owner
             if found.nonce != self._nonce:
                 raise checkpoint.fenced(worker)  # a table that came with it would be passed over with our profile

@@ -194,9 +194,8 @@ def test_terminated_connections_lose_and_double_nothing(crm: Crm, seed: int) -> 
     shadow.install(crm.connection)
     with crm.worker() as worker, Writers(crm, seed):
         for _ in range(12):
-            eventually(
-                lambda: crm.value("SELECT count(*) FROM pg_replication_slots WHERE slot_name = %s AND active", crm.slot)
-            )
+            eventually(lambda: crm.reader() or worker.process.poll() is not None)
+            assert worker.process.poll() is None, worker.said
             threading.Event().wait(dice.random() * 0.5)
             crm.execute(
                 "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
@@ -204,5 +203,5 @@ def test_terminated_connections_lose_and_double_nothing(crm: Crm, seed: int) -> 
                 f"cdc-worker {crm.slot}",
                 dice.random() < 0.5,
             )
-        assert worker.process.poll() is None
+        assert worker.process.poll() is None, worker.said
     recorded_exactly(crm)

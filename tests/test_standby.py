@@ -13,7 +13,7 @@ from pathlib import Path
 import psycopg
 import pytest
 from application import Application, owed, statuses, told
-from support import Crm, WorkerProcess, crm_on, eventually, role, stranger
+from support import Crm, WorkerProcess, crm_on, eventually, having, role, stranger
 
 from cdc_worker import shadow
 from cdc_worker.cluster import Binaries, Cluster
@@ -309,3 +309,22 @@ def test_a_fast_shutdown_ends_active_and_stand_by_and_one_of_them_goes_on(own_cr
         eventually(lambda: len(crm.types()) == 2)
         # Whoever came too late finds itself replaced, or waits.
         assert {worker.process.poll() for worker in (first, second)} <= {None, FENCED}
+
+
+def test_a_take_over_that_was_written_but_not_answered_is_its_own(hasty: Cluster, hasty_crm: Crm) -> None:
+    """The connection ends after the server has committed that this process is the owner, and before it says so."""
+    crm = hasty_crm
+    waits = "wait_event_type = '{}' AND backend_type = 'client backend'"
+    with active(crm) as worker, psycopg.connect(crm.dsn) as holder:
+        holder.execute("SELECT FROM cdc_worker.checkpoint FOR UPDATE")
+        end = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = %s"
+        crm.execute(end, f"cdc-worker {crm.slot}")
+        eventually(lambda: sessions(crm, waits.format("Lock")), what="it waits to become the owner again")
+        with having(hasty, synchronous_standby_names="nobody"):
+            holder.rollback()
+            eventually(lambda: sessions(crm, "wait_event = 'SyncRep'"), what="its commit waits for a standby")
+            crm.execute(end + " AND wait_event = 'SyncRep'", f"cdc-worker {crm.slot}")
+        crm.add_leads(1)
+        eventually(lambda: crm.types() or worker.process.poll() is not None)
+        assert worker.process.poll() is None, worker.said
+    assert crm.types() == ["lead_created"]
