@@ -7,7 +7,7 @@ import json
 import os
 import signal
 import subprocess
-import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,6 +16,7 @@ from types import TracebackType
 from typing import Any, LiteralString, Self, TypeVar
 
 import psycopg
+from launcher import launch
 from psycopg import sql
 from psycopg.conninfo import make_conninfo
 from psycopg.rows import TupleRow, dict_row
@@ -49,14 +50,9 @@ class WorkerProcess:
     def __init__(self, arguments: Sequence[str], environment: dict[str, str], log: Path) -> None:
         self.log = log
         self._offset = log.stat().st_size if log.exists() else 0
-        with log.open("ab") as file:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "cdc_worker", *arguments],
-                env=environment,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=file,
-            )
+        self.printed = log.with_suffix(".stdout")
+        with log.open("ab") as stderr, self.printed.open("wb") as stdout:
+            self.process = launch(arguments, environment, stdout=stdout, stderr=stderr)
 
     def __enter__(self) -> Self:
         return self
@@ -64,9 +60,7 @@ class WorkerProcess:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if self.process.poll() is None:
-            self.process.kill()
-        self.process.communicate()
+        self.kill()
 
     @property
     def said(self) -> str:
@@ -134,15 +128,15 @@ class Crm:
 
     def command(self, *arguments: str, **settings: str) -> subprocess.CompletedProcess[str]:
         """Run a command of cdc-worker to its end."""
-        return subprocess.run(
-            [sys.executable, "-m", "cdc_worker", *arguments],
-            env=self.environment(**settings),
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=PATIENCE * 3,
-            check=False,
-        )
+        with tempfile.TemporaryFile("w+") as stdout, tempfile.TemporaryFile("w+") as stderr:
+            process = launch(arguments, self.environment(**settings), stdout=stdout, stderr=stderr)
+            try:
+                code = process.wait(PATIENCE * 3)
+            finally:
+                process.kill()
+            for file in (stdout, stderr):
+                file.seek(0)
+            return subprocess.CompletedProcess(arguments, code, stdout.read(), stderr.read())
 
     def succeed(self, *arguments: str, **settings: str) -> str:
         """Run a command that must succeed; returns what it printed."""

@@ -17,7 +17,7 @@ from typing import Any
 import psycopg
 import pytest
 from psycopg import sql
-from support import Crm, eventually, grant
+from support import Crm, WorkerProcess, eventually, grant
 
 from cdc_worker import shadow
 from cdc_worker.erasure import OUT_OF_REACH, Erasure
@@ -466,14 +466,12 @@ def test_an_erasure_waits_for_the_batch_in_hand(crm: Crm) -> None:
             "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()"
         )
         eventually(lambda: crm.value(waiting) == 1)
-        with subprocess.Popen(
-            [sys.executable, "-m", "cdc_worker", "forget", "--yes", "--json", "--lead", "7"],
-            env=crm.environment(),
-            stdout=subprocess.PIPE,
-        ) as process:
+        command = ["forget", "--yes", "--json", "--lead", "7"]
+        with WorkerProcess(command, crm.environment(), crm.directory / "forget.log") as forgetting:
             eventually(lambda: crm.value(waiting) == 2)
             locker.rollback()
-            done = Erasure.model_validate_json(process.communicate()[0])
+            assert forgetting.wait() == 0
+            done = Erasure.model_validate_json(forgetting.printed.read_text())
         assert done.activities == 2
         assert told(crm) == 0
         assert worker.terminate() == 0

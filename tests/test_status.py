@@ -9,7 +9,7 @@ from contextlib import ExitStack, closing
 from datetime import datetime
 from pathlib import Path
 from socket import gethostname
-from typing import LiteralString
+from typing import Any, LiteralString
 
 import psycopg
 import pytest
@@ -274,15 +274,17 @@ def test_a_server_that_is_down_is_watched_until_it_is_back(binaries: Binaries, t
         crm = make_crm(server, tmp_path)
         crm.setup()
         with closing(crm), WorkerProcess(["status", "--watch", "--json"], crm.environment(), tmp_path / "log") as watch:
-            assert watch.process.stdout is not None
-            lines = map(json.loads, watch.process.stdout)
-            assert next(lines)["slot"] == crm.slot
+
+            def lines() -> list[dict[str, Any]]:
+                return [json.loads(line) for line in watch.printed.read_text().splitlines()]
+
+            assert eventually(lines)[0]["slot"] == crm.slot
             server.stop("fast")
-            down = next(line for line in lines if "slot" not in line)
+            (down, *_) = eventually(lambda: [line for line in lines() if "slot" not in line])
             assert down["worker"] == crm.slot
             assert down["late"].startswith("server down: ")
             server.start()
-            assert next(line for line in lines if "slot" in line)["slot"] == crm.slot
+            eventually(lambda: lines()[-1].get("slot") == crm.slot)
             watch.process.send_signal(signal.SIGINT)
             assert watch.wait() == 0
 
