@@ -15,6 +15,7 @@ In reading order. The core takes values and returns values:
     changes     what happened in the database, and the transactions it adds up to
     wal2json    the decoder
     activities  what it meant: activities, dead letters, batches, positions, keys
+    context     who did it, as applications say it
     profile     what a CRM's tables mean, as read from TOML
     rules       a profile compiled into functions
     written     what its rules write to each column

@@ -99,7 +99,7 @@ def _steps(connection: Connection, settings: Settings, profile: Profile, wishes:
     applied: dict[str, str] = {}
     if ddl.exists(connection, "cdc_worker.schema_file"):
         applied = dict(connection.execute("SELECT name, checksum FROM cdc_worker.schema_file").fetchall())
-    for name in ("010_cdc_worker.sql", *files):
+    for name in ("010_cdc_worker.sql", "015_context.sql", *files):
         yield from _file(name, applied.get(name))
     rules = compile_rules(profile)
     tracked = {tracker.table for tracker in cutover.trackers(connection, profile, rules)}
@@ -119,7 +119,7 @@ def grantee(profile: Profile, rules: Rules, role: str) -> dict[str, str]:
     return {
         "role": role,
         "target": sql.Identifier(*target).as_string(),
-        "key": next(column for column, field in profile.target.columns.items() if field == "change_key"),
+        "key": catalog.key_column(profile.target) or "",
         "schemas": ",".join(sorted({target[0], *(schema for schema, _ in rules)})),
     }
 

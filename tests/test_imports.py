@@ -10,7 +10,7 @@ import pytest
 import cdc_worker
 
 CORE = [
-    *("errors", "lsn", "protocol", "changes", "wal2json", "pgoutput", "activities"),
+    *("errors", "lsn", "protocol", "changes", "wal2json", "pgoutput", "activities", "context"),
     *("profile", "rules", "written", "transform"),
 ]
 
@@ -48,7 +48,8 @@ ORDER = [*CORE, *EDGES, *DOORS]
 OUTSIDE = frozenset(
     {
         *("__future__", "bisect", "collections", "contextlib", "copy", "dataclasses", "datetime", "decimal", "enum"),
-        *("functools", "heapq", "itertools", "json", "math", "operator", "pickle", "re", "string", "struct", "types"),
+        *("functools", "hashlib", "heapq", "hmac", "itertools", "json", "math", "operator", "pickle", "re", "string"),
+        *("struct", "types"),
         *("typing", "zlib", "msgspec", "pydantic"),
     }
 )

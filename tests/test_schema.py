@@ -24,7 +24,7 @@ from cdc_worker.ddl import Step
 
 HERE = Path(__file__).parent
 SCHEMA = HERE.parent / "schema"
-FILES = [SCHEMA / "010_cdc_worker.sql", *sorted(SCHEMA.glob("0?0_leadfi_*.sql"))]
+FILES = [SCHEMA / "010_cdc_worker.sql", SCHEMA / "015_context.sql", *sorted(SCHEMA.glob("0?0_leadfi_*.sql"))]
 
 LEGACY, ROWS = ((HERE / "legacy" / name).read_text() for name in ("legacy.sql", "rows.sql"))
 MIGRATION = [step.text for step in ddl.steps((HERE / "legacy" / "old_migration.sql").read_text())]
