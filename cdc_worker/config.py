@@ -26,6 +26,8 @@ def _time_zone(name: str) -> str:
     return name
 
 
+_SECRETS = ("dsn", "context_key")
+
 SlotName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9_]{1,63}$")]
 Seconds = Annotated[float, Field(gt=0)]
 
@@ -59,6 +61,13 @@ class Settings(BaseSettings):
         None,
         description="Bytes of WAL kept for the slot beyond which the worker drops it and ends, so that the server's"
         " disk doesn't fill: what is committed from then on is lost. Never if not given.",
+    )
+    context_key: Annotated[SecretStr, Field(min_length=16)] | None = Field(
+        None,
+        description="Key that signs context messages, of 16 characters at least; what isn't signed is then not trusted.",
+    )
+    unsigned_control: bool = Field(
+        False, description="Whether context messages may ask to skip or collapse changes without being signed."
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="debug, info, warning or error."
@@ -114,7 +123,7 @@ def _fault(fault: Any, given: dict[str, Any], config: Path | None) -> str:
     variable = next((v for v in os.environ if v.upper() == f"{PREFIX}{name}".upper()), None)
     source = f"--{name.replace('_', '-')}" if name in given else variable or str(config)
     # What is no setting of ours may be anything, a password too.
-    value = f" = {fault['input']!r}" if name in Settings.model_fields and name != "dsn" else ""
+    value = f" = {fault['input']!r}" if name in Settings.model_fields and name not in _SECRETS else ""
     return f"  {name}{value} ({source}): {fault['msg']}"
 
 

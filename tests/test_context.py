@@ -10,7 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cdc_worker import config
 from cdc_worker.context import MAX_LENGTH, NOTHING, Collapse, Context, Policy, hear, signature
+from cdc_worker.errors import SettingsError
 
 XID = 4711
 KEY = b"sixteen bytes or more"
@@ -159,6 +161,16 @@ def test_a_signed_clear_forgets_everything() -> None:
 
 def test_a_signed_payload_that_is_no_object_is_as_if_it_had_not_been_said() -> None:
     assert heard(JANE, signed("[]")) == heard(JANE)
+
+
+@pytest.mark.parametrize("key", ["a key of sixteen or more", "too short a key"])
+def test_the_key_is_in_no_representation_of_the_settings_and_no_error(key: str) -> None:
+    try:
+        found = config.load(None, {"context_key": key})
+        shown = f"{found!r} {found} {found.model_dump()} {found.model_dump_json()}"
+    except SettingsError as error:
+        shown = str(error)
+    assert ("context_key" in shown, key in shown) == (True, False)
 
 
 # What it may ask for
