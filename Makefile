@@ -6,7 +6,7 @@ VENV := .venv
 JOBS ?= 3
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types bench format clean
+.PHONY: help demo test chaos lint types bench format clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST)
@@ -16,6 +16,9 @@ demo: $(VENV)/.installed ## Play a sales day against a private PostgreSQL, and c
 
 test: $(VENV)/.installed-dev ## Run the suite against private PostgreSQL servers, one a job (JOBS, PYTEST_ARGS)
 	@$(VENV)/bin/python -m pytest -n $(JOBS) --dist worksteal $(PYTEST_ARGS)
+
+chaos: $(VENV)/.installed-dev ## Run the storms at their full length: kills, crashes, terminated connections (JOBS, PYTEST_ARGS)
+	@$(VENV)/bin/python -m pytest -n $(JOBS) --dist worksteal -m chaos $(PYTEST_ARGS)
 
 lint: $(VENV)/.installed-dev ## Check style and format
 	@$(VENV)/bin/ruff check .

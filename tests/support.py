@@ -16,6 +16,7 @@ from types import TracebackType
 from typing import Any, LiteralString, Self, TypeVar
 
 import psycopg
+import pytest
 from launcher import launch
 from psycopg import sql
 from psycopg.conninfo import make_conninfo
@@ -39,6 +40,11 @@ def eventually(fact: Callable[[], T], *, what: str = "", patience: float = PATIE
         assert time.monotonic() < deadline, f"never came true: {what or fact}"
         time.sleep(0.02)
     return found
+
+
+def storm(rounds: int, *, chaos: int) -> pytest.MarkDecorator:
+    """Give a test its `rounds`: so many in `make test`, and so many in `make chaos`."""
+    return pytest.mark.parametrize("rounds", [rounds, pytest.param(chaos, marks=pytest.mark.chaos)])
 
 
 _numbers = itertools.count(1)

@@ -17,7 +17,7 @@ from typing import Any
 import psycopg
 import pytest
 from psycopg import sql
-from support import Crm, WorkerProcess, eventually, grant
+from support import Crm, WorkerProcess, eventually, grant, storm
 
 from cdc_worker import shadow
 from cdc_worker.erasure import OUT_OF_REACH, Erasure
@@ -477,21 +477,22 @@ def test_an_erasure_waits_for_the_batch_in_hand(crm: Crm) -> None:
         assert worker.terminate() == 0
 
 
-def test_kills_and_erasures_lose_and_double_nothing(crm: Crm, seed: int) -> None:
+@storm(4, chaos=40)
+def test_kills_and_erasures_lose_and_double_nothing(crm: Crm, seed: int, rounds: int) -> None:
     dice = random.Random(seed)
     shadow.install(crm.connection)
     add_lead(crm)
     add_lead(crm, 8, "Grace")
     with changing(crm) as changes:
-        for turn in range(8):
+        for turn in range(rounds):
             with crm.worker() as worker:
                 worker.wait_for("replication_started")
-                if turn == 3:
+                if turn == 2:
                     eventually(lambda: told(crm) > 0)
                     forget(crm, "--lead", "7")
                 threading.Event().wait(dice.random() * 0.2)
                 worker.kill()
-            if turn >= 3:
+            if turn >= 2:
                 assert told(crm) == 0
         changes.stop()
     crm.record()

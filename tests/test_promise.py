@@ -14,12 +14,10 @@ from contextlib import contextmanager
 import psycopg
 import pytest
 from psycopg.rows import TupleRow
-from support import Crm, eventually
+from support import Crm, eventually, storm
 
 from cdc_worker import shadow
 from cdc_worker.cluster import Cluster
-
-KILLS = 30
 
 STATUSES = ("1. lead generated", "2. proposal", "3. negotiation", "6. closed won", "7. lost", None)
 
@@ -125,36 +123,40 @@ def killed_at_random(crm: Crm, dice: random.Random, times: int) -> Iterator[None
     yield
 
 
-def test_random_kills_under_concurrent_writers_lose_and_double_nothing(crm: Crm, seed: int) -> None:
+@storm(6, chaos=100)
+def test_random_kills_under_concurrent_writers_lose_and_double_nothing(crm: Crm, seed: int, rounds: int) -> None:
     shadow.install(crm.connection)
-    with Writers(crm, seed) as writers, killed_at_random(crm, random.Random(seed), KILLS):
+    with Writers(crm, seed) as writers, killed_at_random(crm, random.Random(seed), rounds):
         pass
     assert writers.commits > 100
     recorded_exactly(crm)
 
 
-def test_kills_within_one_large_transaction_lose_and_double_nothing(crm: Crm, seed: int) -> None:
+@storm(4, chaos=30)
+def test_kills_within_one_large_transaction_lose_and_double_nothing(crm: Crm, seed: int, rounds: int) -> None:
     dice = random.Random(seed)
     shadow.install(crm.connection)
-    crm.add_leads(80_000)
+    leads = rounds * 8000
+    crm.add_leads(leads)
     position = "SELECT changes FROM cdc_worker.checkpoint"
     inside = 0
-    for _ in range(10):
+    for _ in range(rounds):
         with crm.worker() as worker:
             before = crm.value(position)
             eventually(lambda: worker.process.poll() is not None or crm.value(position) != before)  # noqa: B023  # at once
             threading.Event().wait(dice.random() * 0.3)
             worker.kill()
         inside += crm.value(position) > 0
-    assert inside >= 3, "it was killed within the transaction"
+    assert inside * 3 >= rounds, "it was killed within the transaction"
     recorded_exactly(crm)
-    assert crm.value("SELECT count(*) FROM activity") == 80_000
+    assert crm.value("SELECT count(*) FROM activity") == leads
 
 
-def test_kills_while_rows_that_share_an_lsn_are_written(crm: Crm, seed: int) -> None:
+@storm(3, chaos=30)
+def test_kills_while_rows_that_share_an_lsn_are_written(crm: Crm, seed: int, rounds: int) -> None:
     dice = random.Random(seed)
     shadow.install(crm.connection)
-    for _ in range(5):
+    for _ in range(rounds):
         with crm.connection.cursor().copy("COPY lead (full_name, source, bd_in_charge, type) FROM STDIN") as copy:
             for number in range(1000):
                 copy.write_row((f"Lead {number}", "import", "jane", "exchange"))
@@ -166,8 +168,9 @@ def test_kills_while_rows_that_share_an_lsn_are_written(crm: Crm, seed: int) -> 
 
 
 @pytest.mark.parametrize("durable", [True, False], ids=["durable", "synchronous_commit off"])
+@storm(2, chaos=20)
 def test_crashes_of_the_server_lose_and_double_nothing(
-    own_crm: Crm, own_server: Cluster, seed: int, durable: bool
+    own_crm: Crm, own_server: Cluster, seed: int, durable: bool, rounds: int
 ) -> None:
     """Also where the role's default is synchronous_commit = off: the checkpoint must not survive its activities."""
     dice = random.Random(seed)
@@ -177,7 +180,7 @@ def test_crashes_of_the_server_lose_and_double_nothing(
         crm.execute("ALTER ROLE postgres SET synchronous_commit = off")
     with crm.worker() as worker:
         with Writers(crm, seed) as writers:
-            for _ in range(6):
+            for _ in range(rounds):
                 worker.wait_for("replication_started")
                 threading.Event().wait(0.3 + dice.random())
                 own_server.crash()
@@ -189,11 +192,12 @@ def test_crashes_of_the_server_lose_and_double_nothing(
     recorded_exactly(crm)
 
 
-def test_terminated_connections_lose_and_double_nothing(crm: Crm, seed: int) -> None:
+@storm(6, chaos=60)
+def test_terminated_connections_lose_and_double_nothing(crm: Crm, seed: int, rounds: int) -> None:
     dice = random.Random(seed)
     shadow.install(crm.connection)
     with crm.worker() as worker, Writers(crm, seed):
-        for _ in range(12):
+        for _ in range(rounds):
             eventually(lambda: crm.reader() or worker.process.poll() is not None)
             assert worker.process.poll() is None, worker.said
             threading.Event().wait(dice.random() * 0.5)

@@ -15,7 +15,7 @@ import psycopg
 import pytest
 from application import Application, everything, owed, told
 from psycopg import sql
-from support import Crm, WorkerProcess, crm_on, eventually, grant
+from support import Crm, WorkerProcess, crm_on, eventually, grant, storm
 
 from cdc_worker import config, ddl, errors, postgres, profile, slot
 from cdc_worker.cluster import Cluster, find_binaries
@@ -158,7 +158,8 @@ def shape(crm: Crm) -> tuple[tuple[object, ...], ...]:
     )
 
 
-def test_set_up_killed_again_and_again_beside_an_application_that_writes(bare_crm: Crm, seed: int) -> None:
+@storm(6, chaos=40)
+def test_set_up_killed_again_and_again_beside_an_application_that_writes(bare_crm: Crm, seed: int, rounds: int) -> None:
     chance = random.Random(seed)
     for name in ("legacy.sql", "old_migration.sql"):
         bare_crm.connection.execute((LEGACY / name).read_bytes())
@@ -167,9 +168,9 @@ def test_set_up_killed_again_and_again_beside_an_application_that_writes(bare_cr
         "INSERT INTO customer (customer_uid, name) SELECT n, 'Customer ' || n FROM generate_series(1, 10) n"
     )
     with Application(bare_crm, everything) as application:
-        for _ in range(12):
+        for _ in range(rounds):
             with WorkerProcess(["setup"], bare_crm.environment(), bare_crm.directory / "setup.log") as process:
-                time.sleep(0.4 + chance.random())
+                time.sleep(chance.random())
                 process.kill()
             application.go_on(5)
         bare_crm.succeed("setup")

@@ -13,7 +13,7 @@ from pathlib import Path
 import psycopg
 import pytest
 from application import Application, owed, statuses, told
-from support import Crm, WorkerProcess, crm_on, eventually, having, role, stranger
+from support import Crm, WorkerProcess, crm_on, eventually, having, role, storm, stranger
 
 from cdc_worker import shadow
 from cdc_worker.cluster import Binaries, Cluster
@@ -270,7 +270,8 @@ def test_a_worker_that_slept_while_it_was_taking_over_ends_nobody(hasty: Cluster
         successor.execute("SELECT")
 
 
-def test_workers_stopped_at_any_moment_write_nothing_twice(crm: Crm, seed: int) -> None:
+@storm(4, chaos=16)
+def test_workers_stopped_at_any_moment_write_nothing_twice(crm: Crm, seed: int, rounds: int) -> None:
     """Each in turn is stopped under load, replaced, and woken up at some later time."""
     chance = random.Random(seed)
     crm.add_leads(30)
@@ -278,7 +279,7 @@ def test_workers_stopped_at_any_moment_write_nothing_twice(crm: Crm, seed: int) 
         worker = stack.enter_context(active(crm))
         replaced: list[WorkerProcess] = []
         with Application(crm, statuses) as application:
-            for _ in range(5):
+            for _ in range(rounds):
                 application.go_on(chance.randint(1, 20))
                 stop(worker)
                 replaced.append(worker)
@@ -288,7 +289,7 @@ def test_workers_stopped_at_any_moment_write_nothing_twice(crm: Crm, seed: int) 
                 worker.wait_for("replication_started")
         for other in replaced:
             go_on(other)
-        assert [other.wait() for other in replaced] == [FENCED] * 5
+        assert [other.wait() for other in replaced] == [FENCED] * rounds
         eventually(lambda: told(crm) == Counter(owed(application.done)))
         assert worker.terminate() == 0
     assert crm.value("SELECT count(*) FROM cdc_worker.dead_letter") == 0

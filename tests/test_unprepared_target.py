@@ -14,7 +14,7 @@ import psycopg
 import pytest
 from psycopg import sql
 from psycopg.rows import TupleRow
-from support import Crm, eventually, grant
+from support import Crm, eventually, grant, storm
 
 from cdc_worker import shadow
 from cdc_worker.sink import MAX_LOCKING, MAX_REFUSALS
@@ -293,7 +293,8 @@ def application(crm: Crm, seed: int) -> Iterator[None]:
     assert failures == []
 
 
-def test_kills_lose_and_double_nothing_where_subjects_disappear(crm: Crm, seed: int) -> None:
+@storm(3, chaos=30)
+def test_kills_lose_and_double_nothing_where_subjects_disappear(crm: Crm, seed: int, rounds: int) -> None:
     """Row by row it is what a second worker writes to a target that setup prepared."""
     crm.execute("CREATE TABLE theirs (LIKE activity)")
     crm.execute("ALTER TABLE theirs ADD id serial, ADD UNIQUE (change_key), ALTER activity_id DROP NOT NULL")
@@ -304,7 +305,7 @@ def test_kills_lose_and_double_nothing_where_subjects_disappear(crm: Crm, seed: 
     columns = {"bd_in_charge" if column == "bd" else column: field for column, field in COLUMNS.items()}
     use(theirs, table="theirs", columns=columns)
     dice = random.Random(seed)
-    for _ in range(6):
+    for _ in range(rounds):
         with application(crm, dice.randrange(1 << 30)), theirs.worker() as worker:
             worker.wait_for("replication_started")
             threading.Event().wait(dice.random() * 0.5)
@@ -373,7 +374,10 @@ def test_in_a_deadlock_it_is_never_the_application_that_is_ended(bare_crm: Crm) 
     assert [a["lead_id"] for a in crm.activities()] == [1, 2]
 
 
-def test_an_application_that_locks_many_leads_in_its_own_order_never_fails(bare_crm: Crm, seed: int) -> None:
+@storm(20, chaos=400)
+def test_an_application_that_locks_many_leads_in_its_own_order_never_fails(
+    bare_crm: Crm, seed: int, rounds: int
+) -> None:
     """Its sessions lock rows from the last to the first, so that they are safe from each other; the worker doesn't."""
     crm = use(bare_crm, TARGET, LEAD_KEY + "ON DELETE SET NULL")
     crm.add_leads(100)
@@ -382,7 +386,7 @@ def test_an_application_that_locks_many_leads_in_its_own_order_never_fails(bare_
     def act(dice: random.Random) -> None:
         try:
             with psycopg.connect(crm.dsn, autocommit=True) as connection:
-                for _ in range(40):
+                for _ in range(rounds):
                     with connection.transaction():
                         for lead in sorted(dice.sample(range(1, 101), 4), reverse=True):
                             connection.execute("SELECT FROM lead WHERE lead_id = %s FOR UPDATE", (lead,))
