@@ -96,7 +96,8 @@ class TargetTable:
 
     `columns` are all of its columns, with their types; `lengths` are in characters, of the columns that have one.
     `foreign_keys` are the constraints, with their columns, that hold for what the worker writes: each of its rows
-    locks the row that it refers to. A target that setup prepared has none.
+    locks the row that it refers to. A target that setup prepared has none. Where no column takes the change keys,
+    `numbered` is its primary key, with the sequence that it comes from, if it does.
     """
 
     columns: dict[str, str]
@@ -105,6 +106,7 @@ class TargetTable:
     deferrable: bool
     row_security: bool
     deadlock_timeout: float
+    numbered: tuple[str, str] | None = None
 
 
 _LENGTHS: Final = """
@@ -130,6 +132,33 @@ SELECT EXISTS (SELECT FROM pg_constraint WHERE conrelid = target AND condeferrab
 FROM to_regclass(format('%%I.%%I', %s::text, %s::text)) AS target
 """
 
+_NUMBERED: Final = """
+SELECT attname::text, pg_get_serial_sequence(name, attname) AS sequence
+FROM format('%%I.%%I', %s::text, %s::text) AS name
+JOIN pg_index ON indrelid = to_regclass(name) AND indisprimary AND indnkeyatts = 1
+JOIN pg_attribute ON attrelid = indrelid AND attnum = indkey[0]
+"""
+
+
+def key_column(target: Target) -> str | None:
+    """The target's column for change keys; None where they are in cdc_worker.written_key."""
+    return next((column for column, field in target.columns.items() if field == "change_key"), None)
+
+
+_KEY: Final = sql.SQL(
+    "(SELECT max(change_key) FROM cdc_worker.written_key WHERE table_name = {name} AND row_id = {table}.{column})"
+)
+
+
+def row_key(target: Target, table: TargetTable) -> sql.Composable | None:
+    """A row's change key in SQL, NULL where the row is not a worker's. None if that can't be told."""
+    if (column := key_column(target)) is not None:
+        return sql.Identifier(column)
+    if table.numbered is None:
+        return None
+    name = qualified(target.table)
+    return _KEY.format(name=".".join(name), table=sql.Identifier(*name), column=sql.Identifier(table.numbered[0]))
+
 
 def target_table(connection: Connection, target: Target) -> TargetTable:
     """What there is to know of a target, if it is there."""
@@ -142,7 +171,13 @@ def target_table(connection: Connection, target: Target) -> TargetTable:
         for name, own in connection.execute(_FOREIGN_KEYS, table)
         if not written.isdisjoint(own)  # others are on columns that the worker leaves alone
     }
-    return TargetTable(types, lengths, foreign_keys, *fetch_one(connection, _TARGET, *table))
+    numbered: tuple[str, str] | None = None
+    if key_column(target) is None:
+        found = connection.execute(_NUMBERED, table).fetchone()
+        if found is not None and found[1] is not None and found[0] not in written:
+            numbered = found[0], found[1]
+    deferrable, row_security, deadlock_timeout = fetch_one(connection, _TARGET, *table)
+    return TargetTable(types, lengths, foreign_keys, deferrable, row_security, deadlock_timeout, numbered)
 
 
 def check(connection: Connection, profile: Profile, rules: Rules) -> TargetTable:
@@ -314,6 +349,9 @@ def _target_parts(connection: Connection, profile: Profile) -> Iterator[Fault]:
             )
 
 
+_NO_KEYS: Final = "SELECT to_regclass('cdc_worker.written_key') IS NULL"
+
+
 def _target_faults(connection: Connection, profile: Profile, captured: Columns) -> Iterator[Fault]:
     target, table = profile.target, qualified(profile.target.table)
     name, relation = ".".join(table), sql.Identifier(*table).as_string()
@@ -323,6 +361,8 @@ def _target_faults(connection: Connection, profile: Profile, captured: Columns) 
         if fault.certain:
             return
     yield from _target_parts(connection, profile)
+    if key_column(target) is None and fetch_one(connection, _NO_KEYS) == (True,):
+        yield Fault(f"{name} has no column for change keys, and there is no table for them", "cdc-worker setup")
     found = columns(connection, table)[table]
     rules = list(written(profile))
     sources: dict[tuple[str, Source], list[str]] = {}

@@ -16,6 +16,7 @@ from pydantic import BaseModel, Field
 
 from cdc_worker import catalog, checkpoint, errors, postgres
 from cdc_worker.activities import Person
+from cdc_worker.catalog import TargetTable
 from cdc_worker.changes import Change
 from cdc_worker.config import Settings
 from cdc_worker.postgres import Connection
@@ -67,13 +68,15 @@ INSERT INTO cdc_worker.erased (worker, field, key, erased_lsn) VALUES (%s, %s, %
 def forget(settings: Settings, profile: Profile, persons: Mapping[str, str]) -> Erasure:
     """Erase persons, each the key in a field of the profile. May be repeated.
 
-    Raises SettingsError for a field that has no persons, or a key that can be nobody's.
+    Raises SettingsError for a field that has no persons, or a key that can be nobody's, and TargetUnusableError where
+    the worker's rows can't be told from others.
     """
     rules, worker = compile_rules(profile), settings.worker
     target = _Target(profile, rules, worker)
     links = {field: target.link(field) for field in persons}
     with postgres.connect(settings.dsn.get_secret_value(), worker) as connection:
-        types = catalog.check(connection, profile, rules).columns
+        table = catalog.check(connection, profile, rules)
+        types, change_key = table.columns, _change_key(profile, table)
         erased = {field: _key(connection, field, key, types[links[field]]) for field, key in persons.items()}
         checkpoint.read(connection, worker)
         # Each statement must see what was committed before it, such as the batch for whose end the first one waits.
@@ -85,8 +88,8 @@ def forget(settings: Settings, profile: Profile, persons: Mapping[str, str]) -> 
             for person in erased.items():
                 connection.execute(_REGISTER, (worker, *person))
             linked = target.linked(connection, erased)
-            application_activities = target.application_activities(connection, erased)
-            activities = target.blank(connection, erased)
+            application_activities = target.application_activities(connection, erased, change_key)
+            activities = target.blank(connection, erased, change_key)
             dead_letters = sum(
                 _blank_dead_letters(connection, rules, worker, person, links[person[0]]) for person in erased.items()
             )
@@ -99,6 +102,18 @@ def forget(settings: Settings, profile: Profile, persons: Mapping[str, str]) -> 
         linked=linked,
         out_of_reach=[*OUT_OF_REACH],
     )
+
+
+def _change_key(profile: Profile, table: TargetTable) -> sql.Composable:
+    """A row's change key in SQL: NULL if it is the application's."""
+    key = catalog.row_key(profile.target, table)
+    if key is None:
+        raise errors.TargetUnusableError(
+            f"which rows of {profile.target.table} are the worker's can't be told: it has no column for change keys,"
+            " and no primary key from a sequence",
+            hint="blank by hand what is told of the person",
+        )
+    return key
 
 
 def _key(connection: Connection, field: str, key: str, type_name: str) -> str:
@@ -160,14 +175,15 @@ class _Target:
             found[field] = [key for (key,) in connection.execute(query)]
         return {field: keys for field, keys in found.items() if keys}
 
-    def application_activities(self, connection: Connection, persons: Mapping[str, str]) -> int:
+    def application_activities(
+        self, connection: Connection, persons: Mapping[str, str], change_key: sql.Composable
+    ) -> int:
         """How many of their rows are not the worker's."""
-        change_key = sql.Identifier(self._columns["change_key"])
         query = _OF_APPLICATION.format(table=self._table, theirs=self._theirs(persons), change_key=change_key)
         ((count,),) = connection.execute(query)
         return int(count)
 
-    def blank(self, connection: Connection, persons: Mapping[str, str]) -> int:
+    def blank(self, connection: Connection, persons: Mapping[str, str], change_key: sql.Composable) -> int:
         """Blank their rows that this worker wrote; returns how many were not blank before."""
         blank, told = [], []
         if "description" in self._columns:
@@ -184,7 +200,7 @@ class _Target:
             table=self._table,
             blank=sql.SQL(", ").join(blank),
             theirs=self._theirs(persons),
-            change_key=sql.Identifier(self._columns["change_key"]),
+            change_key=change_key,
             prefix=f"{self._worker}/",
             told=sql.SQL(" OR ").join(told),
         )

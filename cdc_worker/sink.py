@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import re
 from collections import deque
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
-from typing import Any, Final, TypeVar
+from typing import Any, Final, NamedTuple, TypeVar
 from zoneinfo import ZoneInfo
 
 import msgspec
@@ -22,7 +22,7 @@ from psycopg import pq, sql
 from psycopg.pq.abc import PGresult
 from psycopg.waiting import Ready, Wait
 
-from cdc_worker import checkpoint, errors, postgres
+from cdc_worker import catalog, checkpoint, errors, postgres
 from cdc_worker.activities import Activity, Batch, DeadLetter, Line, Position
 from cdc_worker.catalog import TargetTable
 from cdc_worker.changes import Change, Payload
@@ -45,6 +45,9 @@ MAX_LOCKING: Final = 25
 
 MAX_REFUSALS: Final = 1_000
 """So many rows in a row refused with one SQLSTATE are no longer about the rows."""
+
+_NO_NUMBERS: Final[Mapping[str, str]] = {}
+_NO_NUMBER: Final = "\\N"
 
 _json = msgspec.json.Encoder(decimal_format="number")
 
@@ -109,15 +112,24 @@ class Sink:
         self._columns = (*target.columns, *target.constants)
         self._metadata = next((column for column, field in target.columns.items() if field == "metadata"), None)
         self._catalog = table
-        name = sql.Identifier(*qualified(target.table))
-        names = sql.SQL(", ").join(map(sql.Identifier, self._columns))
-        key = sql.Identifier(next(column for column, field in target.columns.items() if field == "change_key"))
+        name = qualified(target.table)
+        key = catalog.key_column(target)
         self._table = target.table
-        self._copy = sql.SQL("COPY {} ({}) FROM STDIN").format(name, names).as_string()
-        self._insert_values = sql.SQL("INSERT INTO {} ({}) VALUES ").format(name, names).as_string()
-        self._existing = (
-            sql.SQL("SELECT {key} FROM {name} WHERE {key} = ANY ($1::text[])").format(key=key, name=name).as_string()
-        )
+        self._draw = ""
+        self._into_keys: _Into | None = None
+        if key is not None:
+            self._into = _into(name, self._columns)
+            self._existing = _existing(name, key)
+        else:
+            numbered = []
+            if table.numbered is not None:
+                column, sequence = table.numbered
+                numbered = [column]
+                self._draw = sql.SQL("; SELECT nextval({}) FROM generate_series(1, ").format(sequence).as_string()
+            self._into = _into(name, (*numbered, *self._columns))
+            self._into_keys = _into(_KEYS, ("change_key", "table_name", "row_id"))
+            self._existing = _existing(_KEYS, "change_key")
+            self._key_text = f"\t{_escaped('.'.join(name))}\t"
         self._begin = "BEGIN; SET CONSTRAINTS ALL IMMEDIATE" if table.deferrable else "BEGIN"
         self._hurry = ""
         if table.foreign_keys:
@@ -176,21 +188,22 @@ class Sink:
         return written
 
     def _write_whole(self, batch: Batch, written: Written) -> Writing[None]:
-        lines = [outcome.text for outcome in batch.outcomes if type(outcome) is Line]
-        written.activities = len(lines)
+        rows = [outcome for outcome in batch.outcomes if type(outcome) is Line]
+        written.activities = len(rows)
         written.dead_letters = [outcome for outcome in batch.outcomes if type(outcome) is DeadLetter]
-        counts = len(lines), len(written.dead_letters)
+        counts = len(rows), len(written.dead_letters)
         advance = self._advance(batch.end, batch, *counts)
-        if written.dead_letters or (lines and self._catalog.row_security):
-            yield from self._run(f"{self._begin}; {advance}")  # by itself: only a COPY can be given up halfway
+        if written.dead_letters or (rows and (self._catalog.row_security or self._draw)):
+            # By itself: only a COPY can be given up halfway.
+            numbers = yield from self._begin_with(f"{self._begin}; {advance}", rows)
             yield from self._insert(written.dead_letters)
-            yield from self._write_lines("", lines, "COMMIT")
-        elif lines:
-            yield from self._write_lines(f"{self._begin}; {advance}; ", lines, "COMMIT")
+            yield from self._write_rows("", rows, "COMMIT", numbers)
+        elif rows:
+            yield from self._write_rows(f"{self._begin}; {advance}; ", rows, "COMMIT")
         else:
             yield from self._run(advance)
         self.position = batch.end
-        if lines:
+        if rows:
             self._refused_in_a_row = 0
 
     def _write_divided(self, batch: Batch, start: int, written: Written) -> Writing[int]:
@@ -205,8 +218,9 @@ class Sink:
         existing: set[str] = set()
         unlinked: dict[str, Line] = {}
         savepoints = activities = without_link = 0
-        yield from self._run(f"BEGIN; SET CONSTRAINTS ALL IMMEDIATE; {self._advance(self.position)}{self._hurry}")
         until = self._until(batch, start)
+        begin = f"BEGIN; SET CONSTRAINTS ALL IMMEDIATE; {self._advance(self.position)}{self._hurry}"
+        numbers = yield from self._begin_with(begin, [o for o in outcomes[start:until] if type(o) is Line])
         segments = deque((at, min(at + MAX_SEGMENT, until)) for at in range(start, until, MAX_SEGMENT))
         while segments:
             place, end = segments.popleft()
@@ -223,8 +237,7 @@ class Sink:
             savepoints += 1
             try:
                 if rows:
-                    lines = [row.text for row in rows]
-                    yield from self._write_lines("SAVEPOINT segment; ", lines, "RELEASE segment")
+                    yield from self._write_rows("SAVEPOINT segment; ", rows, "RELEASE segment", numbers)
             except RefusedError as refusal:
                 self._must_be_about_a_row(refusal)
                 yield from self._run("ROLLBACK TO segment; RELEASE segment")
@@ -363,21 +376,46 @@ class Sink:
             for letter in dead_letters
         ]
         self._pgconn.send_query_params(_INSERT_DEAD_LETTERS, [_json.encode(rows)])
-        yield from self._results(())
+        yield from self._results()
 
     def _find_existing(self, lines: Sequence[Line]) -> Writing[set[str]]:
-        """The keys of those that the target has already."""
-        keys = "{" + ",".join(f'"{line.change_key}"' for line in lines) + "}"
+        """The keys of those that have been written already."""
+        quoted = (line.change_key.replace("\\", "\\\\").replace('"', '\\"') for line in lines)
+        keys = "{" + ",".join(f'"{key}"' for key in quoted) + "}"
         self._pgconn.send_query_params(self._existing.encode(), [keys.encode()])
-        (result,) = yield from self._results(())
+        (result,) = yield from self._results()
         return {(result.get_value(row, 0) or b"").decode() for row in range(result.ntuples)}
 
-    def _write_lines(self, before: str, lines: Sequence[bytes], after: str) -> Writing[None]:
-        """Write lines, between other statements. Row security refuses every COPY, and takes the same as an INSERT."""
+    def _begin_with(self, statements: str, rows: Sequence[Line]) -> Writing[Mapping[str, str]]:
+        """Run what a transaction begins with; returns numbers for the rows to come, by key, where they are drawn."""
+        if not (self._draw and rows):
+            yield from self._run(statements)
+            return {}
+        drawn = (yield from self._run(f"{statements}{self._draw}{len(rows)})"))[-1]
+        numbers = ((drawn.get_value(place, 0) or b"").decode() for place in range(drawn.ntuples))
+        return {row.change_key: number for row, number in zip(rows, numbers, strict=True)}
+
+    def _write_rows(
+        self, before: str, rows: Sequence[Line], after: str, numbers: Mapping[str, str] = _NO_NUMBERS
+    ) -> Writing[None]:
+        """Write rows, between other statements; first their keys, where these are in a table of their own.
+
+        Row security refuses every COPY, and takes the same as an INSERT.
+        """
+        lines = [row.text for row in rows]
+        writes = [(self._into, lines)]
+        if self._into_keys is not None:
+            ends = (f"{self._key_text}{numbers.get(row.change_key, _NO_NUMBER)}\n" for row in rows)
+            keys = [f"{_escaped(row.change_key)}{end}".encode() for row, end in zip(rows, ends, strict=True)]
+            if numbers:
+                lines[:] = [b"%b\t%b" % (numbers[row.change_key].encode(), row.text) for row in rows]
+            writes.insert(0, (self._into_keys, keys))
         if not self._catalog.row_security:
-            yield from self._run(f"{before}{self._copy}; {after}", lines)
-        elif lines:
-            yield from self._run(f"{before}{self._insert_values}{', '.join(map(self._literals, lines))}; {after}")
+            copies = "".join(f"{into.copy}; " for into, _ in writes)
+            yield from self._run(f"{before}{copies}{after}", *(lines for _, lines in writes))
+        elif rows:
+            inserts = "".join(f"{into.values}{', '.join(map(self._literals, lines))}; " for into, lines in writes)
+            yield from self._run(f"{before}{inserts}{after}")
         else:
             yield from self._run(f"{before}{after}")
 
@@ -388,12 +426,13 @@ class Sink:
 
     # What psycopg does between its calls of libpq, for statements that have a COPY among them.
 
-    def _run(self, statements: str, lines: Sequence[bytes] = ()) -> Writing[None]:
-        """Run statements of which one may be a COPY, to which `lines` are given."""
+    def _run(self, statements: str, *lines: Sequence[bytes]) -> Writing[list[PGresult]]:
+        """Run statements, and give each COPY among them its lines."""
         self._pgconn.send_query(statements.encode())
-        yield from self._results(lines)
+        return (yield from self._results(*lines))
 
-    def _results(self, lines: Sequence[bytes]) -> Writing[list[PGresult]]:
+    def _results(self, *lines: Sequence[bytes]) -> Writing[list[PGresult]]:
+        copies = iter(lines)
         results: list[PGresult] = []
         refusal: RefusedError | None = None
         fenced = False
@@ -406,7 +445,7 @@ class Sink:
             if result is None:
                 break
             if result.status == pq.ExecStatus.COPY_IN:
-                yield from self._send(lines, b"another process owns the checkpoint" if fenced else None)
+                yield from self._send(next(copies), b"another process owns the checkpoint" if fenced else None)
             elif result.status == pq.ExecStatus.FATAL_ERROR:
                 refusal = refusal or _refused_error(result)
             else:
@@ -431,6 +470,29 @@ class Sink:
             if (yield Wait.RW) & Ready.R:
                 self._pgconn.consume_input()
 
+
+class _Into(NamedTuple):
+    """What puts rows into a table: as the lines of a COPY, or as VALUES."""
+
+    copy: str
+    values: str
+
+
+def _into(table: tuple[str, str], columns: Sequence[str]) -> _Into:
+    name, names = sql.Identifier(*table), sql.SQL(", ").join(map(sql.Identifier, columns))
+    # As a COPY does, which gives an identity its value whatever it is generated by.
+    insert = sql.SQL("INSERT INTO {} ({}) OVERRIDING SYSTEM VALUE VALUES ")
+    copy = sql.SQL("COPY {} ({}) FROM STDIN")
+    return _Into(copy.format(name, names).as_string(), insert.format(name, names).as_string())
+
+
+def _existing(table: tuple[str, str], key: str) -> str:
+    query = sql.SQL("SELECT {key} FROM {name} WHERE {key} = ANY ($1::text[])")
+    return query.format(key=sql.Identifier(key), name=sql.Identifier(*table)).as_string()
+
+
+_KEYS: Final = ("cdc_worker", "written_key")
+"""The table of the change keys of targets that have no column for them."""
 
 # A query, because an UPDATE that finds nothing to do would look as if another process owned the checkpoint.
 _GIVEN: Final = sql.SQL(

@@ -185,7 +185,13 @@ def other_writers(look: Look) -> Iterator[Finding]:
     if primary is None:
         yield unknown(f"{target.table} has no primary key of one integer, by which to know its newest rows")
         return
-    names = {"id": primary[0], "key": columns["change_key"], "type": columns["type"]}
+    key, key_column = catalog.row_key(target, catalog.target_table(connection, target)), catalog.key_column(target)
+    if key is None:
+        yield unknown(
+            f"{target.table} has no numbered rows, by which to know those whose keys have a table of their own"
+        )
+        return
+    names = {"id": primary[0], "type": columns["type"]}
     alike = sql.SQL(" AND ").join(
         sql.SQL("{} = {}").format(sql.Identifier(column), text(value)) for column, value in target.constants.items()
     )
@@ -193,14 +199,17 @@ def other_writers(look: Look) -> Iterator[Finding]:
     try:
         since, until, types = _own(look)
         query = sql.SQL(_ALIKE).format(
-            **identifiers, table=table, alike=alike, limit=NEWEST, since=since, until=until, types=types
+            **identifiers, key=key, table=table, alike=alike, limit=NEWEST, since=since, until=until, types=types
         )
         ((told, untold, first, last),) = connection.execute(query).fetchall()
     except errors.NotSetUpError as error:
         yield unknown(f"which rows are the worker's can't be told: {error}", error.hint)
         return
     except psycopg.errors.InsufficientPrivilege:
-        read = sql.SQL(", ").join(map(sql.Identifier, dict.fromkeys([*names.values(), *target.constants])))
+        of_key = [] if key_column is None else [key_column]
+        read = sql.SQL(", ").join(
+            map(sql.Identifier, dict.fromkeys([names["id"], *of_key, names["type"], *target.constants]))
+        )
         grant = sql.SQL("GRANT SELECT ({}) ON {} TO {}").format(read, table, sql.Identifier(look.server.role))
         yield unknown(
             f'the role "{look.server.role}" may not read the newest rows of {target.table}',
@@ -212,14 +221,14 @@ def other_writers(look: Look) -> Iterator[Finding]:
         yield ok(f"no row of others tells what the worker tells; {others}" if untold else "none that looks like ours")
         return
     these = sql.SQL("{} BETWEEN {} AND {} AND {} IS NULL AND {} AND {} = ANY ({})").format(
-        identifiers["id"], first, last, identifiers["key"], alike, identifiers["type"], types
+        identifiers["id"], first, last, key, alike, identifiers["type"], types
     )
     who = sql.SQL(", ").join(sql.Identifier(columns[field]) for field in ("created_by", "type") if field in columns)
     see = sql.SQL("SELECT {}, count(*) FROM {} WHERE {} GROUP BY {}").format(who, table, these, who)
     remove = sql.SQL("DELETE FROM {} WHERE {}").format(table, these)
     yield warning(
         f"{told} of the newest {NEWEST:,} rows of {target.table} look like the worker's, and have no"
-        f" {columns['change_key']}: something else tells what the worker tells, so it is there twice",
+        f" {key_column or 'key of its'}: something else tells what the worker tells, so it is there twice",
         f"see who does it, and stop it: {see.as_string()}; then, as its owner: {remove.as_string()}",
     )
 

@@ -26,12 +26,13 @@ from cdc_worker.written import Source, Written, longest_key, written
 class _Target:
     """The target and what is written to it. `relation` is its name in SQL, `rules` what each of them writes.
 
-    `captured` are the columns from which they write, and `known` is what expressions come to for each rule, once asked.
+    Its `key` is the column for change keys, if it has one. `captured` are the columns from which they write, and
+    `known` is what expressions come to for each rule, once asked.
     """
 
     name: str
     relation: str
-    key: str
+    key: str | None
     columns: Mapping[str, Column]
     table: TargetTable
     rules: list[Written]
@@ -59,7 +60,7 @@ def _on_target(check: Callable[[Look, _Target], Iterable[Finding]]) -> Check:
             return
         name = qualified(spec.table)
         columns = catalog.columns(look.connection, name, *look.rules)
-        key = next(column for column, field in spec.columns.items() if field == "change_key")
+        key = catalog.key_column(spec)
         table = catalog.target_table(look.connection, spec)
         relation = sql.Identifier(*name).as_string()
         rules = list(written(look.profile))
@@ -159,7 +160,7 @@ WHERE indrelid = to_regclass(%s) AND indisprimary
 
 def _relaxed(look: Look, target: _Target, column: Column) -> str:
     """What lets the worker's rows have no value in a column, and no others."""
-    name, key = quoted(column.name), quoted(target.key)
+    name = quoted(column.name)
     primary = [part for (part,) in _query(look, target, _PRIMARY)]
     if column.name in primary:
         if target.written(column.name) or primary != [column.name]:
@@ -175,10 +176,10 @@ def _relaxed(look: Look, target: _Target, column: Column) -> str:
         return "cdc-worker setup"
     drop = f"ALTER COLUMN {name} DROP IDENTITY, " if column.identity else ""
     retype = f", ALTER COLUMN {name} TYPE {column.base}" if column.type != column.base else ""
-    return (
-        f"{target.alter} {drop}ALTER COLUMN {name} DROP NOT NULL{retype}, "
-        f"ADD CHECK ({key} IS NOT NULL OR {name} IS NOT NULL) NOT VALID"
-    )
+    relaxed = f"{target.alter} {drop}ALTER COLUMN {name} DROP NOT NULL{retype}"
+    if target.key is None:
+        return relaxed
+    return f"{relaxed}, ADD CHECK ({quoted(target.key)} IS NOT NULL OR {name} IS NOT NULL) NOT VALID"
 
 
 def _too_long(look: Look, target: _Target) -> Iterator[Finding]:
@@ -326,10 +327,10 @@ def target_checks(look: Look, target: _Target) -> Iterable[Finding]:
 def _refusing(look: Look, target: _Target) -> Iterator[Finding]:
     for name, expression in _query(look, target, _CHECKS):
         if refused := [rule for rule in target.rules if _holds(look, target, expression, rule) is False]:
-            relaxed = (
-                f"{target.alter} DROP CONSTRAINT {quoted(name)}, ADD CONSTRAINT {quoted(name)}"
-                f" CHECK ({quoted(target.key)} IS NOT NULL OR {expression}) NOT VALID"
-            )
+            relaxed = f"{target.alter} DROP CONSTRAINT {quoted(name)}"
+            if target.key is not None:
+                condition = f"{quoted(target.key)} IS NOT NULL OR {expression}"
+                relaxed += f", ADD CONSTRAINT {quoted(name)} CHECK ({condition}) NOT VALID"
             yield failed(
                 f'CHECK "{name}" refuses all that these rules write, which becomes dead letters: {_names(refused)}',
                 "cdc-worker setup" if setup_would(look, f"DROP CONSTRAINT {name}") else relaxed,
@@ -383,6 +384,11 @@ FROM pg_class c WHERE oid = to_regclass(%s)
 def target_key(look: Look, target: _Target) -> Iterable[Finding]:
     """Whether the target takes each change once, and any number of them."""
     found = [_Unique(*row) for row in _query(look, target, _UNIQUE)]
+    if target.key is None:
+        clashing = [finding for index in found for finding in _clashing(look, target, index)]
+        return otherwise(
+            clashing, "keys have a table of their own, and nothing that the worker writes has to be unique"
+        )
     ((parting,),) = _query(look, target, _PARTING)
     # Of a partitioned table, a unique index has all columns that part it: they are of the change, as its key is.
     unique = {target.key} if parting is None else {target.key, *parting}
@@ -398,21 +404,21 @@ def target_key(look: Look, target: _Target) -> Iterable[Finding]:
             failed(
                 f"column {target.key} has no unique index of its own that is valid, not deferrable, and holds all keys:"
                 " what is written again after a restore or a replay would be there twice",
-                _made_unique(target, [index.relation for index in keys if not index.valid], parting),
+                _made_unique(target, target.key, [index.relation for index in keys if not index.valid], parting),
             )
         )
     return otherwise(findings, f"{target.key} is unique, and nothing else that the worker writes has to be")
 
 
-def _made_unique(target: _Target, invalid: Sequence[str], parting: Sequence[str | None] | None) -> str:
+def _made_unique(target: _Target, column: str, invalid: Sequence[str], parting: Sequence[str | None] | None) -> str:
     """What makes the keys unique, and shows before which of them stand in its way."""
-    key = quoted(target.key)
+    key = quoted(column)
     if parting is not None and not all(column is not None and target.written(column) for column in parting):
         return (
             f"{target.name} is partitioned by what the worker doesn't write, and so can't be unique by {key}:"
             " in [target] of the profile, name a table that isn't"
         )
-    columns = ", ".join([key, *(quoted(column) for column in parting or () if column and column != target.key)])
+    columns = ", ".join([key, *(quoted(part) for part in parting or () if part and part != column)])
     doubles = (
         f"SELECT {columns}, count(*) FROM {target.relation} WHERE {key} IS NOT NULL"  # noqa: S608
         f" GROUP BY {columns} HAVING count(*) > 1"
@@ -437,18 +443,17 @@ def _clashing(look: Look, target: _Target, index: _Unique) -> Iterator[Finding]:
     ]
     if not concerned:
         return
-    own = f"{quoted(target.key)} IS NULL"
     body = (index.constraint_definition if index.kind == "x" else index.definition) or ""
     if index.predicate is not None:
         body = body[: body.rindex(" WHERE ")]
-        own = f"{own} AND {index.predicate}"
-    if index.kind == "x":
-        name = quoted(index.constraint or "")
-        fix = f"{target.alter} DROP CONSTRAINT {name}, ADD CONSTRAINT {name} {body} WHERE ({own})"
-    elif index.constraint is not None:
-        fix = f"{target.alter} DROP CONSTRAINT {quoted(index.constraint)}; {body} WHERE ({own})"
+    if index.constraint is not None:
+        fix = f"{target.alter} DROP CONSTRAINT {quoted(index.constraint)}"
     else:
-        fix = f"as its owner: DROP INDEX {index.relation}; {body} WHERE ({own})"
+        fix = f"as its owner: DROP INDEX {index.relation}"
+    if target.key is not None:
+        own = f"{quoted(target.key)} IS NULL" + (f" AND {index.predicate}" if index.predicate is not None else "")
+        added = f", ADD CONSTRAINT {quoted(index.constraint or '')} " if index.kind == "x" else "; "
+        fix += f"{added}{body} WHERE ({own})"
     yield warning(
         f'"{index.name}" lets equal values of {", ".join(filter(None, index.columns))} be there once only; of the rows'
         f" that these rules write all but the first become dead letters: {_names(concerned)}",
@@ -572,7 +577,8 @@ def _triggers(look: Look, target: _Target) -> Iterator[_Trigger]:
 
 def _passes_by(look: Look, target: _Target, condition: str) -> bool:
     """Whether a WHEN is never true of the worker's rows."""
-    if re.search(rf'new\."?{re.escape(target.key)}"? IS NULL', condition) and " OR " not in condition:
+    own = target.key is not None and re.search(rf'new\."?{re.escape(target.key)}"? IS NULL', condition)
+    if own and " OR " not in condition:
         return True
     expression = re.sub(r"\bnew\.", "", condition)
     return all(_holds(look, target, expression, rule) is False for rule in target.rules)
@@ -612,6 +618,8 @@ def _changing(look: Look, target: _Target) -> Iterator[Finding]:
 
 def _conditional(target: _Target, trigger: _Trigger) -> str:
     """What keeps a trigger from the worker's rows, and leaves it to all others."""
+    if target.key is None:
+        return f"as its owner: have {trigger.function} leave rows as they are that the worker's role inserts"
     if trigger.unconditional:
         return f"as its owner: have {trigger.function} leave rows as they are that have a {target.key}"
     condition = f"new.{quoted(target.key)} IS NULL"

@@ -95,8 +95,12 @@ CREATE TABLE IF NOT EXISTS cdc_worker.excluded (
     PRIMARY KEY (worker, table_name, system_identifier, from_lsn)
 );
 
+ALTER TABLE cdc_worker.excluded ADD COLUMN IF NOT EXISTS marked boolean NOT NULL DEFAULT false;
+
 COMMENT ON TABLE cdc_worker.excluded IS
     'Stretches of WAL in which the changes of a table are not the worker''s; each table that is set up has one from 0/0 on';
+COMMENT ON COLUMN cdc_worker.excluded.marked IS
+    'But what follows a context message in its transaction is the worker''s: old code of the application sends none';
 COMMENT ON COLUMN cdc_worker.excluded.system_identifier IS 'The cluster whose positions these are';
 COMMENT ON COLUMN cdc_worker.excluded.triggers IS 'Triggers recorded them; else the table was not set up yet';
 COMMENT ON COLUMN cdc_worker.excluded.table_name IS 'Schema and table, as in lead of public: public.lead';
@@ -161,6 +165,19 @@ COMMENT ON TABLE cdc_worker.dead_letter IS 'Changes that could not become activi
 COMMENT ON COLUMN cdc_worker.dead_letter.change_key IS 'What the key of the activity would have been';
 COMMENT ON COLUMN cdc_worker.dead_letter.change IS 'The change: operation, schema, table, old and new row';
 COMMENT ON COLUMN cdc_worker.dead_letter.fields IS 'The activity that the target refused';
+
+CREATE TABLE IF NOT EXISTS cdc_worker.written_key (
+    change_key  text PRIMARY KEY,
+    table_name  text NOT NULL,
+    row_id      bigint
+);
+
+CREATE INDEX IF NOT EXISTS written_key_row_id ON cdc_worker.written_key (row_id);
+
+COMMENT ON TABLE cdc_worker.written_key IS
+    'What has been written to a target that has no column for change keys, in the same transactions';
+COMMENT ON COLUMN cdc_worker.written_key.table_name IS 'The target, schema and table';
+COMMENT ON COLUMN cdc_worker.written_key.row_id IS 'Primary key of its row, if that comes from a sequence';
 
 CREATE OR REPLACE FUNCTION cdc_worker.mark(own text, relation text) RETURNS pg_lsn LANGUAGE plpgsql AS $$
 DECLARE

@@ -1,7 +1,7 @@
 -- What the role of the worker needs, and no more: it makes no tables and is no superuser.
 --
--- For psql: -v role=cdc -v target=public.activity -v key=change_key -v schemas=public. That it may read a slot is an
--- administrator's to give: ALTER ROLE cdc REPLICATION.
+-- For psql: -v role=cdc -v target=public.activity -v key=change_key -v schemas=public. The key is '' where the target has
+-- no column for it. That it may read a slot is an administrator's to give: ALTER ROLE cdc REPLICATION.
 
 -- the worker's role has its grants on the worker's own tables
 SELECT format('GRANT %s ON %s TO %I', privilege, object, :'role')
@@ -28,7 +28,10 @@ FROM (SELECT (SELECT oid FROM pg_roles WHERE rolname = :'role')) AS role (oid),
                 has_table_privilege(oid, to_regclass('cdc_worker.excluded')::oid, 'SELECT')),
             ('SELECT, UPDATE (until_lsn)', 'cdc_worker.erased',
                 has_table_privilege(oid, to_regclass('cdc_worker.erased')::oid, 'SELECT')
-                AND has_column_privilege(oid, to_regclass('cdc_worker.erased')::oid, 'until_lsn', 'UPDATE'))
+                AND has_column_privilege(oid, to_regclass('cdc_worker.erased')::oid, 'until_lsn', 'UPDATE')),
+            ('SELECT, INSERT', 'cdc_worker.written_key', :'key' <> '' OR (
+                has_table_privilege(oid, to_regclass('cdc_worker.written_key')::oid, 'SELECT')
+                AND has_table_privilege(oid, to_regclass('cdc_worker.written_key')::oid, 'INSERT')))
     ) AS needed (privilege, object, granted)
 WHERE granted IS NOT TRUE
 \gexec
@@ -43,13 +46,18 @@ FROM (SELECT (SELECT oid FROM pg_roles WHERE rolname = :'role'), to_regclass(:'t
     LATERAL (
         SELECT 'INSERT', :'target', has_table_privilege(oid, target, 'INSERT')
         UNION ALL
-        SELECT format('SELECT (%I)', :'key'), :'target',
+        SELECT format('SELECT (%I)', :'key'), :'target', :'key' = '' OR
             has_column_privilege(oid, target, (SELECT attnum FROM pg_attribute WHERE attrelid = target AND attname = :'key'), 'SELECT')
         UNION ALL
         SELECT DISTINCT 'USAGE', 'SEQUENCE ' || seqrelid::regclass, has_sequence_privilege(role.oid, seqrelid, 'USAGE')
         FROM pg_attrdef a JOIN pg_depend d ON classid = 'pg_attrdef'::regclass AND objid = a.oid
         JOIN pg_sequence ON seqrelid = refobjid
         WHERE adrelid = target
+        UNION ALL
+        SELECT 'USAGE', 'SEQUENCE ' || seqrelid::regclass, has_sequence_privilege(role.oid, seqrelid, 'USAGE')
+        FROM pg_depend d JOIN pg_sequence ON seqrelid = objid
+        WHERE :'key' = '' AND d.classid = 'pg_class'::regclass AND d.refclassid = 'pg_class'::regclass
+            AND d.refobjid = target AND d.deptype = 'i' -- an identity's, whose numbers are drawn beforehand
         UNION ALL
         SELECT 'USAGE', format('SCHEMA %I', name), has_schema_privilege(role.oid, to_regnamespace(quote_ident(name))::oid, 'USAGE')
         FROM unnest(string_to_array(:'schemas', ',')) AS name
