@@ -1,0 +1,1 @@
+"""A Django application with a CRM's table, and the middleware of the documents."""

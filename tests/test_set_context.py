@@ -1,0 +1,71 @@
+"""`cdc_worker.set_context`: the context message for those who write SQL."""
+
+from __future__ import annotations
+
+import psycopg
+import pytest
+from psycopg import sql
+from psycopg.types.json import Jsonb
+from support import Crm
+
+from cdc_worker.context import MAX_LENGTH
+
+SAY = "SELECT cdc_worker.set_context(%s)"
+ADD = "INSERT INTO lead (full_name, source, bd_in_charge, type) VALUES ('x', 'web', 'bob', 'otc')"
+
+
+def longest(length: int = MAX_LENGTH) -> Jsonb:
+    """A context that has so many characters as text."""
+    return Jsonb({"changed_by": "x" * (length - len('{"changed_by": ""}'))})
+
+
+def test_what_it_says_is_heard_up_to_the_longest_message(crm: Crm) -> None:
+    for said in ({"changed_by": 'jane "é" 😀'}, longest().obj):
+        with crm.connection.transaction():
+            assert crm.value("SELECT %s < cdc_worker.set_context(%s)", "0/0", Jsonb(said))
+            crm.execute(ADD)
+    crm.record()
+    jane, long = (activity["metadata"]["changed_by"] for activity in crm.activities())
+    assert (jane, long) == ('jane "é" 😀', "x" * len(longest().obj["changed_by"]))
+
+
+@pytest.mark.parametrize("said", ["[]", '"jane"', "null", "7", None])
+def test_what_is_no_object_is_refused(crm: Crm, said: str | None) -> None:
+    with pytest.raises(psycopg.errors.InvalidParameterValue, match="a context is a JSON object"):
+        crm.execute(SAY, said)
+
+
+def test_what_would_be_too_long_to_be_heard_is_refused(crm: Crm) -> None:
+    with pytest.raises(psycopg.errors.ProgramLimitExceeded):
+        crm.execute(SAY, longest(MAX_LENGTH + 1))
+
+
+def test_whoever_may_use_the_schema_may_call_it(crm: Crm) -> None:
+    crm.execute("CREATE ROLE application")
+    try:
+        with crm.connection.transaction(force_rollback=True):
+            crm.execute("SET LOCAL ROLE application")
+            with pytest.raises(psycopg.errors.InsufficientPrivilege), crm.connection.transaction():
+                crm.execute(SAY, Jsonb({}))
+            crm.execute("RESET ROLE")
+            crm.execute("GRANT USAGE ON SCHEMA cdc_worker TO application")
+            crm.execute("SET LOCAL ROLE application")
+            crm.execute(SAY, Jsonb({}))
+    finally:
+        crm.execute("DROP ROLE application")
+
+
+def test_it_calls_nothing_that_its_caller_has_put_in_the_way(crm: Crm) -> None:
+    crm.execute("CREATE SCHEMA mine")
+    for name, arguments, returns in (
+        ("jsonb_typeof", "jsonb", "text"),
+        ("length", "text", "integer"),
+        ("pg_logical_emit_message", "boolean, text, text", "pg_lsn"),
+    ):
+        function = sql.SQL("CREATE FUNCTION mine.{}({}) RETURNS {} LANGUAGE sql AS 'SELECT 1/0; SELECT NULL::{}'")
+        types = sql.SQL(arguments), sql.SQL(returns)
+        crm.connection.execute(function.format(sql.Identifier(name), *types, sql.SQL(returns)))
+    crm.execute("SET search_path = mine, pg_catalog")
+    with pytest.raises(psycopg.errors.DivisionByZero):
+        crm.execute("SELECT length('x'::text)")
+    assert crm.value(SAY, Jsonb({"changed_by": "jane"}))
