@@ -26,6 +26,7 @@ The edges each know one thing outside:
     config      settings
     log         structured logs
     postgres    connections, SQLSTATEs
+    partitions  whose the changes of partitions are
     catalog     the tables as the database has them, and whether a profile fits
     ddl         changes of the database's structure, in steps that hardly wait
     checkpoint  how far a worker has written, and who may write

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from datetime import datetime
 from decimal import Decimal
 from typing import Final, Literal
@@ -50,6 +51,8 @@ class Change(msgspec.Struct, frozen=True, gc=False):
 
     `changed` names an update's columns whose value is distinct, in the table's order. Unchanged TOASTed columns are
     taken from the old row; where the replica identity doesn't carry the old row they are absent, which means unknown.
+
+    A change of a partition is one of its root, and `partition` says where: for a row that moved, where its old row was.
     """
 
     operation: Operation
@@ -58,6 +61,7 @@ class Change(msgspec.Struct, frozen=True, gc=False):
     old: Row | None
     new: Row | None
     changed: tuple[str, ...] = ()
+    partition: tuple[str, str] | None = None
 
     @property
     def old_row_unknown(self) -> bool:
@@ -65,11 +69,23 @@ class Change(msgspec.Struct, frozen=True, gc=False):
         return self.old is None or self.new is None or len(self.old) < len(self.new)
 
 
-def update(schema: str, table: str, old: Row, sent: Row) -> Change:
+def update(schema: str, table: str, old: Row, sent: Row, partition: tuple[str, str] | None = None) -> Change:
     """The change of an update: `old` is what is known of the old row, `sent` what was sent of the new one."""
     changed = tuple([name for name, value in sent.items() if name not in old or old[name] != value])
     new = sent if old.keys() <= sent.keys() else {**old, **sent}  # an unchanged TOASTed column isn't sent
-    return Change("update", schema, table, old, new, changed)
+    return Change("update", schema, table, old, new, changed, partition)
+
+
+def _moved(deleted: Change, change: Change, key: tuple[str, ...]) -> Change | None:
+    """The update that a delete and the change after it are together, if a row has moved between partitions."""
+    old, new, apart = deleted.old, change.new, change.partition not in (None, deleted.partition)
+    if change.operation != "insert" or change.table != deleted.table or change.schema != deleted.schema or not apart:
+        return None
+    if old is None or new is None or not key or not (old.keys() & new.keys()).issuperset(key):
+        return None
+    if any(old[column] != new[column] for column in key):
+        return None
+    return update(change.schema, change.table, old, new, deleted.partition)
 
 
 class Transaction(msgspec.Struct, frozen=True):
@@ -77,7 +93,7 @@ class Transaction(msgspec.Struct, frozen=True):
 
     `index` counts the changes of the same commit that came in earlier slices, of which there is none before `first`.
     `messages` are the logical messages, each with the number of this slice's changes that came before it; `payloads`
-    are the changes as they were received.
+    are the changes as they were received, or the changes themselves where they came under other names.
     """
 
     xid: int
@@ -86,7 +102,7 @@ class Transaction(msgspec.Struct, frozen=True):
     committed_at: datetime
     changes: list[Change]
     messages: list[tuple[int, Message]]
-    payloads: list[Payload]
+    payloads: list[Payload | Change]
     index: int
     first: bool
     last: bool
@@ -96,22 +112,42 @@ CUTOVER_PREFIX: Final = "cdc_worker.cutover"
 """Prefix of the logical messages that mark where the worker and triggers take over from each other."""
 
 
+_NO_KEYS: Final[Mapping[tuple[str, str], tuple[str, ...]]] = {}
+
+RootOf = Callable[[Change, LSN], tuple[str, str] | None]
+"""The captured table that a change in the commit at an LSN is of, or None if it is nobody's."""
+
+
 class Assembler:
     """Puts decoded messages together into transactions, in slices of bounded size.
 
     A transaction that ends at or before `start` has been dealt with and is dropped unread.
+
+    Where changes come under the names of partitions, `root_of` tells whose they are. A delete in one partition and, as
+    the next change, an insert in another with the same `keys` is an update: a row has moved. What is emptied with its
+    partitions is emptied once.
     """
 
     MAX_CHANGES: Final = 1_000
     MAX_BYTES: Final = 1 << 20
 
-    def __init__(self, start: LSN = INVALID) -> None:
+    def __init__(
+        self,
+        start: LSN = INVALID,
+        *,
+        root_of: RootOf | None = None,
+        keys: Mapping[tuple[str, str], tuple[str, ...]] = _NO_KEYS,
+    ) -> None:
         self.received = start  # the end of the last commit that is complete
         self._start = start
         self._begin: Begin | None = None
         self._changes: list[Change] = []
         self._messages: list[tuple[int, Message]] = []
-        self._payloads: list[Payload] = []
+        self._payloads: list[Payload | Change] = []
+        self._root_of = root_of
+        self._keys = keys
+        self._held: tuple[Change, int] | None = None  # a delete that may turn out to be half an update, and its size
+        self._emptied: tuple[str, str] | None = None  # the table of which the last change emptied all or a part
         self._first = True
         self._index = 0
         self._size = 0
@@ -131,7 +167,7 @@ class Assembler:
         if type(message) is Begin:
             if begin is not None:
                 raise MessageUnreadableError(f"transaction {message.xid} began inside transaction {begin.xid}")
-            self._begin, self._first, self._index = message, True, 0
+            self._begin, self._first, self._index, self._emptied = message, True, 0, None
             return None
         if begin is None:
             if type(message) is Message:
@@ -140,6 +176,7 @@ class Assembler:
         dealt_with = begin.end_lsn <= self._start
         if type(message) is Commit:
             self._begin = None
+            self._let_go()
             self.received = max(self.received, begin.end_lsn)
             if dealt_with or (self._first and not self._changes and not self._marked):  # nothing of ours happened in it
                 self._messages = []
@@ -148,13 +185,54 @@ class Assembler:
         if dealt_with:
             return None
         if type(message) is Change:
-            self._changes.append(message)
-            self._payloads.append(payload)
+            if self._root_of is None:
+                self._changes.append(message)
+                self._payloads.append(payload)
+                self._size += len(payload)
+            else:
+                self._resolve(message, payload, self._root_of(message, begin.commit_lsn))
         elif type(message) is Message and message.transactional:
+            self._let_go()
             self._messages.append((len(self._changes), message))
-        self._size += len(payload)
+            self._size += len(payload)
         full = self._size >= self.MAX_BYTES or len(self._changes) + len(self._messages) >= self.MAX_CHANGES
         return self._cut(begin, last=False) if full else None
+
+    def _append(self, change: Change, payload: Payload | Change, size: int) -> None:
+        self._changes.append(change)
+        self._payloads.append(payload)
+        self._size += size
+
+    def _let_go(self) -> None:
+        """What was held is what it seemed to be."""
+        if self._held is not None:
+            change, size = self._held
+            self._append(change, change, size)
+            self._held = None
+
+    def _resolve(self, change: Change, payload: Payload, root: tuple[str, str] | None) -> None:
+        """Take a change under the name of its root."""
+        if root is None:
+            return
+        size, partition = len(payload), (change.schema, change.table)
+        kept: Payload | Change = payload
+        if root != partition:
+            kept = change = Change(change.operation, *root, change.old, change.new, change.changed, partition)
+            if change.operation == "truncate" and self._emptied == root:
+                return
+        if self._held is not None:
+            deleted, before = self._held
+            moved = _moved(deleted, change, self._keys.get(root, ()))
+            if moved is not None:
+                self._held = None
+                self._append(moved, moved, before + size)
+                return
+            self._let_go()
+        self._emptied = root if change.operation == "truncate" else None
+        if change.operation == "delete" and change.partition is not None:
+            self._held = change, size
+        else:
+            self._append(change, kept, size)
 
     def _cut(self, begin: Begin, *, last: bool) -> Transaction:
         transaction = Transaction(

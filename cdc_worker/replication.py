@@ -42,8 +42,10 @@ def offer(
 class Replication:
     """A replication connection. Nothing here blocks once it has started: wait for `fileno` with select."""
 
-    def __init__(self, connection: Connection, *, on_dropped: Callable[[str, str], None] | None = None) -> None:
-        """`on_dropped(operation, table)` is told when the plugin leaves out a change for want of a replica identity."""
+    def __init__(self, connection: Connection, *, on_dropped: Callable[[str, str, str], None] | None = None) -> None:
+        """`on_dropped(operation, schema, table)` is told when the plugin leaves out a change for want of a replica
+        identity.
+        """
         self._connection = connection
         self._pgconn = connection.pgconn
         self._on_dropped = on_dropped
@@ -60,7 +62,7 @@ class Replication:
 
     def _notice(self, diagnostic: psycopg.errors.Diagnostic) -> None:
         if self._on_dropped and (match := _DROPPED.search(diagnostic.message_primary or "")):
-            self._on_dropped(match[1], sql.Identifier(match[2], match[3]).as_string())
+            self._on_dropped(match[1], match[2], match[3])
 
     def system_identifier(self) -> str:
         """IDENTIFY_SYSTEM: which cluster this is."""

@@ -28,11 +28,21 @@ RELEASES: Final = {"numeric-data-types-as-string": "2.6 or later", "include-pk":
 _SPACES: Final = " \t\n\v\f\r"
 
 
-def options(tables: Iterable[tuple[str, str]], message_prefixes: Iterable[str] = ()) -> dict[str, str]:
+def options(
+    tables: Iterable[tuple[str, str]],
+    message_prefixes: Iterable[str] = (),
+    *,
+    schemas: Iterable[str] = (),
+    without: Iterable[tuple[str, str]] = (),
+) -> dict[str, str]:
     """Options of START_REPLICATION for these (schema, table) pairs and messages of these prefixes.
+
+    Where partitions come and go their `schemas` are asked for whole, `without` what is known to be nobody's.
 
     Types as OIDs: their names can make the output invalid JSON (`"type":"My Sch"."My Enum"`).
     """
+    whole = [f"{_escaped(schema)}.*" for schema in schemas]
+    nobodys = _listed(without)
     return {
         "format-version": "2",
         "include-lsn": "1",
@@ -40,10 +50,15 @@ def options(tables: Iterable[tuple[str, str]], message_prefixes: Iterable[str] =
         "include-xids": "1",
         "include-types": "0",
         "include-type-oids": "1",
-        "add-tables": ",".join(f"{_escaped(schema)}.{_escaped(table)}" for schema, table in tables),
+        "add-tables": ",".join(filter(None, [_listed(tables), *whole])),
+        **({"filter-tables": nobodys} if nobodys else {}),
         # An empty list of prefixes would let every message through.
         "add-msg-prefixes": ",".join(map(_askable, message_prefixes)) or "cdc_worker.none",
     }
+
+
+def _listed(tables: Iterable[tuple[str, str]]) -> str:
+    return ",".join(f"{_escaped(schema)}.{_escaped(table)}" for schema, table in tables)
 
 
 def _escaped(name: str) -> str:

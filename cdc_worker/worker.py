@@ -18,23 +18,25 @@ import threading
 import time
 import uuid
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from types import FrameType
 from typing import Final
 
 import psycopg
+from psycopg import sql
 from psycopg.waiting import Ready, Wait
 from tenacity import RetryCallState, Retrying, retry_if_exception, stop_when_event_set, wait_random_exponential
 
 from cdc_worker import catalog, checkpoint, errors, postgres, process, setup, slot, wal2json
 from cdc_worker.activities import Activity, Batch, DeadLetter, Line, Position, Scope
-from cdc_worker.changes import CUTOVER_PREFIX, Assembler, Transaction
+from cdc_worker.changes import CUTOVER_PREFIX, Assembler, Change, Transaction
 from cdc_worker.checkpoint import Checkpoint
 from cdc_worker.config import Settings
 from cdc_worker.log import Logger
 from cdc_worker.lsn import INVALID, LSN
+from cdc_worker.partitions import Partitions
 from cdc_worker.process import Process
 from cdc_worker.profile import Profile
 from cdc_worker.profile import load as load_profile
@@ -175,7 +177,8 @@ class Worker:
         self._process = Process(settings.worker)
         self._watch = Watch(settings, self._process, log)
         self._reachable = False
-        self._dropped_of: set[str] = set()
+        self._alarmed: set[tuple[str, tuple[str, str]]] = set()
+        self._partitions: Partitions | None = None
         self._started = False
         self._owner: uuid.UUID | None = None
         self._nonce: uuid.UUID | None = None  # what was in force when the profile was read
@@ -300,6 +303,10 @@ class Worker:
     def _connect(self) -> postgres.Connection:
         return postgres.connect(self._settings.dsn.get_secret_value(), self._settings.worker)
 
+    def _connect_briefly(self) -> postgres.Connection:
+        with self._stop.interrupting():
+            return postgres.connect_briefly(self._settings.dsn.get_secret_value(), self._settings.worker)
+
     def _may_heal(self, error: BaseException) -> bool:
         if self._once:
             return False
@@ -319,7 +326,9 @@ class Worker:
             server, found, table = self._examine(connection)
             if self._until is None and self._once:
                 self._until = slot.committed_so_far(connection)
-            while (stood_by := self._stand_by(connection)) or (stream := self._read(stack, found, server)) is None:
+            while (stood_by := self._stand_by(connection)) or (
+                stream := self._read(stack, connection, found, server)
+            ) is None:
                 if stood_by:
                     self._catch_up(connection)
                 server, found, table = self._examine(connection)  # it may be another now
@@ -358,6 +367,8 @@ class Worker:
             stop=self._stop,
             log=log,
             watch=self._watch,
+            partitions=self._partitions,
+            on_unknown=self._warn_of_unknown,
             status_interval=min(STATUS_INTERVAL, timeout / 4) if timeout else STATUS_INTERVAL,
             until=self._until,
         )
@@ -383,14 +394,25 @@ class Worker:
         setup.check_grants(connection, self._profile, self._rules, server.role)
         return server, found, table
 
-    def _read(self, stack: ExitStack, found: Checkpoint, server: postgres.Server) -> tuple[Replication, float] | None:
+    def _read(
+        self, stack: ExitStack, connection: postgres.Connection, found: Checkpoint, server: postgres.Server
+    ) -> tuple[Replication, float] | None:
         """Read the slot; returns with it the server's wal_sender_timeout. None if another process was faster."""
         settings = self._settings
-        connection = postgres.connect_replication(settings.dsn.get_secret_value(), settings.worker)
-        replication = stack.enter_context(Replication(connection, on_dropped=self._warn_of_dropped))
+        sender = postgres.connect_replication(settings.dsn.get_secret_value(), settings.worker)
+        replication = stack.enter_context(Replication(sender, on_dropped=self._warn_of_dropped))
         checkpoint.check_cluster(found, replication.system_identifier())
         timeout = replication.wal_sender_timeout()
-        options = wal2json.options(self._rules, PREFIXES)
+        partitions = self._partitions = Partitions(
+            connection,
+            self._rules,
+            settings.worker,
+            connect=self._connect_briefly,
+            log=self._log,
+            on_lost=self._warn_of_lost,
+        )
+        stack.callback(partitions.close)
+        options = wal2json.options(self._rules, PREFIXES, schemas=partitions.schemas, without=partitions.others)
         try:
             refused = replication.start(
                 settings.slot, found.position.lsn, options, encoding=server.encoding, optional=wal2json.OPTIONAL
@@ -452,14 +474,41 @@ class Worker:
                 self._log.warning(event, tables=sorted(map(".".join, tables)), mend=mend)
         return Scope({**known.excluded, **{table: [(INVALID, None)] for table in ends.fresh}}, known.erased)
 
-    def _warn_of_dropped(self, operation: str, table: str) -> None:
-        """Raise an alarm, one a table: the server warns of each row."""
-        if table in self._dropped_of:
-            return
-        self._dropped_of.add(table)
-        mend = f"ALTER TABLE {table} REPLICA IDENTITY FULL"
-        self._process.failure = f"the plugin dropped {operation}s of {table}, which are lost; to mend it: {mend}"
-        self._log.error("change_dropped_by_plugin", operation=operation, table=table, mend=mend)
+    def _alarm(self, event: str, table: tuple[str, str]) -> bool:
+        """Whether this alarm is the first of its kind for a table: one of each row would be too many."""
+        new = (event, table) not in self._alarmed
+        self._alarmed.add((event, table))
+        return new
+
+    def _warn_of_dropped(self, operation: str, schema: str, table: str) -> None:
+        """Raise an alarm: the server warns of each row of a table without a replica identity, whosever it is."""
+        with suppress(psycopg.Error, errors.CdcWorkerError):  # if it can't be asked whose it is, it may be ours
+            if (
+                self._partitions
+                and self._partitions.root_of(Change("delete", schema, table, None, None), INVALID) is None
+            ):
+                return
+        if self._alarm("change_dropped_by_plugin", (schema, table)):
+            name, mend = _full(schema, table)
+            self._process.failure = f"the plugin dropped {operation}s of {name}, which are lost; to mend it: {mend}"
+            self._log.error("change_dropped_by_plugin", operation=operation, table=name, mend=mend)
+
+    def _warn_of_unknown(self, change: Change) -> None:
+        """Raise an alarm: updates of a table come without their old rows."""
+        table = change.partition or (change.schema, change.table)
+        if change.operation == "update" and self._alarm("old_values_unknown", table):
+            name, mend = _full(*table)
+            self._process.failure = (
+                f"updates of {name} came without old rows: they are dead letters; to mend it: {mend}"
+            )
+            self._log.warning("old_values_unknown", table=name, mend=mend)
+
+    def _warn_of_lost(self, partition: tuple[str, str], root: tuple[str, str]) -> None:
+        """Raise an alarm: a table that nobody has seen is gone, and looked like a part of one that is captured."""
+        if self._alarm("partition_unknown", partition):
+            part, table = (sql.Identifier(*name).as_string() for name in (partition, root))
+            self._process.failure = f"{part} is gone: if it was a partition of {table}, changes of it are lost"
+            self._log.error("partition_unknown", partition=part, table=table)
 
 
 class _Stream:
@@ -476,6 +525,8 @@ class _Stream:
         stop: Stop,
         log: Logger,
         watch: Watch,
+        partitions: Partitions | None,
+        on_unknown: Callable[[Change], None],
         status_interval: float,
         until: LSN | None,
     ) -> None:
@@ -490,7 +541,10 @@ class _Stream:
         self._status_interval = status_interval
         self._until = until
         self._resumed = sink.position
+        self._on_unknown = on_unknown
         self._assembler = Assembler(sink.position.lsn)
+        if partitions:
+            self._assembler = Assembler(sink.position.lsn, root_of=partitions.root_of, keys=partitions.keys)
         self._batch = Batch(sink.position)
         self._unfinished: Transaction | None = None
         self._marked = False  # a cut-over may have changed what is ours: to write is to find out
@@ -659,6 +713,8 @@ class _Stream:
                 constraint=letter.constraint,
                 change_key=letter.change_key,
             )
+            if letter.kind == "old_values_unknown":
+                self._on_unknown(letter.change)
         self._log.debug(
             "batch_written",
             transactions=batch.transactions,
@@ -760,6 +816,12 @@ def _summary(totals: Totals) -> dict[str, int]:
         "activities": totals.activities.total(),
         "dead_letters": totals.dead_letters,
     }
+
+
+def _full(schema: str, table: str) -> tuple[str, str]:
+    """A table's name in SQL, and the statement with which its old rows come."""
+    name = sql.Identifier(schema, table).as_string()
+    return name, f"ALTER TABLE {name} REPLICA IDENTITY FULL"
 
 
 def _described(error: BaseException | None) -> dict[str, str | None]:

@@ -107,6 +107,20 @@ COMMENT ON COLUMN cdc_worker.excluded.table_name IS 'Schema and table, as in lea
 COMMENT ON COLUMN cdc_worker.excluded.from_lsn IS 'Commits at or after it are left out';
 COMMENT ON COLUMN cdc_worker.excluded.until_lsn IS 'Commits at or after it are recorded; NULL until cut-over';
 
+CREATE TABLE IF NOT EXISTS cdc_worker.partition (
+    worker       text NOT NULL REFERENCES cdc_worker.checkpoint ON DELETE CASCADE,
+    schema_name  text NOT NULL,
+    table_name   text NOT NULL,
+    root         text NOT NULL,
+    until_lsn    pg_lsn,
+    PRIMARY KEY (worker, schema_name, table_name)
+);
+
+COMMENT ON TABLE cdc_worker.partition IS
+    'Partitions of captured tables, also those that are gone: their changes may still be read';
+COMMENT ON COLUMN cdc_worker.partition.root IS 'The captured table that its changes count as, schema and table';
+COMMENT ON COLUMN cdc_worker.partition.until_lsn IS 'Where it was found to be detached or dropped; NULL if it is there';
+
 CREATE TABLE IF NOT EXISTS cdc_worker.erased (
     worker             text NOT NULL,
     field              text NOT NULL,

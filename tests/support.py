@@ -227,6 +227,7 @@ GRANTS = (
     "GRANT SELECT, INSERT ON cdc_worker.dead_letter TO {role}",
     "GRANT SELECT, INSERT, DELETE ON cdc_worker.tally TO {role}",
     "GRANT SELECT, INSERT, UPDATE, DELETE ON cdc_worker.process TO {role}",
+    "GRANT SELECT, INSERT, UPDATE ON cdc_worker.partition TO {role}",
     "GRANT SELECT ON cdc_worker.excluded TO {role}",
     "GRANT SELECT, UPDATE (until_lsn) ON cdc_worker.erased TO {role}",
     "GRANT INSERT, SELECT (change_key) ON activity TO {role}",
@@ -313,7 +314,7 @@ def _template(server: Cluster, directory: Path) -> str:
             crm = make_crm(server, directory)
             crm.setup()
             crm.execute("SELECT pg_drop_replication_slot(%s)", crm.slot)
-            crm.execute("TRUNCATE cdc_worker.checkpoint, cdc_worker.tally, cdc_worker.excluded")
+            crm.execute("TRUNCATE cdc_worker.checkpoint, cdc_worker.tally, cdc_worker.partition, cdc_worker.excluded")
             names = sql.Identifier(crm.connection.info.dbname), sql.Identifier(PREPARED)
             crm.close()
             connection.execute(sql.SQL("ALTER DATABASE {} RENAME TO {}").format(*names))

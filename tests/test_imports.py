@@ -15,7 +15,7 @@ CORE = [
 ]
 
 EDGES = [
-    *("config", "log", "metrics", "postgres", "catalog", "ddl", "checkpoint", "slot"),
+    *("config", "log", "metrics", "postgres", "partitions", "catalog", "ddl", "checkpoint", "slot"),
     *("process", "watch", "replication", "backfill", "replay", "sink"),
     *(
         "cutover",
