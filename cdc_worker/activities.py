@@ -80,10 +80,14 @@ Person = tuple[str, str]
 
 
 class OpenEnds(NamedTuple):
-    """Tables that setup has not seen, those that are left out until a cut-over, and those that are in no profile."""
+    """Tables that setup has not seen, those that are left out until a cut-over, and those that are in no profile.
+
+    `marked` are those of which until a cut-over only what follows a context message is recorded.
+    """
 
     fresh: Set[tuple[str, str]]
     waiting: Set[tuple[str, str]]
+    marked: Set[tuple[str, str]]
     others: Set[tuple[str, str]]
 
 
@@ -91,29 +95,39 @@ class Scope(msgspec.Struct, frozen=True):
     """Of what there are no activities although rules apply, or only blank ones.
 
     `excluded`: by (schema, table), stretches in which something else recorded its changes, or in which it was not set
-    up. `erased`: by (field, key), persons to be forgotten, whose activities have that key in that field; each stretch
-    begins where the WAL was then, reaches back for ever, and ends within the commit in which the key was given to
-    somebody else, where that was done.
+    up; `marked`: likewise, but what followed a context message in its transaction was the worker's. `erased`: by
+    (field, key), persons to be forgotten, whose activities have that key in that field; each stretch begins where the
+    WAL was then, reaches back for ever, and ends within the commit in which the key was given to somebody else, where
+    that was done.
     """
 
     excluded: Mapping[tuple[str, str], Sequence[Stretch]] = {}
     erased: Mapping[Person, Sequence[Stretch]] = {}
+    marked: Mapping[tuple[str, str], Sequence[Stretch]] = {}
 
-    def excludes(self, commit_lsn: LSN) -> frozenset[tuple[str, str]]:
-        """The tables whose changes in this commit are not the worker's to record."""
+    def excludes(self, commit_lsn: LSN, *, heard: bool = False) -> frozenset[tuple[str, str]]:
+        """The tables whose changes in this commit are not the worker's to record, once a context message is `heard`."""
         return frozenset(
             table
-            for table, stretches in self.excluded.items()
+            for found in ((self.excluded,) if heard else (self.excluded, self.marked))
+            for table, stretches in found.items()
             if any(begin <= commit_lsn and (end is None or commit_lsn < end) for begin, end in stretches)
         )
 
     def open_ends(self, captured: Set[tuple[str, str]]) -> OpenEnds:
         """What is still to be done that all captured tables, and no others, are recorded."""
-        excluded = self.excluded
-        fresh = captured - excluded.keys()
-        waiting = {table for table in captured - fresh if any(end is None for _, end in excluded[table])}
-        others = {table for table in excluded.keys() - captured if any(not begin for begin, _ in excluded[table])}
-        return OpenEnds(fresh, waiting, others)
+        known = self.excluded.keys() | self.marked.keys()
+        waiting, marked = (
+            {table for table in captured if any(end is None for _, end in found.get(table, ()))}
+            for found in (self.excluded, self.marked)
+        )
+        others = {
+            table
+            for found in (self.excluded, self.marked)
+            for table in found.keys() - captured
+            if any(not begin for begin, _ in found[table])
+        }
+        return OpenEnds(captured - known, waiting, marked, others)
 
 
 def key_prefix(worker: str, system_identifier: str, commit_lsn: LSN) -> str:

@@ -6,10 +6,11 @@ import time
 import uuid
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Final
+from typing import Any, Final
 
 import psycopg
 from psycopg import sql
+from psycopg.abc import Params
 
 from cdc_worker import errors
 from cdc_worker.activities import Position, Scope, Stretch
@@ -52,8 +53,18 @@ FROM cdc_worker.checkpoint WHERE worker = %s
 
 def read(connection: Connection, worker: str) -> Checkpoint:
     """The worker's checkpoint. Raises NotSetUpError when there is none."""
+    rows = _rows(connection, _READ, (worker,))
+    if not rows:
+        raise errors.NotSetUpError(f'there is no checkpoint of the worker "{worker}"', hint="run: cdc-worker setup")
+    name, slot, plugin, system_identifier, created_at, lsn, commit_lsn, changes, *rest = rows[0]
+    position = Position(LSN.parse(lsn), LSN.parse(commit_lsn), changes)
+    return Checkpoint(name, slot, plugin, system_identifier, LSN.parse(created_at), position, *rest)
+
+
+def _rows(connection: Connection, query: str, parameters: Params) -> list[tuple[Any, ...]]:
+    """What is in tables of cdc-worker. Raises NotSetUpError if they aren't as this version makes them."""
     try:
-        row = connection.execute(_READ, (worker,)).fetchone()
+        return connection.execute(query.encode(), parameters).fetchall()
     except (psycopg.errors.UndefinedTable, psycopg.errors.InvalidSchemaName) as error:
         raise errors.NotSetUpError("the database has no tables of cdc-worker", hint="run: cdc-worker setup") from error
     except psycopg.errors.UndefinedColumn as error:
@@ -61,11 +72,6 @@ def read(connection: Connection, worker: str) -> Checkpoint:
             f"the tables of cdc-worker are not those of this version: {error.diag.message_primary}",
             hint="run: cdc-worker setup; what someone has renamed or dropped there, bring back",
         ) from error
-    if row is None:
-        raise errors.NotSetUpError(f'there is no checkpoint of the worker "{worker}"', hint="run: cdc-worker setup")
-    name, slot, plugin, system_identifier, created_at, lsn, commit_lsn, changes, *rest = row
-    position = Position(LSN.parse(lsn), LSN.parse(commit_lsn), changes)
-    return Checkpoint(name, slot, plugin, system_identifier, LSN.parse(created_at), position, *rest)
 
 
 _CREATE: Final = """\
@@ -126,10 +132,10 @@ def _forget(worker: str) -> str:
 
 
 _SCOPE: Final = """
-SELECT table_name, from_lsn, until_lsn, NULL, NULL FROM cdc_worker.excluded
+SELECT table_name, from_lsn, until_lsn, marked, NULL, NULL FROM cdc_worker.excluded
 WHERE worker = %(worker)s AND system_identifier = %(cluster)s
 UNION ALL
-SELECT NULL, CASE WHEN system_identifier = %(cluster)s THEN erased_lsn ELSE '0/0' END, until_lsn, field, key
+SELECT NULL, CASE WHEN system_identifier = %(cluster)s THEN erased_lsn ELSE '0/0' END, until_lsn, NULL, field, key
 FROM cdc_worker.erased
 WHERE worker = %(worker)s AND (system_identifier = %(cluster)s OR until_lsn IS NULL)
 """
@@ -141,15 +147,16 @@ def scope(connection: Connection, found: Checkpoint) -> Scope:
     Tables that setup has not seen are not in it: nobody has noted from where on they can be recorded.
     """
     excluded: dict[tuple[str, str], list[Stretch]] = {}
+    marks: dict[tuple[str, str], list[Stretch]] = {}
     erased: dict[tuple[str, str], list[Stretch]] = {}
     parameters = {"worker": found.worker, "cluster": found.system_identifier}
-    for table, begin, end, field, key in connection.execute(_SCOPE, parameters):
+    for table, begin, end, marked, field, key in _rows(connection, _SCOPE, parameters):
         stretch = (LSN.parse(begin), None if end is None else LSN.parse(end))
         if table is not None:
-            excluded.setdefault(qualified(table), []).append(stretch)
+            (marks if marked else excluded).setdefault(qualified(table), []).append(stretch)
         else:
             erased.setdefault((field, key), []).append(stretch)
-    return Scope(excluded, erased)
+    return Scope(excluded, erased, marks)
 
 
 def check_tables(checkpoint: Checkpoint, tables: list[str]) -> None:

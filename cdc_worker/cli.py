@@ -108,6 +108,9 @@ _dry_run = click.option("--dry-run", is_flag=True, help="Print the SQL with its 
 @click.option("--role", metavar="NAME", help="Role that the worker runs as: gets the grants it needs, and no more.")
 @click.option("--protect/--no-protect", default=True, help="Whether the worker's rows are read-only for others.")
 @click.option("--cutover/--no-cutover", default=True, help="Whether to take over from triggers that record already.")
+@click.option(
+    "--marked", is_flag=True, help="Of new tables, record only what follows a context message, until cutover."
+)
 @click.option("--failover", is_flag=True, help="Make a failover slot (PostgreSQL 17 or later).")
 @_settings
 def setup(settings: Settings, dry_run: bool, **wishes: Any) -> None:
@@ -128,14 +131,18 @@ def _echo(lines: Iterator[str]) -> None:
 @main.command()
 @_dry_run
 @click.option("--back", is_flag=True, help="Bring the triggers back: from there on they record again.")
+@click.option("--marked", is_flag=True, help="Record only what follows a context message, until: cdc-worker cutover.")
 @_settings
-def cutover(settings: Settings, dry_run: bool, back: bool) -> None:
-    """Take over from the triggers that recorded changes so far, exactly, while the application writes.
+def cutover(settings: Settings, dry_run: bool, back: bool, marked: bool) -> None:
+    """Take over from what recorded changes so far, triggers or old code, exactly, while the application writes.
 
     \b
-    Example: cdc-worker cutover --back
+    Example: cdc-worker cutover --marked
     """
-    _echo(cutting_over.cut_over(settings, profile.load(settings.profile), to_triggers=back, dry_run=dry_run))
+    if back and marked:
+        raise click.UsageError("--back is about triggers, --marked about an application that records by itself")
+    loaded = profile.load(settings.profile)
+    _echo(cutting_over.cut_over(settings, loaded, to_triggers=back, marked=marked, dry_run=dry_run))
 
 
 @main.command()

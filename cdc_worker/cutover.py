@@ -5,6 +5,10 @@ WAL. Whoever wrote to the table before has ended by then, and whoever writes to 
 marker's LSN divides the commits exactly, those that the triggers saw and those that the worker records. A new nonce in
 the checkpoint row, which every batch must know, keeps a worker that has not heard of it from writing; and when it comes
 to the marker, which anybody could have put there, it writes, if only its position, and so finds out.
+
+Where the application itself recorded so far, and its new code, which leaves that to the worker, comes gradually, there
+is a stretch in between: of the tables that are `marked` the worker records what follows a context message, which only
+new code sends. Such a stretch begins with a marker too, and ends with the cut-over.
 """
 
 from __future__ import annotations
@@ -24,11 +28,12 @@ from cdc_worker.rules import Rules, compile_rules, qualified
 
 
 def cut_over(
-    settings: Settings, profile: Profile, *, to_triggers: bool = False, dry_run: bool = False
+    settings: Settings, profile: Profile, *, to_triggers: bool = False, marked: bool = False, dry_run: bool = False
 ) -> Iterator[str]:
     """Let the worker record in place of the triggers that are there, or the triggers again in place of the worker.
 
-    Yields a line for each thing done, or its SQL. Raises what `run` would be stopped by at its start.
+    With `marked`, it records only what follows a context message until it is called again without. Yields a line for
+    each thing done, or its SQL. Raises what `run` would be stopped by at its start.
     """
     worker, rules = settings.worker, compile_rules(profile)
     with ddl.connected(settings) as connection:
@@ -38,6 +43,13 @@ def cut_over(
             checkpoint.read(connection, worker)
             steps = back(connection, worker, rules)
             nothing = "no trigger of a captured table has been taken away"
+        elif marked:
+            slot.check_checkpoint(connection, worker, settings.slot)
+            tracked = {".".join(tracker.table) for tracker in trackers(connection, profile, rules)}
+            steps = mark(connection, worker, rules, tracked=tracked)
+            yield from unclear(connection, profile, rules)
+            yield from not_marked(rules, tracked)
+            nothing = "of all tables that could be, only what follows a context message is recorded already"
         else:
             slot.check_checkpoint(connection, worker, settings.slot)
             found = trackers(connection, profile, rules)
@@ -165,23 +177,26 @@ SELECT DISTINCT table_name FROM cdc_worker.excluded
 WHERE worker = %s AND until_lsn IS NULL AND system_identifier = cdc_worker.cluster()
 """
 
+_MARKED: Final = _WAITING + " AND marked"
+
 
 def forward(
-    connection: Connection, worker: str, found: Iterable[Tracker], *, given_back: Collection[str] = ()
+    connection: Connection, worker: str, found: Iterable[Tracker], *, but: Collection[str] = ()
 ) -> Iterator[Step]:
     """Steps that let the worker take over from these triggers, a table each; also where they are gone already.
 
-    Tables that the worker doesn't capture yet, with the profile that it last ran with, are left to their triggers, and
-    so are those that were `given_back`.
+    And that end the stretches that are marked. Tables that the worker doesn't capture yet, with the profile that it
+    last ran with, are left to their triggers; these `but` stay as they are.
     """
     by_table: dict[str, list[Tracker]] = {}
     if ddl.exists(connection, "cdc_worker.excluded"):
         by_table = {table: [] for (table,) in connection.execute(_WAITING, (worker,))}
+    marked = marked_tables(connection, worker)
     for tracker in found:
         by_table.setdefault(".".join(tracker.table), []).append(tracker)
     captured = _captured(connection, worker)
     for table, there in sorted(by_table.items()):
-        if table in given_back or (captured is not None and table not in captured):
+        if table in but or (captured is not None and table not in captured):
             continue
         taken = [
             statement.format(
@@ -191,6 +206,8 @@ def forward(
             for statement in (_DROP, _SAVE)
         ]
         names = ", ".join(tracker.name for tracker in there) or "triggers that are gone"
+        if not there and table in marked:
+            names = "the application's old code: from here on, all that is committed"
         yield _step(f"{table}: the worker records in place of {names}", worker, table, *taken, _BEGIN)
 
 
@@ -207,6 +224,41 @@ def not_captured(connection: Connection, worker: str, tables: Iterable[str]) -> 
     """Which of these tables the worker has not run with yet, if it has run."""
     captured = _captured(connection, worker)
     return sorted(table for table in tables if captured is not None and table not in captured)
+
+
+def marked_tables(connection: Connection, worker: str) -> list[str]:
+    """The tables of which only what follows a context message is recorded as yet."""
+    if not ddl.exists(connection, "cdc_worker.excluded"):
+        return []
+    return [table for (table,) in connection.execute(_MARKED, (worker,))]
+
+
+_SET_UP: Final = """
+SELECT DISTINCT table_name FROM cdc_worker.excluded
+WHERE worker = %s AND table_name = ANY (%s) AND system_identifier = cdc_worker.cluster() ORDER BY 1
+"""
+
+
+def mark(connection: Connection, worker: str, rules: Rules, *, tracked: Collection[str]) -> Iterator[Step]:
+    """A step from which on only what follows a context message is recorded, of tables that no triggers record.
+
+    Nothing need be locked: whose transaction it is, old code's or new code's, it says itself.
+    """
+    names = [".".join(table) for table in recorded(rules)]
+    there = [table for (table,) in connection.execute(_SET_UP, (worker, names))]
+    tables = [table for table in there if table not in {*marked_tables(connection, worker), *tracked}]
+    if tables:
+        begin = (_BEGIN_MARKED.format(worker=worker, table=table) for table in tables)
+        yield Step(
+            f"{', '.join(tables)}: the worker records what follows a context message, and the application the rest",
+            ddl.transaction(checkpoint.new_nonce(worker), *begin),
+        )
+
+
+def not_marked(rules: Rules, tracked: Collection[str]) -> Iterator[str]:
+    """A line for each table that triggers record, also what follows a context message."""
+    for table in sorted({".".join(table) for table in recorded(rules)}.intersection(tracked)):
+        yield f"note: {table} is recorded by its triggers, whoever writes to it; to take over: cdc-worker cutover"
 
 
 _GIVEN_BACK: Final = _WAITING + " AND triggers AND from_lsn <> '0/0'"
@@ -256,10 +308,19 @@ _SAVE: Final = sql.SQL(
 _FORGET: Final = sql.SQL("DELETE FROM cdc_worker.replaced WHERE kind = 'tracker' AND table_name = {table}")
 _BEGIN: Final = sql.SQL(
     "WITH marker AS MATERIALIZED (SELECT cdc_worker.mark({worker}, {table}) AS lsn), closed AS (\n"
-    "    UPDATE cdc_worker.excluded SET until_lsn = marker.lsn, triggers = true FROM marker\n"
+    "    UPDATE cdc_worker.excluded SET until_lsn = marker.lsn, triggers = NOT marked FROM marker\n"
     "    WHERE table_name = {table} AND until_lsn IS NULL AND system_identifier = cdc_worker.cluster()\n"
+    "        AND (worker = {worker} OR NOT marked)\n"
     "    RETURNING worker)\n"
     "SELECT lsn FROM marker"
+)
+_BEGIN_MARKED: Final = sql.SQL(
+    "WITH marker AS MATERIALIZED (SELECT cdc_worker.mark({worker}, {table}) AS lsn), closed AS (\n"
+    "    UPDATE cdc_worker.excluded SET until_lsn = marker.lsn FROM marker\n"
+    "    WHERE worker = {worker} AND table_name = {table} AND until_lsn IS NULL"
+    " AND system_identifier = cdc_worker.cluster())\n"
+    "INSERT INTO cdc_worker.excluded (worker, table_name, from_lsn, marked)"
+    " SELECT {worker}, {table}, lsn, true FROM marker"
 )
 _END: Final = sql.SQL(
     "INSERT INTO cdc_worker.excluded (worker, table_name, from_lsn, triggers)\n"

@@ -24,12 +24,16 @@ from cdc_worker.rules import Rules, Table, compile_rules, qualified
 
 @dataclass(frozen=True, slots=True)
 class Wishes:
-    """What an installation may have otherwise. `role` is the worker's, which then gets its grants."""
+    """What an installation may have otherwise. `role` is the worker's, which then gets its grants.
+
+    With `marked`, of tables that are new to the worker only what follows a context message is recorded, until cut-over.
+    """
 
     role: str | None = None
     protect: bool = True
     failover: bool = False
     cutover: bool = True
+    marked: bool = False
 
 
 _PLAIN: Final = Wishes()
@@ -68,8 +72,11 @@ def setup(settings: Settings, profile: Profile, wishes: Wishes = _PLAIN) -> Iter
             left = cutover.given_back(connection, settings.worker)
             for table in left:
                 yield f"note: {table} is left to its triggers since cutover --back; to take over: cdc-worker cutover"
+            marked = cutover.marked_tables(connection, settings.worker)
+            for table in marked:
+                yield f"note: of {table} only what follows a context message is recorded, until: cdc-worker cutover"
             yield from cutover.not_yet(connection, settings.worker, trackers)
-            steps = cutover.forward(connection, settings.worker, trackers, given_back=left)
+            steps = cutover.forward(connection, settings.worker, trackers, but={*left, *marked})
             yield from ddl.performing(connection, steps)
 
 
@@ -86,10 +93,8 @@ def plan(settings: Settings, profile: Profile, wishes: Wishes = _PLAIN) -> Itera
         if _checkpoint(connection, worker) is None:
             yield ddl.script(connection, checkpoint.create(worker, name))
         if wishes.cutover:
-            left = cutover.given_back(connection, worker)
-            for step in cutover.forward(
-                connection, worker, cutover.trackers(connection, profile, rules), given_back=left
-            ):
+            left = {*cutover.given_back(connection, worker), *cutover.marked_tables(connection, worker)}
+            for step in cutover.forward(connection, worker, cutover.trackers(connection, profile, rules), but=left):
                 yield ddl.script(connection, step)
 
 
@@ -103,8 +108,9 @@ def _steps(connection: Connection, settings: Settings, profile: Profile, wishes:
         yield from _file(name, applied.get(name))
     rules = compile_rules(profile)
     tracked = {tracker.table for tracker in cutover.trackers(connection, profile, rules)}
+    marked = wishes.marked or bool(cutover.marked_tables(connection, settings.worker))
     for table in rules.values():
-        yield from _table(connection, table, settings.worker, tracked=table.name in tracked)
+        yield from _table(connection, table, settings.worker, tracked=table.name in tracked, marked=marked)
     if wishes.role is not None:
         yield from _role(connection, wishes.role)
         yield from _file(GRANTS, applied.get(GRANTS), grantee(profile, rules, wishes.role))
@@ -180,18 +186,25 @@ _BEGINS: Final = """\
 INSERT INTO cdc_worker.excluded (worker, table_name, from_lsn, until_lsn, triggers)
 VALUES ({}, {}, '0/0', {}, {}) ON CONFLICT DO NOTHING"""
 
+# From where it is set up.
+_MARKED: Final = """\
+INSERT INTO cdc_worker.excluded (worker, table_name, from_lsn, marked)
+SELECT worker, table_name, until_lsn, true FROM cdc_worker.excluded
+WHERE worker = {} AND table_name = {} AND from_lsn = '0/0' AND system_identifier = cdc_worker.cluster()"""
+
 _KNOWN: Final = """
 SELECT 1 FROM cdc_worker.excluded
 WHERE worker = %s AND table_name = %s AND from_lsn = '0/0' AND system_identifier = cdc_worker.cluster()
 """
 
 
-def _table(connection: Connection, table: Table, worker: str, *, tracked: bool) -> Iterator[Step]:
+def _table(connection: Connection, table: Table, worker: str, *, tracked: bool, marked: bool) -> Iterator[Step]:
     """Let a table's old rows be written to the WAL, and note from where on it is recorded.
 
     With the table locked, everyone who wrote to it without its old rows has ended. Only when it is new to the worker
     is that where it begins (or at the cut-over, if it is `tracked` by triggers): otherwise such changes are its own,
-    and become dead letters rather than being left out. A worker that runs hears of it by nonce and marker.
+    and become dead letters rather than being left out. A worker that runs hears of it by nonce and marker. If it is
+    `marked`, only what follows a context message is recorded from there on.
     """
     relation = sql.Identifier(*table.name).as_string()
     found = connection.execute(_IDENTITY, (relation,)).fetchone()
@@ -208,6 +221,8 @@ def _table(connection: Connection, table: Table, worker: str, *, tracked: bool) 
     if not installed or connection.execute(_KNOWN, (worker, name)).fetchone() is None:
         until = "NULL" if tracked else "pg_current_wal_insert_lsn()" if full else "'0/1'"
         statements.append(sql.SQL(_BEGINS).format(worker, name, sql.SQL(until), tracked))
+        if marked and not tracked:
+            statements.append(sql.SQL(_MARKED).format(worker, name))
         if _checkpoint(connection, worker) is not None:
             statements.insert(0, checkpoint.new_nonce(worker))
             statements.append(sql.SQL("SELECT cdc_worker.mark({}, {})").format(worker, name))

@@ -113,7 +113,7 @@ def _unrecorded_or_twice(look: Look, ends: OpenEnds) -> Iterator[Finding]:
     for tracker in cutover.trackers(connection, look.profile, look.rules):
         by_table.setdefault(tracker.table, []).append(tracker.name)
     new = set(map(qualified, cutover.not_captured(connection, worker, map(".".join, by_table))))
-    for table in sorted(ends.fresh | ends.waiting | by_table.keys()):
+    for table in sorted(ends.fresh | ends.waiting | ends.marked | by_table.keys()):
         name, triggers = ".".join(table), ", ".join(by_table.get(table, ()))
         if table in ends.fresh:
             yield failed(f"{name} is not set up: the worker leaves it out", "cdc-worker setup")
@@ -123,6 +123,11 @@ def _unrecorded_or_twice(look: Look, ends: OpenEnds) -> Iterator[Finding]:
             yield warning(
                 f"{name} is recorded by {triggers}, and the worker has not run with it yet",
                 "start the worker with this profile, or send it a SIGHUP; then: cdc-worker cutover",
+            )
+        elif table in ends.marked and not triggers:
+            yield warning(
+                f"of {name} only what follows a context message is recorded, and the rest is left to the application",
+                "once no old code runs any more: cdc-worker cutover",
             )
         elif table in ends.waiting:
             recorded = f"recorded by {triggers}" if triggers else "recorded by nothing, for its triggers are gone"
@@ -242,10 +247,11 @@ def _own(look: Look) -> tuple[str, str, list[str]]:
     known = checkpoint.read(look.connection, look.settings.worker)
     scope = checkpoint.scope(look.connection, known)
     ends = scope.open_ends({*cutover.recorded(look.rules)})
-    last = max((end or begin for stretches in scope.excluded.values() for begin, end in stretches), default=INVALID)
+    found = (*scope.excluded.values(), *scope.marked.values())
+    last = max((end or begin for stretches in found for begin, end in stretches), default=INVALID)
     types: dict[bool, set[str]] = {True: set(), False: set()}
     for name, table in look.profile.tables.items():
-        types[qualified(name) in ends.fresh | ends.waiting] |= {rule.type for rule in table.rules}
+        types[qualified(name) in ends.fresh | ends.waiting | ends.marked] |= {rule.type for rule in table.rules}
     prefix = key_prefix(known.worker, known.system_identifier, last)
     until = key_prefix(known.worker, known.system_identifier, LSN(2**64 - 1))
     return prefix, until, sorted(types[False] - types[True])

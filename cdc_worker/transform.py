@@ -187,6 +187,7 @@ class Transformer:
     def _hear(self, message: Message) -> None:
         if message.prefix != CONTEXT_PREFIX:
             return
+        self._excluded = self._scope.excludes(self._commit_lsn, heard=True)
         try:
             said = msgspec.json.decode(message.content, type=dict[str, Any])
         except (msgspec.DecodeError, RecursionError):

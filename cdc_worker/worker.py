@@ -468,11 +468,13 @@ class Worker:
         for event, tables, mend in (
             ("table_not_set_up", ends.fresh, "cdc-worker setup"),
             ("cutover_pending", ends.waiting, "cdc-worker cutover"),
+            ("cutover_marked", ends.marked, "once no old code runs any more: cdc-worker cutover"),
             ("table_not_in_profile", ends.others, "the profile, then SIGHUP"),
         ):
             if tables:
                 self._log.warning(event, tables=sorted(map(".".join, tables)), mend=mend)
-        return Scope({**known.excluded, **{table: [(INVALID, None)] for table in ends.fresh}}, known.erased)
+        left_out = {table: [(INVALID, None)] for table in ends.fresh}
+        return Scope({**known.excluded, **left_out}, known.erased, known.marked)
 
     def _alarm(self, event: str, table: tuple[str, str]) -> bool:
         """Whether this alarm is the first of its kind for a table: one of each row would be too many."""
