@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,6 +22,12 @@ from cdc_worker.cluster import Binaries, Cluster, find_binaries
 
 hypothesis.settings.register_profile("suite", deadline=None, print_blob=True)
 hypothesis.settings.load_profile("suite")
+
+MEMORY = Path("/dev/shm")  # noqa: S108  # what is made there has a name of its own
+# A database is 300 files, and making them can take a disk longer than all else in a test. Crashes are those of
+# processes, which files in memory outlive as well. TMPDIR overrides it.
+if "TMPDIR" not in os.environ and MEMORY.is_dir() and shutil.disk_usage(MEMORY).free > 4 << 30:
+    tempfile.tempdir = str(MEMORY)
 
 
 @pytest.fixture(scope="session")
