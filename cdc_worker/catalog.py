@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from decimal import Decimal
 from typing import Final, Literal
@@ -73,20 +73,26 @@ def columns(connection: Connection, *tables: tuple[str, str]) -> Columns:
     return found
 
 
+# Of a partitioned table its partitions, which store its rows.
 _UNDECODED: Final = """
-SELECT CASE WHEN relkind = 'p' THEN 'partitioned: its changes bear the names of its partitions'
-            WHEN relkind IN ('v', 'm') THEN 'a view: it has no changes of its own'
+WITH RECURSIVE part AS (
+    SELECT to_regclass(format('%%I.%%I', %s::text, %s::text))::oid AS oid, true AS whole
+    UNION ALL
+    SELECT inhrelid, false FROM part JOIN pg_partitioned_table ON partrelid = oid JOIN pg_inherits ON inhparent = oid
+)
+SELECT whole, nspname || '.' || relname,
+       CASE WHEN relkind IN ('v', 'm') THEN 'a view: it has no changes of its own'
             WHEN relkind = 'f' THEN 'foreign: its changes are another server''s'
             WHEN relkind <> 'r' THEN 'no table'
             WHEN relpersistence = 'u' THEN 'unlogged: its changes are not in the WAL'
             WHEN relpersistence = 't' THEN 'temporary: its changes are not in the WAL' END,
-       CASE WHEN relkind = 'p' THEN 'capture those in its place'
-            WHEN relkind IN ('v', 'm') THEN 'capture the tables that it shows in its place'
+       CASE WHEN relkind IN ('v', 'm') THEN 'capture the tables that it shows in its place'
             WHEN relkind = 'f' THEN 'capture it there'
-            WHEN relpersistence = 'u' THEN 'as its owner: ALTER TABLE ' || relation || ' SET LOGGED'
+            WHEN relpersistence = 'u' THEN format('as its owner: ALTER TABLE %%I.%%I SET LOGGED', nspname, relname)
             ELSE 'capture another one in its place' END
-FROM (VALUES (format('%%I.%%I', %s::text, %s::text))) AS named (relation)
-JOIN pg_class c ON c.oid = to_regclass(relation)
+FROM part JOIN pg_class c USING (oid) JOIN pg_namespace n ON n.oid = relnamespace
+WHERE relkind <> 'p' AND (relkind, relpersistence) <> ('r', 'p')
+ORDER BY 2
 """
 
 
@@ -180,12 +186,19 @@ def target_table(connection: Connection, target: Target) -> TargetTable:
     return TargetTable(types, lengths, foreign_keys, deferrable, row_security, deadlock_timeout, numbered)
 
 
-def check(connection: Connection, profile: Profile, rules: Rules) -> TargetTable:
+def check(
+    connection: Connection, profile: Profile, rules: Rules, *, tell: Callable[[list[str]], None] | None = None
+) -> TargetTable:
     """Hold a profile against the database; returns what there is to know of its target.
 
-    CatalogMismatchError has every fault with which a table, or a rule, would come to nothing.
+    CatalogMismatchError has every fault with which a table, or a rule, would come to nothing. Where those of captured
+    tables are no reason to stop, `tell` hears of them.
     """
-    if certain := [fault for fault in faults(connection, profile, rules) if fault.certain]:
+    certain = [fault for fault in faults(connection, profile, rules) if fault.certain]
+    if tell is not None:
+        tell([fault.message for fault in certain if fault.captured])
+        certain = [fault for fault in certain if not fault.captured]
+    if certain:
         lines = "\n".join(f"  {fault.message}" for fault in certain)
         raise errors.CatalogMismatchError(
             f'profile "{profile.name}" does not fit the database:\n{lines}',
@@ -198,13 +211,14 @@ def check(connection: Connection, profile: Profile, rules: Rules) -> TargetTable
 class Fault:
     """Where a profile and the database disagree, and what mends it. If it isn't `certain`, some rows would do.
 
-    `missing` are columns that the target doesn't have.
+    `missing` are columns that the target doesn't have. It is about a `captured` table, or about the target.
     """
 
     message: str
     fix: str
     certain: bool = True
     missing: tuple[str, ...] = ()
+    captured: bool = False
 
 
 def faults(connection: Connection, profile: Profile, rules: Rules) -> Iterator[Fault]:
@@ -215,13 +229,13 @@ def faults(connection: Connection, profile: Profile, rules: Rules) -> Iterator[F
         found = captured[table.name]
         where = f"[tables.{section(table.name)}] of the profile"
         if not found:
-            yield Fault(f"captured table {name} does not exist", f"rename {where}, or take it out")
+            yield Fault(f"captured table {name} does not exist", f"rename {where}, or take it out", captured=True)
         elif missing := sorted(table.columns - found.keys()):
-            yield Fault(
-                f"captured table {name} has no column {', '.join(missing)}", f"name columns that it has in {where}"
-            )
-        elif (undecoded := fetch_one(connection, _UNDECODED, *table.name))[0] is not None:
-            yield Fault(f"captured table {name} is {undecoded[0]}", undecoded[1])
+            message = f"captured table {name} has no column {', '.join(missing)}"
+            yield Fault(message, f"name columns that it has in {where}", captured=True)
+        for whole, part, fate, fix in connection.execute(_UNDECODED, table.name).fetchall():
+            described = f"captured table {name}" if whole else f"partition {part} of captured table {name}"
+            yield Fault(f"{described} is {fate}", fix, certain=whole, captured=True)
     yield from _never_told(connection, profile, captured)
     yield from _target_faults(connection, profile, captured)
 
@@ -242,6 +256,7 @@ def _never_told(connection: Connection, profile: Profile, captured: Columns) -> 
                     yield Fault(
                         f'{described} is about {column} = "{text(value)}", which a {of.declared} is never',
                         f'write a value of {of.declared} in the "to" of the rule, as PostgreSQL prints it',
+                        captured=True,
                     )
 
 
@@ -397,6 +412,7 @@ def _target_faults(connection: Connection, profile: Profile, captured: Columns) 
                 f" {'all rules' if len(by) == len(rules) else ', '.join(by)}",
                 add if value is not None and taker.labels else retype,
                 certain=certain,
+                captured=source.column is not None,
             )
 
 

@@ -169,13 +169,18 @@ def _file(name: str, applied: str | None, variables: dict[str, str] | None = Non
         )
 
 
-_IDENTITY: Final = """
-SELECT relreplident::text, CASE relreplident
-           WHEN 'd' THEN 'DEFAULT' WHEN 'n' THEN 'NOTHING' WHEN 'f' THEN 'FULL'
+# Of a partitioned table its partitions, which store its rows.
+_IDENTITIES: Final = """
+SELECT nspname::text, relname::text, c.oid <> to_regclass(%(relation)s), CASE relreplident
+           WHEN 'd' THEN 'DEFAULT' WHEN 'n' THEN 'NOTHING'
            ELSE coalesce((SELECT 'USING INDEX ' || quote_ident(i.relname)
                           FROM pg_index JOIN pg_class i ON i.oid = indexrelid
                           WHERE indrelid = c.oid AND indisreplident), 'NOTHING') END
-FROM pg_class c WHERE oid = to_regclass(%s)
+FROM pg_class c JOIN pg_namespace n ON n.oid = relnamespace
+WHERE (c.oid = to_regclass(%(relation)s)
+       OR c.oid IN (SELECT relid FROM pg_partition_tree(to_regclass(%(relation)s)) WHERE isleaf))
+    AND relkind = 'r' AND relreplident <> 'f'
+ORDER BY 1, 2
 """
 
 _FOUND: Final = """\
@@ -201,25 +206,30 @@ WHERE worker = %s AND table_name = %s AND from_lsn = '0/0' AND system_identifier
 def _table(connection: Connection, table: Table, worker: str, *, tracked: bool, marked: bool) -> Iterator[Step]:
     """Let a table's old rows be written to the WAL, and note from where on it is recorded.
 
-    With the table locked, everyone who wrote to it without its old rows has ended. Only when it is new to the worker
-    is that where it begins (or at the cut-over, if it is `tracked` by triggers): otherwise such changes are its own,
-    and become dead letters rather than being left out. A worker that runs hears of it by nonce and marker. If it is
-    `marked`, only what follows a context message is recorded from there on.
+    With the table locked, or each of its partitions in turn, everyone who wrote to it without its old rows has ended.
+    Only when it is new to the worker is that where it begins (or at the cut-over, if it is `tracked` by triggers):
+    otherwise such changes are its own, and become dead letters rather than being left out. A worker that runs hears of
+    it by nonce and marker. If it is `marked`, only what follows a context message is recorded from there on.
     """
     relation = sql.Identifier(*table.name).as_string()
-    found = connection.execute(_IDENTITY, (relation,)).fetchone()
-    if not any(table.rules.values()) or found is None:
+    if not any(table.rules.values()) or not ddl.exists(connection, relation):
         return
-    identity, definition = found
     name = ".".join(table.name)
     statements: list[sql.Composable | str] = []
-    if table.needs_old_rows and identity != "f":
-        restore = f"ALTER TABLE {relation} REPLICA IDENTITY {definition}"
-        statements += [f"ALTER TABLE {relation} REPLICA IDENTITY FULL", sql.SQL(_FOUND).format(name, restore)]
-    full = bool(statements)
+    unready = connection.execute(_IDENTITIES, {"relation": relation}).fetchall() if table.needs_old_rows else []
+    for schema, relname, partition, definition in unready:
+        stored, alter = f"{schema}.{relname}", f"ALTER TABLE {sql.Identifier(schema, relname).as_string()}"
+        found = sql.SQL(_FOUND).format(stored, f"{alter} REPLICA IDENTITY {definition}")
+        altered: list[sql.Composable | str] = [f"{alter} REPLICA IDENTITY FULL", found]
+        if partition:
+            lock = f"ACCESS EXCLUSIVE on {sql.Identifier(schema, relname).as_string()}"
+            yield Step(f"replica identity of {stored} is FULL", ddl.transaction(*altered), lock)
+        else:
+            statements += altered
+    locked = bool(statements)
     installed = ddl.exists(connection, "cdc_worker.excluded")
     if not installed or connection.execute(_KNOWN, (worker, name)).fetchone() is None:
-        until = "NULL" if tracked else "pg_current_wal_insert_lsn()" if full else "'0/1'"
+        until = "NULL" if tracked else "pg_current_wal_insert_lsn()" if unready else "'0/1'"
         statements.append(sql.SQL(_BEGINS).format(worker, name, sql.SQL(until), tracked))
         if marked and not tracked:
             statements.append(sql.SQL(_MARKED).format(worker, name))
@@ -227,8 +237,8 @@ def _table(connection: Connection, table: Table, worker: str, *, tracked: bool, 
             statements.insert(0, checkpoint.new_nonce(worker))
             statements.append(sql.SQL("SELECT cdc_worker.mark({}, {})").format(worker, name))
     if statements:
-        title = f"replica identity of {name} is FULL" if full else f"{name} is set up"
-        yield Step(title, ddl.transaction(*statements), f"ACCESS EXCLUSIVE on {relation}" if full else "")
+        title = f"replica identity of {name} is FULL" if locked else f"{name} is set up"
+        yield Step(title, ddl.transaction(*statements), f"ACCESS EXCLUSIVE on {relation}" if locked else "")
 
 
 _ROLE: Final = """

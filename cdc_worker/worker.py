@@ -177,6 +177,7 @@ class Worker:
         self._process = Process(settings.worker)
         self._watch = Watch(settings, self._process, log)
         self._reachable = False
+        self._misfits: list[str] = []
         self._alarmed: set[tuple[str, tuple[str, str]]] = set()
         self._partitions: Partitions | None = None
         self._started = False
@@ -390,7 +391,9 @@ class Worker:
         found, _ = slot.check_checkpoint(connection, settings.worker, settings.slot)
         self._check_owner(found)
         self._nonce = self._nonce or found.nonce
-        table = catalog.check(connection, self._profile, self._rules)
+        # A column that an application renames while we run must not end what is recorded of all the others.
+        tell = self._warn_of_misfits if self._started else None
+        table = catalog.check(connection, self._profile, self._rules, tell=tell)
         setup.check_grants(connection, self._profile, self._rules, server.role)
         return server, found, table
 
@@ -475,6 +478,12 @@ class Worker:
                 self._log.warning(event, tables=sorted(map(".".join, tables)), mend=mend)
         left_out = {table: [(INVALID, None)] for table in ends.fresh}
         return Scope({**known.excluded, **left_out}, known.erased, known.marked)
+
+    def _warn_of_misfits(self, faults: list[str]) -> None:
+        """Warn that captured tables are no longer as the profile has them, once of each set of faults."""
+        if faults and faults != self._misfits:
+            self._log.warning("profile_misfits", faults=faults, mend="the profile, then SIGHUP")
+        self._misfits = faults
 
     def _alarm(self, event: str, table: tuple[str, str]) -> bool:
         """Whether this alarm is the first of its kind for a table: one of each row would be too many."""

@@ -602,7 +602,6 @@ def test_tables_of_which_nothing_would_come(crm: Crm, tmp_path: Path) -> None:
     profile = leadfi_with(tmp_path, ("[tables.contact]", f"{more}[tables.contact]"))
     said, _ = refused(crm, errors.CatalogMismatchError, profile=profile)
     assert said.splitlines()[1:] == [
-        "  captured table public.parted is partitioned: its changes bear the names of its partitions",
         "  captured table public.seen is a view: it has no changes of its own",
         "  captured table public.kept is a view: it has no changes of its own",
         "  captured table public.remote is foreign: its changes are another server's",

@@ -134,6 +134,8 @@ def test_each_fault_of_a_profile_is_a_finding_with_a_way_out(crm: Crm, tmp_path:
     crm.connection.execute(
         """
         CREATE TABLE parted (id int PRIMARY KEY) PARTITION BY RANGE (id);
+        CREATE TABLE one PARTITION OF parted FOR VALUES FROM (1) TO (2);
+        CREATE UNLOGGED TABLE others PARTITION OF parted DEFAULT;
         CREATE VIEW seen AS SELECT id FROM parted;
         CREATE UNLOGGED TABLE fast (id int PRIMARY KEY);
         """
@@ -151,8 +153,8 @@ def test_each_fault_of_a_profile_is_a_finding_with_a_way_out(crm: Crm, tmp_path:
         ("captured table public.lead has no column sauce", "name columns that it has in [tables.lead] of the profile"),
         ("captured table public.client does not exist", "rename [tables.client] of the profile, or take it out"),
         (
-            "captured table public.parted is partitioned: its changes bear the names of its partitions",
-            "capture those in its place",
+            "partition public.others of captured table public.parted is unlogged: its changes are not in the WAL",
+            "as its owner: ALTER TABLE public.others SET LOGGED",
         ),
         (
             "captured table public.seen is a view: it has no changes of its own",
