@@ -11,7 +11,7 @@ import psycopg
 from psycopg.rows import class_row
 from pydantic import BaseModel, Field
 
-from cdc_worker import __version__, checkpoint, errors, postgres, process, slot
+from cdc_worker import __version__, checkpoint, cutover, errors, postgres, process, slot
 from cdc_worker.config import Settings
 from cdc_worker.lsn import INVALID, LSN
 from cdc_worker.postgres import Blocker, Connection
@@ -84,6 +84,9 @@ class Status(BaseModel):
     activities: Counts = Field(description="activities written")
     dead_letters: Counts = Field(description="changes that could not become activities")
     dead_letters_waiting: int = Field(description="those that nobody has seen to")
+    marked: list[str] = Field(
+        description="tables of which only what follows a context message is recorded, until `cdc-worker cutover`"
+    )
     last_error: Failure | None = Field(description="what went wrong last")
     version: str = Field(description="of this command")
     server_version: str = Field(description="of PostgreSQL")
@@ -222,6 +225,7 @@ def _status(connection: Connection, settings: Settings) -> Status:
         activities=activities,
         dead_letters=dead_letters,
         dead_letters_waiting=seen.waiting,
+        marked=cutover.marked_tables(connection, worker),
         last_error=_last_error(processes),
         version=__version__,
         server_version=seen.server_version,
@@ -323,6 +327,8 @@ def _values(found: Status) -> Iterator[tuple[str, str]]:
         yield "retained WAL", f"{found.retained_bytes:,} bytes"
     yield "activities", _counts(found.activities)
     yield "dead letters", f"{_counts(found.dead_letters)}; {found.dead_letters_waiting:,} waiting"
+    if found.marked:
+        yield "cut-over", f"of {', '.join(found.marked)} only what follows a context message is recorded"
     failure = found.last_error
     yield "last error", f"{_time(failure.at)}: {failure.error}" if failure else "none"
     yield "server", f"PostgreSQL {found.server_version}"

@@ -219,7 +219,9 @@ def test_another_worker_ends_its_own_stretch_alone(logging_crm: Crm) -> None:
     ]
 
 
-def test_the_doctor_says_that_it_is_open(logging_crm: Crm) -> None:
+def test_doctor_and_status_say_that_it_is_open(logging_crm: Crm) -> None:
+    said = logging_crm.succeed("status")
+    assert "cut-over:     of public.customer, public.lead only what follows a context message is recorded\n" in said
     (found,) = (f for f in findings(logging_crm, "trackers") if "public.lead" in f.message)
     assert (found.outcome, found.message, found.fix) == (
         "warning",
