@@ -231,7 +231,7 @@ def test_late_because_a_backlog_is_read(crm: Crm) -> None:
     crm.add_leads(1)
     crm.execute("UPDATE cdc_worker.checkpoint SET committed_at = now() - interval '1 hour'")
     with crm.worker() as worker, psycopg.connect(crm.dsn) as other:
-        other.execute("LOCK TABLE cdc_worker.excluded")  # the worker has the slot, and can't begin
+        other.execute("LOCK TABLE cdc_worker.erased")  # the worker has the slot, and can't begin
         eventually(lambda: "active" in (process.role for process in seen(crm).processes))
         assert late(crm).startswith(("catching up: ", "target locked: "))
         other.rollback()
