@@ -471,7 +471,7 @@ class Worker:
         for event, tables, mend in (
             ("table_not_set_up", ends.fresh, "cdc-worker setup"),
             ("cutover_pending", ends.waiting, "cdc-worker cutover"),
-            ("cutover_marked", ends.marked, "once no old code runs any more: cdc-worker cutover"),
+            ("cutover_pending", ends.marked, "once no old code runs any more: cdc-worker cutover"),
             ("table_not_in_profile", ends.others, "the profile, then SIGHUP"),
         ):
             if tables:

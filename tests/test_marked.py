@@ -135,7 +135,7 @@ def test_a_running_worker_hears_of_both_ends(crm: Crm) -> None:
             crm.execute(SAYS)
             crm.execute("UPDATE lead SET status = 'said'")
         eventually(lambda: told(crm)["said"])
-        event = worker.wait_for("cutover_marked")
+        event = worker.wait_for("cutover_pending")
         assert (event["tables"], event["mend"]) == (
             ["public.customer", "public.lead"],
             "once no old code runs any more: cdc-worker cutover",
