@@ -12,8 +12,9 @@ from psycopg import sql
 
 from cdc_worker import errors
 from cdc_worker.postgres import Connection, fetch_one
-from cdc_worker.profile import Constant, Profile, Target
-from cdc_worker.rules import Rules, qualified, text
+from cdc_worker.profile import Condition, Constant, Match, Matcher, Profile, Rule, Target
+from cdc_worker.rules import Rules, qualified
+from cdc_worker.templates import text
 from cdc_worker.written import Source, written
 
 _COLUMNS: Final = """
@@ -249,15 +250,43 @@ def _never_told(connection: Connection, profile: Profile, captured: Columns) -> 
     """Rules that wait for a value which their column can never have."""
     for name, table in profile.tables.items():
         for rule in table.rules:
-            for column, value in rule.to.items():
+            described = f"rule {rule.label} of {'.'.join(qualified(name))}"
+            for column, constants in _awaited(rule):
                 of = captured[qualified(name)].get(column)
-                if of is not None and column not in table.mapped and not _can_be(connection, of, value):
-                    described = f"rule {rule.name or rule.type} of {'.'.join(qualified(name))}"
+                if of is None or column in table.mapped or any(_can_be(connection, of, c) for c in constants):
+                    continue
+                what = " or ".join(f'"{text(constant)}"' for constant in constants)
+                yield Fault(
+                    f"{described} is about {column} = {what}, which a {of.declared} is never",
+                    f"write a value of {of.declared} there, as PostgreSQL prints it",
+                    captured=True,
+                )
+            for column in rule.delta:
+                of = captured[qualified(name)].get(column)
+                if of is not None and of.base not in _NUMBERS:
                     yield Fault(
-                        f'{described} is about {column} = "{text(value)}", which a {of.declared} is never',
-                        f'write a value of {of.declared} in the "to" of the rule, as PostgreSQL prints it',
+                        f"{described} is about how much {column} changes, which is no number but a {of.declared}",
+                        'name a column of numbers in the "delta" of the rule',
                         captured=True,
                     )
+
+
+def _awaited(rule: Rule) -> Iterator[tuple[str, list[Constant]]]:
+    """The columns that must have one of certain values, and these."""
+    compared = [*rule.from_.items(), *rule.to.items()]
+    if rule.when is not None:
+        compared += _all_compared(rule.when)
+    for column, matcher in compared:
+        values = matcher if isinstance(matcher, list) else [matcher]
+        constants = [value for value in values if not isinstance(value, Match)]
+        if len(constants) == len(values):
+            yield column, constants
+
+
+def _all_compared(condition: Condition) -> list[tuple[str, Matcher]]:
+    """The columns of the captured table that a condition compares whatever else holds."""
+    own = [*condition.old.items(), *condition.new.items(), *condition.row.items()]
+    return own + [pair for one in condition.all for pair in _all_compared(one)]
 
 
 _PRINTED: Final = "SELECT format('%%s', %s::{})"

@@ -60,7 +60,7 @@ def _settings(command: Callable[P, None]) -> Callable[..., None]:
             raise _Failure(error, None if run else 1) from error
 
     for name, field in reversed(Settings.model_fields.items()):
-        default = f" [default: {field.default}]" if field.default is not None and name != "dsn" else ""
+        default = f" [default: {field.default}]" if field.default not in (None, ()) and name != "dsn" else ""
         wrapped = click.option(f"--{name.replace('_', '-')}", help=f"{field.description}{default}")(wrapped)
     return wrapped
 

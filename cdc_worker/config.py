@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
 import tomllib
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 from psycopg.conninfo import conninfo_to_dict
-from pydantic import AfterValidator, Field, SecretStr, StringConstraints, ValidationError
-from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
+from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, StringConstraints, ValidationError
+from pydantic_settings import (
+    BaseSettings,
+    NoDecode,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    TomlConfigSettingsSource,
+)
 
 from cdc_worker.errors import ConnectionStringError, SettingsError
+from cdc_worker.profile import Profile
+from cdc_worker.rules import Function, Rules, compile_rules
 
 PREFIX = "CDC_WORKER_"
 
@@ -26,7 +35,11 @@ def _time_zone(name: str) -> str:
     return name
 
 
-_SECRETS = ("dsn", "context_key")
+def _listed(value: object) -> object:
+    return [name.strip() for name in value.split(",") if name.strip()] if isinstance(value, str) else value
+
+
+_SECRETS = ("dsn", "context_key", "mask_key")
 
 SlotName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9_]{1,63}$")]
 Seconds = Annotated[float, Field(gt=0)]
@@ -64,10 +77,16 @@ class Settings(BaseSettings):
     )
     context_key: Annotated[SecretStr, Field(min_length=16)] | None = Field(
         None,
-        description="Key that signs context messages, of 16 characters at least; what isn't signed is then not trusted.",
+        description="Key that signs context messages, of 16 characters at least; others are not trusted then.",
     )
     unsigned_control: bool = Field(
         False, description="Whether context messages may ask to skip or collapse changes without being signed."
+    )
+    rule_modules: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_listed)] = Field(
+        (), description="Python modules, with commas between them, whose functions a profile may name as rules."
+    )
+    mask_key: Annotated[SecretStr, Field(min_length=16)] | None = Field(
+        None, description="Key of the hashes that stand in place of masked values, of 16 characters at least."
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="debug, info, warning or error."
@@ -80,6 +99,25 @@ class Settings(BaseSettings):
     def worker(self) -> str:
         """The name under which this worker keeps its checkpoint and makes its keys."""
         return self.name or self.slot
+
+    def rules(self, profile: Profile) -> Rules:
+        """A profile's rules, with what these settings allow them. Raises ProfileError."""
+        key = None if self.mask_key is None else self.mask_key.get_secret_value()
+        return compile_rules(profile, function=self._function, mask_key=key)
+
+    def _function(self, name: str) -> Function:
+        """A function that a profile names as a rule, if its module is allowed. Raises ValueError."""
+        module, _, function = name.partition(":")
+        if module not in self.rule_modules:
+            allowed = ", ".join(self.rule_modules) or "no modules"
+            raise ValueError(f'"{name}": the settings allow functions of {allowed} (rule_modules)')
+        try:
+            found = getattr(importlib.import_module(module), function)
+        except Exception as error:
+            raise ValueError(f'"{name}" can\'t be imported: {type(error).__name__}: {error}') from error
+        if not callable(found):
+            raise ValueError(f'"{name}" is no function')
+        return cast("Function", found)
 
     @classmethod
     def settings_customise_sources(

@@ -24,7 +24,7 @@ from cdc_worker.config import Settings
 from cdc_worker.ddl import Step
 from cdc_worker.postgres import Connection
 from cdc_worker.profile import Profile
-from cdc_worker.rules import Rules, compile_rules, qualified
+from cdc_worker.rules import Rules, qualified
 
 
 def cut_over(
@@ -35,7 +35,7 @@ def cut_over(
     With `marked`, it records only what follows a context message until it is called again without. Yields a line for
     each thing done, or its SQL. Raises what `run` would be stopped by at its start.
     """
-    worker, rules = settings.worker, compile_rules(profile)
+    worker, rules = settings.worker, settings.rules(profile)
     with ddl.connected(settings) as connection:
         if not dry_run:
             ddl.one_at_a_time(connection)  # before anything is read that another may be changing

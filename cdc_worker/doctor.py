@@ -13,7 +13,6 @@ from cdc_worker import postgres, profile, server_checks, slot_checks, table_chec
 from cdc_worker.checks import Check, Finding, Look, examine, failed
 from cdc_worker.config import Settings
 from cdc_worker.errors import CdcWorkerError
-from cdc_worker.rules import compile_rules
 
 CHECKS: Final[tuple[Check, ...]] = (*server_checks.CHECKS, *table_checks.CHECKS, *slot_checks.CHECKS)
 
@@ -38,7 +37,7 @@ def _findings(settings: Settings, checks: Iterable[Check]) -> list[Finding]:
     step = "profile"
     try:
         loaded = profile.load(settings.profile)
-        rules = compile_rules(loaded)
+        rules = settings.rules(loaded)
         step = "connection"
         with postgres.connect(settings.dsn.get_secret_value(), settings.worker, name=postgres.DOCTOR) as connection:
             connection.execute(PATIENCE)

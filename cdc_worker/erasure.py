@@ -21,7 +21,7 @@ from cdc_worker.changes import Change
 from cdc_worker.config import Settings
 from cdc_worker.postgres import Connection
 from cdc_worker.profile import Profile
-from cdc_worker.rules import Rules, compile_rules, qualified
+from cdc_worker.rules import Rules, qualified
 from cdc_worker.transform import ERASED, blank
 
 OUT_OF_REACH: Final = (
@@ -71,7 +71,7 @@ def forget(settings: Settings, profile: Profile, persons: Mapping[str, str]) -> 
     Raises SettingsError for a field that has no persons, or a key that can be nobody's, and TargetUnusableError where
     the worker's rows can't be told from others.
     """
-    rules, worker = compile_rules(profile), settings.worker
+    rules, worker = settings.rules(profile), settings.worker
     target = _Target(profile, rules, worker)
     links = {field: target.link(field) for field in persons}
     with postgres.connect(settings.dsn.get_secret_value(), worker) as connection:

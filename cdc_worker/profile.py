@@ -1,9 +1,11 @@
 """A profile: what a CRM's tables mean, as read from a TOML file.
 
-Strings in `fields`, `metadata`, `description` and `actor` are templates: Python format strings over `old`, `new`,
-`row` (the new row, or the old one of a delete), a fact's name, `context`, `columns` and `changes`. A template that is
-one bare name in braces, such as `"{new.status}"`, keeps the value's type; any other is text, in which NULL prints as
-nothing. A description and an actor are always text.
+A *value* is a constant, a template, a map or a list of parts. A template is a Python format string over paths:
+`{old.status}`, `{new.status}`, `{row.status}` (the new row, or the old one of a delete), `{lookup.user.name}`,
+`{values.action}`, `{context.request_id}`, and the bare names `{columns}` and `{changes}`. Within the braces `or` falls
+back on another path, or on a text in single quotes, where there is NULL or nothing: `{new.company or 'Unknown'}`. A
+template that is one pair of braces and nothing else keeps the value's type; any other is text, in which NULL prints as
+nothing. Format specifications are Python's, and `cut 100` or `cut 100 ...`, which shortens.
 """
 
 from __future__ import annotations
@@ -12,18 +14,53 @@ import tomllib
 from decimal import Decimal
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    StringConstraints,
+    Tag,
+    ValidationError,
+    model_validator,
+)
 
 from cdc_worker.changes import Operation
 from cdc_worker.errors import ProfileError
 
-Constant = bool | int | Decimal | str
-Template = str | bool | int
-Name = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_]*$", max_length=63)]
 
-FIELDS = frozenset({"type", "description", "metadata", "occurred_at", "created_by", "change_key"})
+def _kind(value: object) -> str | None:
+    """What TOML calls it: so that of several kinds of value one is read, and its faults are told alone."""
+    kinds = {
+        bool: "<boolean>",
+        int: "<integer>",
+        Decimal: "<float>",
+        float: "<float>",
+        str: "<string>",
+        list: "<array>",
+    }
+    return "<table>" if isinstance(value, (dict, BaseModel)) else kinds.get(type(value))
+
+
+_of_kind = Discriminator(
+    _kind,
+    custom_error_type="kind",
+    custom_error_message="Input should be of another kind: such values have no meaning here",
+)
+_Boolean = Annotated[bool, Tag("<boolean>")]
+_Integer = Annotated[int, Tag("<integer>")]
+_Float = Annotated[Decimal, Tag("<float>")]
+_String = Annotated[str, Tag("<string>")]
+
+Constant = Annotated[_Boolean | _Integer | _Float | _String, _of_kind]
+Name = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_]*$", max_length=63)]
+Path_ = Annotated[str, StringConstraints(pattern=r"^(old|new|row|lookup|values|context)\.[^{}:!']+$")]
+"""What a template has in its braces: `new.status`, `lookup.user.name`."""
+
+FIELDS = frozenset({"type", "description", "metadata", "occurred_at", "created_by", "change_key", "owner"})
 """The fields that every activity has; tables and rules add others."""
 
 
@@ -31,11 +68,16 @@ def _as_list(value: object) -> object:
     return [value] if isinstance(value, str) else value
 
 
+def _hidden(value: object) -> object:
+    return dict.fromkeys(value, "hidden") if isinstance(value, list) else value
+
+
 Names = Annotated[list[str], BeforeValidator(_as_list)]
+Paths = Annotated[list[Path_], BeforeValidator(_as_list)]
 
 
 class _Model(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True, use_attribute_docstrings=True)
 
 
 _M = TypeVar("_M", bound=_Model)
@@ -47,24 +89,102 @@ def _unless(faults: list[str], model: _M) -> _M:
     return model
 
 
-class Target(_Model):
-    """The table that activities are written to. `columns` maps its columns to fields, `constants` to fixed values.
+class Match(_Model):
+    """What a value must be like, where a constant or a list of them doesn't say it. All that is given must hold."""
 
-    `prepare` names the files of `schema/` that setup runs to create or prepare the table.
-    """
+    null: bool | None = None
+    """Whether it is NULL."""
+    empty: bool | None = None
+    """Whether it is NULL or a text without characters."""
+    not_: Annotated[Matcher | None, Field(alias="not")] = None
+    """Anything but this. NULL is something else than any constant."""
+    over: Decimal | None = None
+    """A number greater than this; NULL and what is no number are none."""
+    at_least: Decimal | None = None
+    under: Decimal | None = None
+    at_most: Decimal | None = None
+
+
+_Match = Annotated[Match, Tag("<table>")]
+_OneOf = Annotated[list[Annotated[_Boolean | _Integer | _Float | _String | _Match, _of_kind]], Tag("<array>")]
+Matcher = Annotated[_Boolean | _Integer | _Float | _String | _Match | _OneOf, _of_kind]
+"""A value that is meant, several of which one is, or what it must be like."""
+
+
+class Condition(_Model):
+    """What must hold of a change: all of it. Columns are named by the row that has them."""
+
+    old: dict[str, Matcher] = {}
+    """Columns of the old row."""
+    new: dict[str, Matcher] = {}
+    """Columns of the new row."""
+    row: dict[str, Matcher] = {}
+    """Columns of the new row, or of the old one of a delete."""
+    lookup: dict[Name, dict[str, Matcher]] = {}
+    """Columns of rows that are looked up; not in a rule's own condition."""
+    values: dict[Name, Matcher] = {}
+    """Values that the table or the rule has named; not in a rule's own condition."""
+    context: dict[str, Matcher] = {}
+    """Keys of the context message."""
+    all: list[Condition] = []
+    """Conditions that all hold."""
+    any: Annotated[list[Condition], Field(min_length=1)] | None = None
+    """Conditions of which one holds."""
+    not_: Annotated[Condition | None, Field(alias="not")] = None
+    """A condition that doesn't hold."""
+
+
+class Map(_Model):
+    """A value by another value, as text: the first is `map["proposal"]` where `by` is "proposal"."""
+
+    by: Path_
+    """The value that decides."""
+    map: Annotated[dict[str, Value], Field(min_length=1)]
+    """What it is for each; booleans are named true and false."""
+    default: Value | None = None
+    """What it is for any other, and for NULL; nothing if not given."""
+
+
+class Part(_Model):
+    """A piece of a text that is there if a condition holds."""
+
+    text: str
+    """A template."""
+    when: Condition
+    """When it is there."""
+    otherwise: str = ""
+    """A template for when it isn't."""
+
+
+_Map = Annotated[Map, Tag("<table>")]
+_Parts = Annotated[list[Annotated[_String | Annotated[Part, Tag("<table>")], _of_kind]], Tag("<array>")]
+Value = Annotated[_Boolean | _Integer | _Float | _String | _Map | _Parts, _of_kind]
+"""A constant, a template, a map, or a text in parts."""
+
+
+class Target(_Model):
+    """The table that activities are written to."""
 
     table: str
-    columns: dict[str, Name]
+    """Its name, with the schema if that isn't public."""
+    columns: Annotated[dict[str, Name], Field(min_length=1)]
+    """Its columns that take a field. Without one for `change_key` the worker keeps the keys in a table of its own."""
     constants: dict[str, Constant] = {}
+    """Its columns that always take the same."""
+    lengths: dict[str, Annotated[int, Field(ge=1)]] = {}
+    """Characters that a column takes, where its type doesn't say so."""
+    time_zone: str | None = None
+    """Zone of its timestamps without one; the settings' or the database's if not given."""
     prepare: list[str] = []
+    """Files of the package's `schema/` that setup runs to make or prepare the table."""
 
     @model_validator(mode="after")
-    def _key_is_written(self) -> Target:
+    def _columns_are_told_apart(self) -> Target:
         faults = []
-        if "change_key" not in self.columns.values():
-            faults.append("one of the target's columns must take the change_key")
         if both := sorted(self.columns.keys() & self.constants.keys()):
             faults.append(f"in columns as well as in constants: {', '.join(both)}")
+        if unknown := sorted(self.lengths.keys() - self.columns.keys()):
+            faults.append(f"in lengths and not in columns: {', '.join(unknown)}")
         return _unless(faults, self)
 
 
@@ -72,82 +192,154 @@ class Mapped(_Model):
     """A column of the profile's own, drawn from a real one through a map. It counts as no column of the row."""
 
     column: str
+    """The real column."""
     map: dict[str, str]
+    """What it is for each of its values, as text."""
     default: str | None = None
+    """What it is for any other."""
 
 
-class Fact(_Model):
-    """A row of another table, written in the same transaction, that says more: `match` maps its columns to ours."""
+class Lookup(_Model):
+    """A row of another table that says more: `{lookup.user.name}`. One that isn't there has no columns."""
 
     table: str
+    """The table, which is captured, so that what is remembered of it stays true."""
     match: Annotated[dict[str, str], Field(min_length=1)]
+    """Its columns, each with the column of ours that it equals, or with a path such as `lookup.quote.account_id`."""
+    where: dict[str, Constant] = {}
+    """Its columns that must have a certain value. Of several rows it is the first by the table's key."""
+    same_transaction: bool = False
+    """Whether only a row counts that was written in the same transaction, before or after the change."""
+
+
+class Delta(_Model):
+    """By how much a number must change: all that is given. From or to NULL it never does, and from 0 by no ratio."""
+
+    over: Annotated[Decimal, Field(ge=0)] | None = None
+    """By more than this."""
+    at_least: Annotated[Decimal, Field(ge=0)] | None = None
+    over_ratio: Annotated[Decimal, Field(ge=0)] | None = None
+    """By more than this part of the old value: 0.1 is ten per cent."""
+    at_least_ratio: Annotated[Decimal, Field(ge=0)] | None = None
 
 
 class Rule(_Model):
-    """One line of the profile: which change it is `on`, and what that meant.
-
-    `changed` names columns of which one must be distinct from before: `"*"` for any, `"unclaimed"` for any that no
-    earlier rule which applied has named. `to` names the values that columns must have now. `type` also names the rule
-    in change keys, unless `name` does.
-    """
+    """One line of the profile: which change it is about, and what that meant."""
 
     on: Annotated[list[Operation], BeforeValidator(_as_list), Field(min_length=1)]
-    type: str
-    description: str
+    """The operation or operations: insert, update, delete, truncate."""
+    type: Value = ""
+    """The type of the activity."""
+    description: Value = ""
+    """Its text."""
     name: str = ""
+    """Names the rule in change keys; its type does if not given."""
     changed: Names = []
-    to: dict[str, Constant] = {}
-    metadata: dict[str, Template] = {}
-    fields: dict[Name, Template] = {}
+    """Columns of which an update must change one: `"*"` for any, `"unclaimed"` for any that no earlier rule which
+    applied has named."""
+    from_: Annotated[dict[str, Matcher], Field(alias="from")] = {}
+    """What columns must have been."""
+    to: dict[str, Matcher] = {}
+    """What columns must be now."""
+    delta: dict[str, Delta] = {}
+    """By how much columns must change."""
+    when: Condition | None = None
+    """What else must hold."""
+    skip_unless: Paths = []
+    """Values without which there is no activity: neither NULL nor empty."""
+    values: dict[Name, Value] = {}
+    """Values with a name, for templates: `{values.action}`."""
+    metadata: dict[str, Value] = {}
+    """Keys and values of the metadata."""
+    fields: dict[Name, Value] = {}
+    """Further fields of the activity."""
+    rule: Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")] | None = None
+    """A Python function `package.module:function` in place of type, description, metadata and fields."""
+
+    @property
+    def label(self) -> str:
+        """What the rule is called in change keys."""
+        return self.name or (self.type if isinstance(self.type, str) else "")
 
     @model_validator(mode="after")
-    def _changed_is_for_updates(self) -> Rule:
-        if (self.changed or self.to) and self.on != ["update"]:
-            raise ValueError('"changed" and "to" are for rules on updates alone')
+    def _says_what_it_is_about(self) -> Rule:
+        if (self.changed or self.to or self.from_ or self.delta) and self.on != ["update"]:
+            raise ValueError('"changed", "from", "to" and "delta" are for rules on updates alone')
         if "update" in self.on and not self.changed:
             raise ValueError('a rule on updates is on them alone, and says in "changed" which columns it is about')
         if len(set(self.on)) != len(self.on):
             raise ValueError('an operation stands twice in "on"')
+        if self.rule is not None:
+            if self.type != "" or self.description != "" or self.metadata or self.fields or self.values:
+                raise ValueError('"rule" stands in place of type, description, metadata, fields and values')
+            if not self.name:
+                raise ValueError('"rule" needs a "name" beside it')
+        elif lacking := sorted({"type", "description"} - self.model_fields_set):
+            raise ValueError(f"it says no {' and no '.join(lacking)}")
+        if not self.label or (not self.name and "{" in self.label):
+            raise ValueError('a rule whose type isn\'t constant needs a "name"')
         return self
 
 
 class Table(_Model):
-    """A captured table: its rules in order, and what their activities have in common.
+    """A captured table: its rules in order, and what their activities have in common."""
 
-    `identity` is kept in the metadata of every activity, so that it outlives its subject. `actor` is a template that
-    names who did it where no context message does.
-    """
-
-    identity: dict[str, Template] = {}
-    fields: dict[Name, Template] = {}
+    key: Names = []
+    """The columns that tell its rows apart."""
+    owner: str | None = None
+    """The column that says whose row it is: the field `owner`."""
     actor: str | None = None
+    """A template that names who did it, where no context message does."""
+    ignored: Names = []
+    """Columns whose changes mean nothing."""
+    masked: Annotated[dict[str, Literal["hidden", "hash"]], BeforeValidator(_hidden)] = {}
+    """Columns whose changes are recorded and whose values are not: hidden, or a keyed hash in their place."""
+    identity: dict[str, Value] = {}
+    """Kept in the metadata of every activity, so that it outlives its subject."""
+    fields: dict[Name, Value] = {}
+    """Further fields of every activity."""
+    values: dict[Name, Value] = {}
+    """Values with a name, for templates: `{values.action}`."""
     mapped: dict[Name, Mapped] = {}
-    facts: dict[Name, Fact] = {}
+    """Columns of the profile's own."""
+    lookups: dict[Name, Lookup] = {}
+    """Rows of other tables."""
     rules: list[Rule] = []
+    """What its changes mean, in order."""
 
     @model_validator(mode="after")
     def _rules_are_told_apart(self) -> Table:
-        names = [rule.name or rule.type for rule in self.rules]
+        names = [rule.label for rule in self.rules]
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"rules that need a name of their own: {', '.join(twice)}")
+        if both := sorted(self.masked.keys() & {*self.key, self.owner}):
+            raise ValueError(f"masked, and part of the key or the owner: {', '.join(both)}")
         return self
 
 
 class Profile(_Model):
-    """A whole profile. `text_length` is where long texts in `changes` are cut, in characters."""
+    """A whole profile."""
 
     name: Name
+    """What it is called."""
     target: Target
+    """Where activities are written to."""
     tables: Annotated[dict[str, Table], Field(min_length=1)]
+    """What is captured, each by its name, with the schema if that isn't public."""
+    context: list[str] = []
+    """Keys of context messages that go into the metadata, beside `changed_by`."""
     text_length: Annotated[int, Field(ge=1)] = 200
+    """Characters after which long texts in `changes` are cut."""
 
     @model_validator(mode="after")
     def _fields_exist(self) -> Profile:
-        known = FIELDS.union(*({*t.fields, *(f for r in t.rules for f in r.fields)} for t in self.tables.values()))
+        tables = self.tables.values()
+        known = FIELDS.union(*({*t.fields, *(f for r in t.rules for f in r.fields)} for t in tables))
+        free = any(rule.rule for table in tables for rule in table.rules)  # a function's fields are its own
         faults = [
             f'target column "{column}" wants the field "{field}", which no table or rule has'
             for column, field in self.target.columns.items()
-            if field not in known
+            if field not in known and not free
         ]
         faults += [
             f'tables.{name} has a field "{field}", which is not for profiles to fill'
@@ -157,6 +349,11 @@ class Profile(_Model):
         return _unless(faults, self)
 
 
+def place(location: tuple[int | str, ...]) -> str:
+    """Where in a profile pydantic found something, as one writes it there."""
+    return ".".join(str(step) for step in location if not str(step).startswith("<"))
+
+
 def shipped() -> list[str]:
     """The names of the profiles that come with the package."""
     return sorted(p.name.removesuffix(".toml") for p in (resources.files("cdc_worker") / "profiles").iterdir())
@@ -164,30 +361,34 @@ def shipped() -> list[str]:
 
 def load(name_or_path: str) -> Profile:
     """Read a shipped profile by its name, or a file by its path. Raises ProfileError with every fault at once."""
+    return parse(read(name_or_path), source=name_or_path)
+
+
+def read(name_or_path: str) -> str:
+    """The text of a shipped profile, by its name, or of a file, by its path. Raises ProfileError."""
     if name_or_path in shipped():
-        text = (resources.files("cdc_worker") / "profiles" / f"{name_or_path}.toml").read_text("utf-8")
-    else:
-        try:
-            text = Path(name_or_path).read_text("utf-8")
-        except (OSError, ValueError) as error:
-            reason = error.strerror if isinstance(error, OSError) else "it isn't UTF-8 text"
-            raise ProfileError(
-                f'profile "{name_or_path}" can\'t be read: {reason}',
-                hint=f"name a file, or one of the shipped profiles: {', '.join(shipped())}",
-            ) from error
-    return parse(text, source=name_or_path)
+        return (resources.files("cdc_worker") / "profiles" / f"{name_or_path}.toml").read_text("utf-8")
+    try:
+        return Path(name_or_path).read_text("utf-8")
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it isn't UTF-8 text"
+        raise ProfileError(
+            f'profile "{name_or_path}" can\'t be read: {reason}',
+            hint=f"name a file, or one of the shipped profiles: {', '.join(shipped())}",
+        ) from error
 
 
 def parse(text: str, *, source: str) -> Profile:
     """Read a profile's text; `source` names it in errors."""
     try:
         content: dict[str, Any] = tomllib.loads(text, parse_float=Decimal)
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise ProfileError(f'profile "{source}" is not TOML: {error}', hint="mend the file at that place") from error
     try:
         return Profile.model_validate(content)
     except ValidationError as error:
         faults = "\n".join(
-            f"  {'.'.join(map(str, fault['loc'])) or '(top)'}: {fault['msg']}" for fault in error.errors()
+            f"  {place(fault['loc']) or '(top)'}: {fault['msg'].removeprefix('Value error, ')}"
+            for fault in error.errors()
         )
         raise ProfileError(f'profile "{source}" is wrong:\n{faults}', hint="mend each place named") from error

@@ -2,184 +2,29 @@
 
 from __future__ import annotations
 
+import hashlib
+import hmac
 import re
-import string
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from datetime import datetime
-from decimal import Decimal
 from typing import Any, Final
 
 import msgspec
 
+from cdc_worker import templates
 from cdc_worker.changes import Change, Operation, Row, Value
 from cdc_worker.errors import ProfileError, UnknownValueError
+from cdc_worker.profile import Lookup as LookupSpec
 from cdc_worker.profile import Profile
 from cdc_worker.profile import Rule as RuleSpec
 from cdc_worker.profile import Table as TableSpec
-
-
-class Absent:
-    """A column of a fact that the transaction doesn't have: nothing in text, NULL in a field, no key in metadata."""
-
-
-ABSENT = Absent()
+from cdc_worker.templates import ABSENT, Event, Getter, Names, Test, is_empty, text
 
 MAX_CANDIDATES: Final = 1_000
 """For so many combinations of changed columns a table remembers which rules may apply."""
 
-
-class _NoRow(dict[str, Value]):
-    """The `row` of a truncate: all its columns are NULL."""
-
-    def __missing__(self, column: str) -> None:
-        return None
-
-
-_NO_ROW: Final = _NoRow()
-
-
-class Event(msgspec.Struct, gc=False):
-    """A change as rules see it. `columns` are the changed columns that the rule at hand is about."""
-
-    change: Change
-    committed_at: datetime
-    context: Mapping[str, Any]
-    old: Row
-    new: Row
-    row: Row
-    facts: dict[str, Row | None]
-    columns: list[str] = []
-
-
-def event_of(change: Change, committed_at: datetime, context: Mapping[str, Any]) -> Event:
-    """What there is to see of a change."""
-    old, new = change.old, change.new
-    row = new if new is not None else old if old is not None else _NO_ROW
-    return Event(change, committed_at, context, old or {}, new or {}, row, {})
-
-
-Getter = Callable[[Event], Any]
-
-_WITHOUT: Final[Mapping[str, tuple[Operation, ...]]] = {"old": ("insert", "truncate"), "new": ("delete", "truncate")}
-"""The operations at which there is no such row."""
-
-_NAMES: Final = frozenset({"old", "new", "row", "context"})
-"""What templates can name beside facts."""
-
-
-def text(value: Any) -> str:
-    """A value as it stands in a description: as Postgres prints it, NULL as nothing."""
-    if value is None or value is ABSENT:
-        return ""
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, Decimal):
-        return f"{value:f}"
-    if isinstance(value, float):
-        return repr(value).removesuffix(".0")
-    return str(value)
-
-
-@dataclass(frozen=True, slots=True)
-class _Scope:
-    """The names that a table's templates may use in rules on an operation; remembers which they used."""
-
-    table: TableSpec
-    text_length: int
-    operation: Operation | None = None
-    used: set[tuple[str, str]] = field(default_factory=set)
-
-    def getter(self, name: str) -> Getter:
-        """A function that reads `old.status`, `columns` and the like. ValueError for a name that isn't there."""
-        if name == "columns":
-            return lambda event: ", ".join(event.columns)
-        if name == "changes":
-            return self._changes
-        of, dot, column = name.partition(".")
-        if not dot or not column:
-            raise ValueError(f"{{{name}}} names nothing that a template can use")
-        if of in ("old", "new", "row"):
-            return self.column(of, column)
-        if of == "context":
-            return lambda event: event.context.get(column)
-        if of in self.table.facts:
-            self.used.add((of, column))
-            return lambda event: ABSENT if (row := event.facts[of]) is None else row.get(column)
-        raise ValueError(f'{{{name}}}: there is no "{of}" here')
-
-    def column(self, of: str, column: str) -> Getter:
-        """A function that reads a column, or a mapped one, of the `old`, `new` or whichever `row` there is."""
-        mapped = self.table.mapped.get(column)
-        if mapped is not None:
-            source, values, default = self._real_column(of, mapped.column), mapped.map, mapped.default
-            return lambda event: values.get(text(source(event)), default)
-        return self._real_column(of, column)
-
-    def _real_column(self, of: str, column: str) -> Getter:
-        self.used.add(("row", column))
-        if self.operation in _WITHOUT.get(of, ()):
-            raise ValueError(f"{{{of}.{column}}}: there is no {of} row at {self.operation}")
-        # A column that the change doesn't carry is a KeyError, which `applies` and `fields` explain.
-        if of == "old":
-            return lambda event: event.old[column]
-        if of == "new":
-            return lambda event: event.new[column]
-        return lambda event: event.row[column]
-
-    def _changes(self, event: Event) -> dict[str, dict[str, Value]]:
-        short, old, new = self._short, event.old, event.new
-        return {name: {"old": short(old.get(name)), "new": short(new.get(name))} for name in event.columns}
-
-    def _short(self, value: Value) -> Value:
-        if isinstance(value, str) and len(value) > self.text_length:
-            return value[: self.text_length] + "…"
-        return value
-
-
-def _template(source: str | bool | int, scope: _Scope) -> Getter:
-    """Compile a template. It is parsed once and never again, so braces in a value stay text."""
-    if not isinstance(source, str):
-        return _constant(source)
-    match list(string.Formatter().parse(source)):
-        case [("", str(name), "", None)]:
-            return scope.getter(name)  # a bare name keeps the value's type
-        case [(str(literal), None, None, None)]:
-            return _constant(literal)
-        case parsed:
-            pattern, values = "", list[Getter]()
-            for literal, field_name, spec, conversion in parsed:
-                pattern += literal.replace("%", "%%")
-                if field_name is None:
-                    continue
-                if conversion or "{" in (spec or ""):
-                    raise ValueError(f"{source!r}: conversions and nested braces have no meaning here")
-                if field_name == "changes":
-                    raise ValueError(f"{source!r}: {{changes}} is no text, it stands alone")
-                pattern += "%s"
-                values.append(_formatted(scope.getter(field_name), spec or ""))
-            return lambda event: pattern % tuple([value(event) for value in values])
-
-
-def _constant(value: Any) -> Getter:
-    return lambda event: value
-
-
-def _formatted(getter: Getter, spec: str) -> Getter:
-    if not spec:
-        return lambda event: value if type(value := getter(event)) is str else text(value)
-    # Without a presentation type, Decimal would take to exponents.
-    decimal_spec = spec if spec[-1:] in "eEfFgGn%" else spec + "f"
-
-    def part(event: Event) -> str:
-        value = getter(event)
-        if value is None or value is ABSENT:
-            return ""
-        if isinstance(value, bool):
-            return format(text(value), spec)
-        return format(value, decimal_spec if isinstance(value, Decimal) else spec)
-
-    return part
+HIDDEN: Final = "***"
+"""What stands in place of a masked value."""
 
 
 def _unknown(error: KeyError) -> UnknownValueError:
@@ -188,12 +33,16 @@ def _unknown(error: KeyError) -> UnknownValueError:
 
 @dataclass(frozen=True, slots=True)
 class Fact:
-    """Where a fact is found: a row of `table` whose columns `theirs` equal our `ours`; of it `columns` are kept."""
+    """Where a fact is found: a row of `table` whose columns `theirs` equal our `ours`; of it `columns` are kept.
+
+    It was written in the same transaction, and has these values in the columns of `where`.
+    """
 
     name: str
     table: tuple[str, str]
     theirs: tuple[str, ...]
     ours: tuple[str, ...]
+    where: tuple[tuple[str, Value], ...]
     columns: tuple[str, ...]
 
     def key(self, row: Row, columns: tuple[str, ...]) -> tuple[Value, ...]:
@@ -202,19 +51,75 @@ class Fact:
 
 
 @dataclass(frozen=True, slots=True)
+class Lookup:
+    """Rows of `table` found by the columns `theirs`, with these values in those of `where`; `columns` are kept.
+
+    Of several it is the first by `key`, the table's; one that is `unique` is the only one.
+    """
+
+    table: tuple[str, str]
+    theirs: tuple[str, ...]
+    where: tuple[tuple[str, Value], ...]
+    columns: tuple[str, ...]
+    key: tuple[str, ...]
+
+    @property
+    def unique(self) -> bool:
+        """Whether what is looked for is the table's key."""
+        return bool(self.key) and {*self.key} == {*self.theirs}
+
+    def sought(self, row: Row | None) -> tuple[Value, ...] | None:
+        """By which values such a row would be looked for; None if that can't be told."""
+        if row is None:
+            return None
+        found = tuple([row[column] for column in self.theirs if column in row])
+        return found if len(found) == len(self.theirs) else None
+
+    def kept(self, row: Row) -> Row | None:
+        """What is kept of a row, or None if it isn't meant. KeyError if that can't be told."""
+        if any(row[column] != value for column, value in self.where):
+            return None
+        return {column: row[column] for column in self.columns}
+
+
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """A lookup as a table's rules know it, and where the values come from that it is made with."""
+
+    name: str
+    lookup: Lookup
+    _ours: tuple[Getter, ...]
+
+    def sought(self, event: Event) -> tuple[Value, ...] | None:
+        """By which values the row is looked for; None where one of them is NULL, which as in SQL matches nothing.
+
+        KeyError if the change, or what was found so far, doesn't tell.
+        """
+        values = tuple([get(event) for get in self._ours])
+        return None if None in values or ABSENT in values else values
+
+
+Function = Callable[[Event], Any]
+"""What an operator's Python makes of a change: a dict with a `type` and further fields, or None for nothing."""
+
+
+@dataclass(frozen=True, slots=True)
 class Rule:
-    """A compiled rule."""
+    """A compiled rule. `facts` and `lookups` name what must be found first, in this order."""
 
     name: str
     facts: tuple[str, ...]
+    lookups: tuple[str, ...]
     _changed: tuple[str, ...]
     _compared: tuple[tuple[str, Getter, Getter], ...]
-    _to: tuple[tuple[Getter, Value], ...]
-    _type: str
+    _test: Test | None
+    _required: tuple[Getter, ...]
+    _type: Getter
     _description: Getter
     _metadata: tuple[tuple[str, Getter], ...]
     _fields: tuple[tuple[str, Getter], ...]
     _actor: Getter | None
+    _function: Function | None
 
     def may_apply(self, changed: Sequence[str], claimed: set[str]) -> bool:
         """Whether the rule can be about an update that changed these columns, of which some are claimed for certain."""
@@ -226,7 +131,7 @@ class Rule:
 
     def claims(self, changed: Sequence[str]) -> set[str]:
         """Which of the changed columns it claims whatever their values, if it may apply at all."""
-        if self._to or self._compared:
+        if self._test is not None or self._compared:
             return set()
         return set(changed) if self._changed in (("*",), ("unclaimed",)) else set(changed).intersection(self._changed)
 
@@ -243,7 +148,7 @@ class Rule:
     def _columns(self, event: Event, claimed: set[str]) -> list[str] | None:
         change = event.change
         if change.operation != "update":
-            return []
+            return [] if self._test is None or self._test(event) else None
         if self._changed == ("*",):
             columns = list(change.changed)
         elif self._changed == ("unclaimed",):
@@ -255,25 +160,33 @@ class Rule:
                     columns.append(column)
         if not columns:
             return None
-        if any(get(event) != value for get, value in self._to):
+        if self._test is not None and not self._test(event):
             return None
         return columns
 
-    def fields(self, event: Event) -> dict[str, Any]:
-        """The fields of the activity. Raises UnknownValueError, ValueError or TypeError for data it can't read."""
+    def fields(self, event: Event) -> dict[str, Any] | None:
+        """The fields of the activity; None where a value that it requires is missing.
+
+        Raises UnknownValueError, ValueError, TypeError or ArithmeticError for data that it can't read.
+        """
         try:
+            if self._required and any(is_empty(get(event)) for get in self._required):
+                return None
             return self._build(event)
         except KeyError as error:
             raise _unknown(error) from None
 
-    def _build(self, event: Event) -> dict[str, Any]:
+    def _build(self, event: Event) -> dict[str, Any] | None:
         said = event.context.get("changed_by") if event.context else None
         actor = text(said) or (text(self._actor(event)) if self._actor is not None else "")
-        metadata = {key: value for key, get in self._metadata if (value := get(event)) is not ABSENT}
+        try:
+            metadata = {key: value for key, get in self._metadata if (value := get(event)) is not ABSENT}
+        except KeyError:
+            metadata = self._what_is_there(event)
         if actor:
             metadata["changed_by"] = actor
         fields = {
-            "type": self._type,
+            "type": text(self._type(event)),
             "description": text(self._description(event)),
             "metadata": metadata,
             "occurred_at": event.committed_at,
@@ -282,24 +195,59 @@ class Rule:
         for name, get in self._fields:
             value = get(event)
             fields[name] = None if value is ABSENT else value
-        return fields
+        return fields if self._function is None else self._called(event, fields)
+
+    def _what_is_there(self, event: Event) -> dict[str, Any]:
+        """The metadata without keys whose columns the change doesn't carry, since they were dropped or renamed."""
+        metadata, missing = {}, []
+        for key, get in self._metadata:
+            try:
+                if (value := get(event)) is not ABSENT:
+                    metadata[key] = value
+            except KeyError as error:
+                missing.append(str(error.args[0]))
+        event.missing = missing
+        return metadata
+
+    def _called(self, event: Event, fields: dict[str, Any]) -> dict[str, Any] | None:
+        """What a function of the operator's makes of a change, on top of what its table's activities have in common."""
+        assert self._function is not None
+        try:
+            made = self._function(event)
+        except Exception as error:
+            raise UnknownValueError(f'the function of the rule "{self.name}" raised {type(error).__name__}') from error
+        if made is None:
+            return None
+        if not isinstance(made, dict) or not isinstance(made.get("type"), str):
+            raise UnknownValueError(f'the function of the rule "{self.name}" returned no dict with a "type"')
+        metadata = {**fields["metadata"], **(made.get("metadata") or {})}
+        return {**fields, **made, "metadata": metadata, "occurred_at": event.committed_at}
+
+
+Mask = Callable[[Value], Value]
 
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """A captured table, compiled: rules by operation, facts by name; to the tables in `tells` its rows are facts.
+    """A captured table, compiled: rules by operation; to the tables in `tells` its rows are facts.
 
-    `persons` are columns by field: those of its fields that its identity repeats, so that each row is the person of
-    this key. `links` are its columns by such fields of any table: whom a row is about.
+    `key` are the columns that tell its rows apart. `references` are the lookups of its rules by name, `looked_up` those
+    that look for its own rows. `persons` are columns by field: those of its fields that its identity repeats, so that
+    each row is the person of this key. `links` are its columns by such fields of any table: whom a row is about.
     """
 
     name: tuple[str, str]
+    key: tuple[str, ...]
     rules: Mapping[Operation, tuple[Rule, ...]]
     facts: Mapping[str, Fact]
+    references: Mapping[str, Reference]
     tells: tuple[tuple[tuple[str, str], Fact], ...]
+    looked_up: tuple[Lookup, ...]
     columns: frozenset[str]
     persons: Mapping[str, str]
     links: Mapping[str, str]
+    ignored: frozenset[str]
+    masks: Mapping[str, Mask]
     _candidates: dict[tuple[str, ...], tuple[Rule, ...]] = field(default_factory=dict)
 
     def candidates(self, change: Change) -> tuple[Rule, ...]:
@@ -322,6 +270,32 @@ class Table:
                 claimed |= rule.claims(changed)
         return tuple(rules)
 
+    def seen(self, change: Change) -> Change:
+        """A change as rules and dead letters may see it: values masked, and what is to be ignored not changed."""
+        changed = change.changed
+        if self.ignored and not self.ignored.isdisjoint(changed):
+            changed = tuple([column for column in changed if column not in self.ignored])
+        if not self.masks:
+            return change if changed is change.changed else msgspec.structs.replace(change, changed=changed)
+        return Change(
+            change.operation, change.schema, change.table, self.masked(change.old), self.masked(change.new), changed
+        )
+
+    def masked(self, row: Row | None) -> Row | None:
+        """A row without values that may not be seen. NULL stays NULL."""
+        if row is None or not self.masks:
+            return row
+        masks = self.masks
+        return {
+            column: masks[column](value) if column in masks and value is not None else value
+            for column, value in row.items()
+        }
+
+    @property
+    def plain(self) -> bool:
+        """Whether its changes are seen as they are."""
+        return not self.ignored and not self.masks
+
     @property
     def needs_old_rows(self) -> bool:
         """Whether its rules can only work with REPLICA IDENTITY FULL."""
@@ -338,50 +312,255 @@ def qualified(name: str) -> tuple[str, str]:
     return (schema if dot else "public", table)
 
 
-def compile_rules(profile: Profile) -> Rules:
-    """Compile a profile. Raises ProfileError with every fault at once."""
-    tables = [qualified(name) for name in profile.tables]
-    faults = [f"tables.{table[1]} stands here twice" for table in sorted(set(tables)) if tables.count(table) > 1]
-    scopes = {qualified(name): _Scope(spec, profile.text_length) for name, spec in profile.tables.items()}
-    compiled: dict[tuple[str, str], dict[Operation, tuple[Rule, ...]]] = {}
-    for table, scope in scopes.items():
+def no_functions(name: str) -> Function:
+    """The functions that a profile may name if nobody allows any."""
+    raise ValueError(f'"{name}": the settings allow functions of no modules (rule_modules)')
+
+
+def compile_rules(
+    profile: Profile, *, function: Callable[[str], Function] = no_functions, mask_key: str | None = None
+) -> Rules:
+    """Compile a profile. Raises ProfileError with every fault at once.
+
+    `function` finds one by the name that a rule has for it, or raises ValueError; `mask_key` is the key of hashes in
+    place of masked values.
+    """
+    return _Compiler(profile, function, mask_key).rules()
+
+
+class _Compiler:
+    def __init__(self, profile: Profile, function: Callable[[str], Function], mask_key: str | None) -> None:
+        self._profile = profile
+        self._function = function
+        self._mask_key = mask_key
+        self._specs = {qualified(name): spec for name, spec in profile.tables.items()}
+        self._names = {table: Names(spec, profile.text_length) for table, spec in self._specs.items()}
+        self._faults: list[str] = []
+
+    def rules(self) -> Rules:
+        tables = [qualified(name) for name in self._profile.tables]
+        self._faults += [f"tables.{t[1]} stands here twice" for t in sorted(set(tables)) if tables.count(t) > 1]
+        compiled = {table: self._rules_of(table) for table in self._specs}
+        masks = {table: self._masks(table) for table in self._specs}
+        self._check_lookups()
+        if self._faults:
+            lines = "\n".join(f"  {fault}" for fault in self._faults)
+            raise ProfileError(f'profile "{self._profile.name}" is wrong:\n{lines}', hint="mend each place named")
+        facts = {table: self._facts(table) for table in self._specs}
+        lookups = self._lookups()
+        links = {table: _links(spec) for table, spec in self._specs.items()}
+        persons = {
+            table: {name: of for name, of in links[table].items() if spec.fields[name] in spec.identity.values()}
+            for table, spec in self._specs.items()
+        }
+        are_persons = frozenset().union(*persons.values())
+        # What is looked up is captured, whether it has a section of its own or not.
+        others = {f.table for of in facts.values() for f in of.values()} | {of.table for of in lookups.values()}
+        nothing = TableSpec()
+        found = {}
+        for table in (*self._specs, *sorted(others - self._specs.keys())):
+            spec = self._specs.get(table, nothing)
+            own = links.get(table, {})
+            found[table] = Table(
+                name=table,
+                key=tuple(spec.key),
+                rules=compiled.get(table, _NO_RULES),
+                facts=facts.get(table, {}),
+                references=self._references(table, lookups),
+                tells=tuple((other, f) for other in self._specs for f in facts[other].values() if f.table == table),
+                looked_up=tuple(dict.fromkeys(of for of in lookups.values() if of.table == table)),
+                columns=frozenset(self._columns(table, facts, lookups)),
+                persons=persons.get(table, {}),
+                links={name: column for name, column in own.items() if name in are_persons},
+                ignored=frozenset(spec.ignored),
+                masks=masks.get(table, {}),
+            )
+        return found
+
+    def _rules_of(self, table: tuple[str, str]) -> Mapping[Operation, tuple[Rule, ...]]:
         rules: dict[Operation, list[Rule]] = {"insert": [], "update": [], "delete": [], "truncate": []}
-        for number, spec in enumerate(scope.table.rules, 1):
+        for number, spec in enumerate(self._specs[table].rules, 1):
             for operation in spec.on:
                 try:
-                    rules[operation].append(_rule(spec, operation, scope))
+                    rules[operation].append(self._rule(spec, operation, self._names[table]))
                 except ValueError as error:
-                    faults.append(f"tables.{table[1]}, rule {number} ({spec.name or spec.type}): {error}")
-        compiled[table] = {operation: tuple(of) for operation, of in rules.items()}
-    facts = {table: _facts(scope) for table, scope in scopes.items()}
-    for table in scopes:
-        for fact in facts[table].values():
-            if fact.table not in scopes:
-                name = ".".join(fact.table)
-                faults.append(f"tables.{table[1]}.facts.{fact.name}: {name} is not a table of this profile")
-            if fact.name in _NAMES:
-                faults.append(f"tables.{table[1]}.facts.{fact.name}: the name means something else in templates")
-    if faults:
-        lines = "\n".join(f"  {fault}" for fault in faults)
-        raise ProfileError(f'profile "{profile.name}" is wrong:\n{lines}', hint="mend each place named")
-    links = {table: _links(scope.table) for table, scope in scopes.items()}
-    persons = {
-        table: {name: column for name, column in links[table].items() if spec.fields[name] in spec.identity.values()}
-        for table, spec in ((table, scope.table) for table, scope in scopes.items())
-    }
-    are_persons = frozenset().union(*persons.values())
-    return {
-        table: Table(
-            name=table,
-            rules=compiled[table],
-            facts=facts[table],
-            tells=tuple((other, f) for other in scopes for f in facts[other].values() if f.table == table),
-            columns=frozenset(_columns(table, scopes, facts)),
-            persons=persons[table],
-            links={name: column for name, column in links[table].items() if name in are_persons},
+                    self._faults.append(f"tables.{table[1]}, rule {number} ({spec.label}): {error}")
+        return {operation: tuple(of) for operation, of in rules.items()}
+
+    def _rule(self, spec: RuleSpec, operation: Operation, names: Names) -> Rule:
+        table = names.table
+        mapped = [column for column in spec.changed if column in table.mapped]
+        real = [column for column in spec.changed if column not in table.mapped]
+        names.used.update(("row", column) for column in real if column not in ("*", "unclaimed"))
+        if len(spec.changed) > 1 and {"*", "unclaimed"} & set(spec.changed):
+            raise ValueError('"*" and "unclaimed" stand alone in "changed"')
+        if hidden := sorted({*spec.from_, *spec.to, *spec.delta} & table.masked.keys()):
+            raise ValueError(f"the values of {', '.join(hidden)} are masked, and can't be compared")
+        # What this rule uses beside what it shares with others.
+        own = replace(names, operation=operation, values={**table.values, **spec.values}, used=set())
+        bare = replace(own, found=False)
+        tests = [templates.matches(f"old.{column}", matcher, bare) for column, matcher in spec.from_.items()]
+        tests += [templates.matches(f"new.{column}", matcher, bare) for column, matcher in spec.to.items()]
+        tests += [templates.moves(column, delta, bare) for column, delta in spec.delta.items()]
+        tests += [templates.condition(spec.when, bare)] if spec.when is not None else []
+
+        def compiled(values: Mapping[str, Any]) -> tuple[tuple[str, Getter], ...]:
+            return tuple((name, templates.value(source, own)) for name, source in values.items())
+
+        owner = {} if table.owner is None else {"owner": own.column("row", table.owner)}
+        rule = Rule(
+            name=spec.label,
+            facts=(),
+            lookups=(),
+            _changed=tuple(real),
+            _compared=tuple((table.mapped[c].column, own.column("old", c), own.column("new", c)) for c in mapped),
+            _test=templates.all_of(tests) if tests else None,
+            _required=tuple(own.getter(path) for path in spec.skip_unless),
+            _type=templates.value(spec.type, own),
+            _description=templates.value(spec.description, own),
+            _metadata=compiled({**({} if operation == "truncate" else table.identity), **spec.metadata}),
+            _fields=(*owner.items(), *compiled({**table.fields, **spec.fields})),
+            _actor=templates.value(table.actor, own) if table.actor else None,
+            _function=None if spec.rule is None else self._function(spec.rule),
         )
-        for table in scopes
-    }
+        names.used.update(own.used)
+        found = self._with_what_they_need(table, {of for of, _ in own.used} - {"row"}, own)
+        names.used.update(own.used)
+        return replace(
+            rule,
+            facts=tuple(name for name in found if table.lookups[name].same_transaction),
+            lookups=tuple(name for name in found if not table.lookups[name].same_transaction),
+        )
+
+    def _with_what_they_need(self, table: TableSpec, wanted: set[str], own: Names) -> list[str]:
+        """Lookups in the order in which they can be made: one may start from what another has found."""
+        found: list[str] = []
+
+        def add(name: str, within: tuple[str, ...]) -> None:
+            if name in within:
+                raise ValueError(f"lookup.{name} is found by itself")
+            for ours in table.lookups[name].match.values():
+                other = _other_lookup(ours)
+                if other is not None:
+                    own.getter(ours)
+                    if table.lookups[name].same_transaction or table.lookups[other].same_transaction:
+                        raise ValueError(f"lookup.{name}: what is of the same transaction is found by columns alone")
+                    add(other, (*within, name))
+                else:
+                    own.used.add(("row", ours))
+            if name not in found:
+                found.append(name)
+
+        for name in sorted(wanted):
+            add(name, ())
+        return found
+
+    def _masks(self, table: tuple[str, str]) -> Mapping[str, Mask]:
+        masked = self._specs[table].masked
+        if "hash" in masked.values() and self._mask_key is None:
+            self._faults.append(f"tables.{table[1]}.masked: hashes need a key, in the setting mask_key")
+            return {}
+        key = (self._mask_key or "").encode()
+
+        def hashed(value: Value) -> Value:
+            return f"hmac:{hmac.new(key, text(value).encode(), hashlib.sha256).hexdigest()[:32]}"
+
+        def hidden(value: Value) -> Value:
+            return HIDDEN
+
+        return {column: hashed if how == "hash" else hidden for column, how in masked.items()}
+
+    def _check_lookups(self) -> None:
+        for table, spec in self._specs.items():
+            for name, lookup in spec.lookups.items():
+                where = f"tables.{table[1]}.lookups.{name}"
+                for ours in lookup.match.values():
+                    other = _other_lookup(ours)
+                    if other is not None and other not in spec.lookups:
+                        self._faults.append(f'{where}: there is no lookup "{other}" here')
+
+    def _facts(self, table: tuple[str, str]) -> dict[str, Fact]:
+        return {
+            name: Fact(
+                name,
+                qualified(spec.table),
+                tuple(spec.match),
+                tuple(spec.match.values()),
+                tuple(spec.where.items()),
+                self._kept(table, name),
+            )
+            for name, spec in self._specs[table].lookups.items()
+            if spec.same_transaction
+        }
+
+    def _kept(self, table: tuple[str, str], name: str) -> tuple[str, ...]:
+        return tuple(sorted(column for of, column in self._names[table].used if of == name and column))
+
+    def _lookups(self) -> dict[tuple[tuple[str, str], str], Lookup]:
+        """The lookups of all tables; those that look for the same rows are one."""
+        columns: dict[tuple[Any, ...], set[str]] = {}
+        all_ = [(table, name, spec) for table, of in self._specs.items() for name, spec in of.lookups.items()]
+        wanted = [(table, name, spec) for table, name, spec in all_ if not spec.same_transaction]
+        for table, name, spec in wanted:
+            columns.setdefault(_sought(spec), set()).update(self._kept(table, name))
+        return {
+            (table, name): Lookup(
+                *_sought(spec),
+                columns=tuple(sorted(columns[_sought(spec)])),
+                key=tuple(self._specs[of].key) if (of := qualified(spec.table)) in self._specs else (),
+            )
+            for table, name, spec in wanted
+        }
+
+    def _references(
+        self, table: tuple[str, str], lookups: Mapping[tuple[tuple[str, str], str], Lookup]
+    ) -> dict[str, Reference]:
+        if table not in self._specs:
+            return {}
+        names = replace(self._names[table], used=set())
+        return {
+            name: Reference(name, lookups[table, name], tuple(_ours(ours, names) for ours in spec.match.values()))
+            for name, spec in self._specs[table].lookups.items()
+            if not spec.same_transaction
+        }
+
+    def _columns(
+        self,
+        table: tuple[str, str],
+        facts: Mapping[tuple[str, str], Mapping[str, Fact]],
+        lookups: Mapping[tuple[tuple[str, str], str], Lookup],
+    ) -> Iterable[str]:
+        """The columns of a table that rules name, its own or those of tables that look for its rows."""
+        if table in self._specs:
+            spec = self._specs[table]
+            yield from (column for of, column in self._names[table].used if of == "row")
+            yield from (*spec.key, *spec.ignored, *spec.masked)
+            for fact in facts[table].values():
+                yield from fact.ours
+        for others in facts.values():
+            for fact in others.values():
+                if fact.table == table:
+                    yield from (*fact.theirs, *fact.columns, *(column for column, _ in fact.where))
+        for lookup in lookups.values():
+            if lookup.table == table:
+                yield from (*lookup.theirs, *lookup.columns, *(column for column, _ in lookup.where))
+
+
+_NO_RULES: Final[Mapping[Operation, tuple[Rule, ...]]] = {"insert": (), "update": (), "delete": (), "truncate": ()}
+
+
+def _sought(spec: LookupSpec) -> tuple[tuple[str, str], tuple[str, ...], tuple[tuple[str, Value], ...]]:
+    return qualified(spec.table), tuple(spec.match), tuple(spec.where.items())
+
+
+def _other_lookup(ours: str) -> str | None:
+    """The lookup that a value for another one comes from."""
+    found = re.fullmatch(r"lookup\.([^.]+)\..+", ours)
+    return None if found is None else found[1]
+
+
+def _ours(ours: str, names: Names) -> Getter:
+    return names.getter(ours) if _other_lookup(ours) is not None else names.column("row", ours)
 
 
 def _links(table: TableSpec) -> dict[str, str]:
@@ -392,56 +571,3 @@ def _links(table: TableSpec) -> dict[str, str]:
         if column is not None and column[1] not in table.mapped:
             found[name] = column[1]
     return found
-
-
-def _facts(scope: _Scope) -> dict[str, Fact]:
-    return {
-        name: Fact(
-            name,
-            qualified(spec.table),
-            tuple(spec.match),
-            tuple(spec.match.values()),
-            tuple(sorted(column for of, column in scope.used if of == name)),
-        )
-        for name, spec in scope.table.facts.items()
-    }
-
-
-def _columns(
-    table: tuple[str, str],
-    scopes: Mapping[tuple[str, str], _Scope],
-    facts: Mapping[tuple[str, str], Mapping[str, Fact]],
-) -> Iterable[str]:
-    """The columns of a table that rules name, its own or those of tables to which it tells something."""
-    yield from (column for of, column in scopes[table].used if of == "row")
-    for fact in facts[table].values():
-        yield from fact.ours
-    for others in facts.values():
-        for fact in others.values():
-            if fact.table == table:
-                yield from (*fact.theirs, *fact.columns)
-
-
-def _rule(spec: RuleSpec, operation: Operation, scope: _Scope) -> Rule:
-    table = scope.table
-    mapped = [column for column in spec.changed if column in table.mapped]
-    real = [column for column in spec.changed if column not in table.mapped]
-    scope.used.update(("row", column) for column in real if column not in ("*", "unclaimed"))
-    if len(spec.changed) > 1 and {"*", "unclaimed"} & set(spec.changed):
-        raise ValueError('"*" and "unclaimed" stand alone in "changed"')
-    own = _Scope(table, scope.text_length, operation)  # what this rule uses beside what it shares with others
-    identity = {} if operation == "truncate" else table.identity
-    rule = Rule(
-        name=spec.name or spec.type,
-        facts=(),
-        _changed=tuple(real),
-        _compared=tuple((table.mapped[c].column, own.column("old", c), own.column("new", c)) for c in mapped),
-        _to=tuple((own.column("new", column), value) for column, value in spec.to.items()),
-        _type=spec.type,
-        _description=_template(spec.description, own),
-        _metadata=tuple((key, _template(source, own)) for key, source in {**identity, **spec.metadata}.items()),
-        _fields=tuple((name, _template(source, own)) for name, source in {**table.fields, **spec.fields}.items()),
-        _actor=_template(table.actor, own) if table.actor else None,
-    )
-    scope.used.update(own.used)
-    return replace(rule, facts=tuple(sorted({of for of, _ in own.used} - {"row"})))

@@ -19,7 +19,7 @@ from cdc_worker.config import Settings
 from cdc_worker.ddl import Step
 from cdc_worker.postgres import Connection, fetch_one
 from cdc_worker.profile import Profile
-from cdc_worker.rules import Rules, Table, compile_rules, qualified
+from cdc_worker.rules import Rules, Table, qualified
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +55,7 @@ def setup(settings: Settings, profile: Profile, wishes: Wishes = _PLAIN) -> Iter
             refused = [*error.statements, *(s.text for s in steps if s.administrator and not s.generates)]
             if not ddl.exists(connection, "cdc_worker.checkpoint"):
                 raise
-        rules = compile_rules(profile)
+        rules = settings.rules(profile)
         catalog.check(connection, profile, rules)
         yield from _kept_keys(connection, profile)
         if not postgres.server(connection).may_replicate and slot.read(connection, settings.slot) is None:
@@ -84,7 +84,7 @@ def plan(settings: Settings, profile: Profile, wishes: Wishes = _PLAIN) -> Itera
     """What `setup` would do, as SQL with comments, from how things are now."""
     with ddl.connected(settings) as connection:
         yield ddl.header(connection)
-        worker, rules = settings.worker, compile_rules(profile)
+        worker, rules = settings.worker, settings.rules(profile)
         for step in _steps(connection, settings, profile, wishes):
             yield ddl.script(connection, step)
         name = settings.slot
@@ -106,7 +106,7 @@ def _steps(connection: Connection, settings: Settings, profile: Profile, wishes:
         applied = dict(connection.execute("SELECT name, checksum FROM cdc_worker.schema_file").fetchall())
     for name in ("010_cdc_worker.sql", "015_context.sql", *files):
         yield from _file(name, applied.get(name))
-    rules = compile_rules(profile)
+    rules = settings.rules(profile)
     tracked = {tracker.table for tracker in cutover.trackers(connection, profile, rules)}
     marked = wishes.marked or bool(cutover.marked_tables(connection, settings.worker))
     for table in rules.values():

@@ -8,13 +8,14 @@ from typing import Final
 import psycopg
 from psycopg import sql
 
-from cdc_worker import catalog, checkpoint, cutover, errors, target_checks
+from cdc_worker import catalog, checkpoint, cutover, errors, target_checks, written
 from cdc_worker.activities import OpenEnds, key_prefix
 from cdc_worker.catalog import quoted, section
 from cdc_worker.checks import Check, Finding, Look, failed, ok, unknown, warning
 from cdc_worker.lsn import INVALID, LSN
-from cdc_worker.rules import qualified, text
+from cdc_worker.rules import qualified
 from cdc_worker.target_checks import otherwise, setup_would
+from cdc_worker.templates import text
 
 
 def profile(look: Look) -> Iterator[Finding]:
@@ -251,7 +252,7 @@ def _own(look: Look) -> tuple[str, str, list[str]]:
     last = max((end or begin for stretches in found for begin, end in stretches), default=INVALID)
     types: dict[bool, set[str]] = {True: set(), False: set()}
     for name, table in look.profile.tables.items():
-        types[qualified(name) in ends.fresh | ends.waiting | ends.marked] |= {rule.type for rule in table.rules}
+        types[qualified(name) in ends.fresh | ends.waiting | ends.marked] |= written.types(table)
     prefix = key_prefix(known.worker, known.system_identifier, last)
     until = key_prefix(known.worker, known.system_identifier, LSN(2**64 - 1))
     return prefix, until, sorted(types[False] - types[True])

@@ -149,7 +149,7 @@ def _may_be_null(source: Source, captured: Columns) -> bool:
     if source.certain:
         return source.samples == (None,)
     column = captured[source.column[0]].get(source.column[1]) if source.column is not None else None
-    return source.optional or (column is not None and not column.required)
+    return not source.required and (source.optional or (column is not None and not column.required))
 
 
 _PRIMARY: Final = """

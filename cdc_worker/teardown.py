@@ -15,7 +15,7 @@ from cdc_worker.config import Settings
 from cdc_worker.ddl import Step
 from cdc_worker.postgres import Connection
 from cdc_worker.profile import Profile
-from cdc_worker.rules import compile_rules, qualified
+from cdc_worker.rules import qualified
 
 
 def teardown(
@@ -57,7 +57,7 @@ def _steps(
     workers = {of: rest for of, *rest in connection.execute(_WORKERS)} if installed else {}
     _check(workers, worker, name, everything=everything)
     if installed and restore_triggers:
-        yield from cutover.back(connection, worker, compile_rules(profile))
+        yield from cutover.back(connection, worker, settings.rules(profile))
         if worker in workers and found is not None:
             _check_recorded(connection, worker)
     if found is not None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pickle
 import zlib
-from collections import defaultdict, deque
-from collections.abc import Mapping
+from collections import OrderedDict, defaultdict, deque
+from collections.abc import Callable, Collection, Mapping
 from datetime import datetime
 from typing import Any, Final
 
@@ -15,7 +15,8 @@ from cdc_worker.activities import Activity, DeadLetter, Person, Scope, Stretch, 
 from cdc_worker.changes import CUTOVER_PREFIX, Change, Message, Row, Transaction, Value
 from cdc_worker.errors import UnknownValueError
 from cdc_worker.lsn import INVALID
-from cdc_worker.rules import Event, Rule, Rules, Table, event_of, text
+from cdc_worker.rules import Lookup, Rule, Rules, Table
+from cdc_worker.templates import Event, event_of, text
 
 CONTEXT_PREFIX: Final = "cdc_worker.context"
 """Prefix of the logical messages in which an application says who changes what follows."""
@@ -32,6 +33,9 @@ FACT_TEXT: Final = 16 << 20
 MAX_OUTCOMES: Final = 500
 """So many outcomes that have waited come out at once."""
 
+MAX_ROWS: Final = 10_000
+"""So many looked-up rows are remembered of each lookup."""
+
 ERASED: Final = "the person was erased"
 """The reason of a dead letter of which nothing else may be told."""
 
@@ -39,30 +43,25 @@ Outcome = Activity | DeadLetter
 
 _FactKey = tuple[tuple[str, str], str, tuple[Value, ...]]
 
+Wanted = tuple[Lookup, tuple[Value, ...]]
+"""A row that is looked for, by these values."""
+
 
 class _Held(msgspec.Struct, eq=False):
-    """An outcome that waits for its turn; or, with a `rule`, the event of one that facts may still complete.
+    """An outcome that waits for its turn; or, with a `rule`, the event of one that is not complete yet.
 
-    It is kept packed: thousands may wait at once, and a change's two rows are nearly the same text.
+    It is kept packed: thousands may wait at once, and a change's two rows are nearly the same text. Only one for which
+    rows are looked up, which is soon done, is kept as it is in `event`.
     """
 
     index: int
-    packed: bytes
+    packed: bytes = b""
     rule: Rule | None = None
     key: str = ""
     text: int = 0  # the Transformer's count when it began to wait
     missing: tuple[_FactKey, ...] = ()
     facts: dict[str, Row] | None = None  # those that came later than the change
-
-    def outcome(self) -> Outcome:
-        """What it comes to, with the facts that have been found."""
-        value = pickle.loads(zlib.decompress(self.packed))  # noqa: S301  # nobody but us has packed it
-        if self.rule is None:
-            outcome: Outcome = value
-            return outcome
-        event: Event = value
-        event.facts |= self.facts or {}
-        return _build(event, self.rule, self.key, self.index)
+    event: Event | None = None
 
 
 def _packed(value: Outcome | Event) -> bytes:
@@ -72,13 +71,6 @@ def _packed(value: Outcome | Event) -> bytes:
 def _size(change: Change) -> int:
     """Characters in the values of a change, the same from any decoder."""
     return sum(len(value) for row in (change.old, change.new) if row for value in row.values() if type(value) is str)
-
-
-def _build(event: Event, rule: Rule, key: str, index: int) -> Outcome:
-    try:
-        return Activity(key, rule.fields(event), event.change, index)
-    except (UnknownValueError, ValueError, TypeError, ArithmeticError) as error:
-        return DeadLetter(key, "rule_failed", str(error), event.change, index, event.committed_at)
 
 
 def blank(change: Change, links: Mapping[str, str]) -> Change:
@@ -104,9 +96,11 @@ _EVERYTHING: Final = Scope()
 class Transformer:
     """Turns transactions, fed in order and possibly in slices, into outcomes in the order of the changes.
 
-    What comes out depends on the transactions alone, never on where they were sliced. After each `feed`, `rest` has
-    more as long as `ready`; `given` are the erased persons whose keys were given to somebody else meanwhile. `worker`
-    and `system_identifier` are part of every change key.
+    What comes out depends on the transactions and on what is looked up, never on where they were sliced. After each
+    `feed`, the rows that are `wanted` are to be told with `tell`, and `rest` has more as long as `ready`: until all of
+    that is done the commit isn't. `given` are the erased persons whose keys were given to somebody else meanwhile.
+    `missing` are columns, by table, that changes didn't carry, so that the metadata had to do without. `worker` and
+    `system_identifier` are part of every change key.
     """
 
     def __init__(self, rules: Rules, *, worker: str, system_identifier: str, scope: Scope = _EVERYTHING) -> None:
@@ -114,6 +108,7 @@ class Transformer:
         self._scope = scope
         self._excluded: frozenset[tuple[str, str]] = frozenset()
         self.given: list[Person] = []
+        self.missing: set[tuple[str, str, str]] = set()
         self._erased: dict[Person, list[Stretch]] = {person: [*found] for person, found in scope.erased.items()}
         self._erased_fields = {name: name for name, _ in scope.erased}
         self._given_at: dict[Person, int] = {}  # by which change of the current commit
@@ -128,6 +123,9 @@ class Transformer:
         self._held: deque[_Held] = deque()
         self._open: deque[_Held] = deque()  # those of the held that wait for facts
         self._text = 0
+        self._rows: defaultdict[Lookup, OrderedDict[tuple[Value, ...], Row | None]] = defaultdict(OrderedDict)
+        self._asking: deque[_Held] = deque()  # those of the held for which rows are looked up
+        self._wanted: dict[Wanted, None] = {}
         self._out: list[Outcome] = []
         self._index = 0
 
@@ -161,7 +159,31 @@ class Transformer:
     @property
     def ready(self) -> bool:
         """Whether more outcomes are certain than the last call has returned."""
-        return bool(self._held) and not (self._open and self._open[0].index <= self._held[0].index)
+        if not self._held:
+            return False
+        index = self._held[0].index
+        return not (self._open and self._open[0].index <= index) and not (
+            self._asking and self._asking[0].index <= index
+        )
+
+    @property
+    def wanted(self) -> Collection[Wanted]:
+        """Rows to look for, without which nothing more is certain."""
+        return self._wanted.keys()
+
+    def tell(self, found: Mapping[Wanted, Row | None]) -> None:
+        """Take rows that were looked for, as they are now; None for those that aren't there."""
+        self._wanted = {}
+        for (lookup, values), row in found.items():
+            known = self._rows[lookup]
+            if row is not None or known.get(values) is None:  # what is gone by now was there then
+                self._remember(lookup, values, self._seen(lookup, row))
+        asking, self._asking = self._asking, deque()
+        for held in asking:
+            self._seek(held)
+
+    def _seen(self, lookup: Lookup, row: Row | None) -> Row | None:
+        return self._rules[lookup.table].masked(row)
 
     def rest(self) -> list[Outcome]:
         """More of them."""
@@ -182,6 +204,7 @@ class Transformer:
             self._waiting.clear()
             self._held.clear()
             self._open.clear()
+            self._asking.clear()
             self._text = 0
 
     def _hear(self, message: Message) -> None:
@@ -199,6 +222,10 @@ class Transformer:
         index = self._index
         ordinal = self._ordinals[table.name]
         self._ordinals[table.name] = ordinal + 1
+        if not table.plain:
+            change = table.seen(change)
+        if table.looked_up:
+            self._observe(change, table)
         if self._open:
             self._text += _size(change)
             self._expire(index)
@@ -230,12 +257,25 @@ class Transformer:
                 continue
             claimed.update(columns)
             event.columns = columns
-            if rule.facts and (missing := self._find(event, rule, table, index)):
+            missing = self._find(event, rule, table, index) if rule.facts else ()
+            if missing or rule.lookups:
                 self._hold(event, rule, key, index, missing)
             else:
-                self._put(_build(event, rule, key, index))
+                self._put(self._built(event, rule, key, index))
 
-    def _put(self, outcome: Outcome) -> None:
+    def _built(self, event: Event, rule: Rule, key: str, index: int) -> Outcome | None:
+        change = event.change
+        try:
+            fields = rule.fields(event)
+        except (UnknownValueError, ValueError, TypeError, ArithmeticError) as error:
+            return DeadLetter(key, "rule_failed", str(error), change, index, event.committed_at)
+        if event.missing:
+            self.missing.update((change.schema, change.table, column) for column in event.missing)
+        return None if fields is None else Activity(key, fields, change, index)
+
+    def _put(self, outcome: Outcome | None) -> None:
+        if outcome is None:
+            return
         if self._held:
             # Behind one that waits, all wait: the order of the changes is the order of what comes out.
             self._held.append(_Held(outcome.index, _packed(outcome)))
@@ -246,7 +286,18 @@ class Transformer:
         """Let go of what has waited and is certain, in whole changes."""
         held, out = self._held, self._out
         while self.ready and (len(out) < MAX_OUTCOMES or out[-1].index == held[0].index):
-            out.append(held.popleft().outcome())
+            if (outcome := self._outcome(held.popleft())) is not None:
+                out.append(outcome)
+
+    def _outcome(self, held: _Held) -> Outcome | None:
+        """What has waited, with what has been found."""
+        value = pickle.loads(zlib.decompress(held.packed))  # noqa: S301  # nobody but us has packed it
+        if held.rule is None:
+            outcome: Outcome = value
+            return outcome
+        event: Event = value
+        event.found |= held.facts or {}
+        return self._built(event, held.rule, held.key, held.index)
 
     # Erased persons: whoever is inserted under the key of one is somebody else.
 
@@ -287,6 +338,8 @@ class Transformer:
     def _learn(self, row: Row, table: Table, index: int) -> None:
         facts = self._facts
         for other, fact in table.tells:
+            if any(row.get(column) != value for column, value in fact.where):
+                continue
             key = (other, fact.name, fact.key(row, fact.theirs))
             if None in key[2]:
                 continue  # as in SQL, NULL matches nothing
@@ -306,22 +359,99 @@ class Transformer:
             fact = table.facts[name]
             key = (table.name, name, fact.key(event.row, fact.ours))
             at, row = self._facts.get(key, (0, None))
-            event.facts[name] = row if at + FACT_DISTANCE >= index else None
-            if event.facts[name] is None and None not in key[2]:
+            event.found[name] = row if at + FACT_DISTANCE >= index else None
+            if event.found[name] is None and None not in key[2]:
                 missing.append(key)
         return tuple(missing)
 
     def _hold(self, event: Event, rule: Rule, key: str, index: int, missing: tuple[_FactKey, ...]) -> None:
+        held = _Held(index, rule=rule, key=key, text=self._text, missing=missing, event=event)
+        if rule.lookups and self._sought(event, rule):
+            self._asking.append(held)
+        elif missing:
+            self._pack(held)
+        else:
+            self._put(self._built(event, rule, key, index))
+            return
         if not self._held:
             # `done` counts whole changes, so the outcomes of this one stay together.
             while self._out and self._out[-1].index == index:
                 outcome = self._out.pop()
                 self._held.appendleft(_Held(index, _packed(outcome)))
-        held = _Held(index, _packed(event), rule, key, self._text, missing)
         self._held.append(held)
-        self._open.append(held)
-        for fact_key in missing:
-            self._waiting.setdefault(fact_key, []).append(held)
+        if missing:
+            self._open.append(held)
+            for fact_key in missing:
+                self._waiting.setdefault(fact_key, []).append(held)
+
+    def _pack(self, held: _Held) -> None:
+        assert held.event is not None
+        held.packed, held.event = _packed(held.event), None
+
+    # Lookups: rows of other tables. What the stream says of them is remembered, the rest is asked for.
+
+    def _sought(self, event: Event, rule: Rule) -> bool:
+        """Note in the event which looked-up rows are known; returns whether others are to be asked for."""
+        asked = False
+        references = self._rules[event.change.schema, event.change.table].references
+        for name in rule.lookups:
+            if name in event.found:
+                continue
+            reference = references[name]
+            try:
+                values = reference.sought(event)
+            except KeyError:  # of a row that is asked for itself, or that has no such column any more
+                if asked:
+                    continue
+                values = None
+            known = self._rows[reference.lookup]
+            if values is None:
+                event.found[name] = None
+            elif values in known:
+                known.move_to_end(values)
+                event.found[name] = known[values]
+            else:
+                self._wanted[reference.lookup, values] = None
+                asked = True
+        return asked
+
+    def _seek(self, held: _Held) -> None:
+        assert held.event is not None
+        assert held.rule is not None
+        if self._sought(held.event, held.rule):
+            self._asking.append(held)
+        else:
+            self._pack(held)
+
+    def _observe(self, change: Change, table: Table) -> None:
+        """Keep what is remembered of a table true, as far as a change tells; forget the rest."""
+        for lookup in table.looked_up:
+            known = self._rows[lookup]
+            before, after = lookup.sought(change.old), lookup.sought(change.new)
+            if change.operation == "update" and before is None:
+                before = after  # without its old values a row has kept its key, if that is what is looked for
+            blind = change.operation != "insert" and not lookup.unique and lookup.sought(change.old) is None
+            if change.operation == "truncate" or blind or (change.operation == "delete" and before is None):
+                known.clear()
+            elif not lookup.unique:
+                for values in (before, after):
+                    if values is not None:
+                        known.pop(values, None)
+            else:
+                if before is not None and before != after:
+                    self._remember(lookup, before, None)
+                if after is not None and change.new is not None:
+                    try:
+                        self._remember(lookup, after, lookup.kept(change.new))
+                    except KeyError:
+                        known.pop(after, None)
+
+    def _remember(self, lookup: Lookup, values: tuple[Value, ...], row: Row | None) -> None:
+        known = self._rows[lookup]
+        known[values] = row
+        known.move_to_end(values)
+        if len(known) > MAX_ROWS:
+            known.popitem(last=False)
 
     def _expire(self, index: int) -> None:
         """Let nothing wait any longer, at the change `index`, for facts that are found or too far away."""
@@ -351,6 +481,14 @@ def _plain(value: Any) -> bool:
     return "\0" not in value if isinstance(value, str) else not isinstance(value, (dict, list))
 
 
+Fetch = Callable[[Collection[Wanted]], Mapping[Wanted, Row | None]]
+"""Looks for rows; those that it doesn't return are asked for again."""
+
+
+def _nothing(wanted: Collection[Wanted]) -> Mapping[Wanted, Row | None]:
+    return dict.fromkeys(wanted)
+
+
 def transform(
     rules: Rules,
     transactions: list[Transaction],
@@ -358,12 +496,15 @@ def transform(
     worker: str,
     system_identifier: str,
     scope: Scope = _EVERYTHING,
+    fetch: Fetch = _nothing,
 ) -> list[Outcome]:
     """All outcomes of some whole transactions."""
     transformer = Transformer(rules, worker=worker, system_identifier=system_identifier, scope=scope)
     outcomes = []
     for transaction in transactions:
         outcomes += transformer.feed(transaction)
-        while transformer.ready:
+        while transformer.wanted or transformer.ready:
+            if transformer.wanted:
+                transformer.tell(fetch(transformer.wanted))
             outcomes += transformer.rest()
     return outcomes

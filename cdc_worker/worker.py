@@ -42,7 +42,6 @@ from cdc_worker.profile import Profile
 from cdc_worker.profile import load as load_profile
 from cdc_worker.protocol import PrimaryKeepalive
 from cdc_worker.replication import Replication
-from cdc_worker.rules import compile_rules
 from cdc_worker.sink import Sink, Writing, Written
 from cdc_worker.transform import PREFIXES, Transformer
 from cdc_worker.watch import INTERVAL as WATCH_INTERVAL
@@ -168,7 +167,7 @@ class Worker:
         self.totals = Totals()
         self._settings = settings
         self._profile = profile
-        self._rules = compile_rules(profile)
+        self._rules = settings.rules(profile)
         self._stop = stop
         self._log = log
         self._once = once
@@ -287,7 +286,7 @@ class Worker:
         self._stop.reload_requested = False  # first: whoever requests it meanwhile has changed the profile again
         try:
             found = load_profile(self._settings.profile)
-            rules = compile_rules(found)
+            rules = self._settings.rules(found)
             with closing(self._connect()) as connection:
                 catalog.check(connection, found, rules)
         except (errors.ProfileError, errors.CatalogMismatchError) as error:

@@ -568,7 +568,7 @@ def test_a_profile_that_does_not_fit_the_database(crm: Crm, tmp_path: Path) -> N
     changes = (
         ("{new.source}", "{new.sauce}"),
         ("tables.customer", "tables.client"),
-        ('bd_in_charge = "bd"', 'bd = "bd"'),
+        ('bd_in_charge = "owner"', 'bd = "owner"'),
     )
     said, hint = refused(crm, errors.CatalogMismatchError, "setup", profile=leadfi_with(tmp_path, *changes))
     assert said.splitlines() == [

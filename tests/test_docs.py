@@ -23,7 +23,7 @@ def settings_table() -> list[str]:
     """The README's table of settings, as the settings are."""
     rows = ["| Variable | Flag | Default | |", "| --- | --- | --- | --- |"]
     for name, field in Settings.model_fields.items():
-        default = "" if field.default is None or name == "dsn" else f"`{field.default}`"
+        default = "" if field.default in (None, ()) or name == "dsn" else f"`{field.default}`"
         flag = f"`--{name.replace('_', '-')}`"
         rows.append(f"| `{PREFIX}{name.upper()}` | {flag} | {default} | {field.description} |")
     return rows

@@ -545,7 +545,7 @@ def test_texts_that_are_cut_are_told(plain: Crm) -> None:
 
 
 def test_texts_that_there_is_no_metadata_for_are_too_long(plain: Crm) -> None:
-    columns = {"activity_type": "type", "bd": "bd", "date_created": "occurred_at", "change_key": "change_key"}
+    columns = {"activity_type": "type", "bd": "owner", "date_created": "occurred_at", "change_key": "change_key"}
     crm = use(plain, "ALTER TABLE activity ALTER bd TYPE varchar(19)", columns=columns)
     found = cure(crm, "target")
     assert found.message.startswith(

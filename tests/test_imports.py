@@ -11,7 +11,7 @@ import cdc_worker
 
 CORE = [
     *("errors", "lsn", "protocol", "changes", "wal2json", "pgoutput", "activities", "context"),
-    *("profile", "rules", "written", "transform"),
+    *("profile", "templates", "rules", "written", "transform"),
 ]
 
 EDGES = [
@@ -118,4 +118,4 @@ def test_the_core_reads_files_in_one_place() -> None:
         for node in ast.walk(function)
         if getattr(node, "attr", getattr(node, "id", None)) in readers
     }
-    assert found == {"load", "shipped"}
+    assert found == {"read", "shipped"}

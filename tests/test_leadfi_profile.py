@@ -52,7 +52,7 @@ def of_lead(type_: str, description: str, metadata: dict[str, Any], **fields: An
         "occurred_at": COMMITTED_AT,
         "created_by": "system",
         "lead": 7,
-        "bd": "jane",
+        "owner": "jane",
         **fields,
     }
 
@@ -118,7 +118,7 @@ def test_another_assignment_is_told_with_the_new_bd() -> None:
             "assignment_changed",
             'Lead assignment changed from "jane" to "joe"',
             {"old_bd": "jane", "new_bd": "joe"},
-            bd="joe",
+            owner="joe",
         )
     ]
 
@@ -244,7 +244,7 @@ def test_everything_at_once_is_told_in_the_order_of_the_profile() -> None:
     assert [fields["type"] for fields in came] == [
         *("status_changed", "assignment_changed", "lead_converted", "lead_updated"),
     ]
-    assert [(fields["lead"], fields["bd"]) for fields in came] == [(8, "joe")] * 4
+    assert [(fields["lead"], fields["owner"]) for fields in came] == [(8, "joe")] * 4
     assert came[3]["description"] == 'Lead "Ada Lovelace" updated: lead_id, title'
     assert list(came[3]["metadata"]["changes"]) == ["lead_id", "title"]
 
@@ -364,7 +364,7 @@ def test_a_deleted_customer() -> None:
 @pytest.mark.parametrize(
     ("table", "type_", "description", "links"),
     [
-        ("lead", "lead_deleted", "All leads removed (TRUNCATE)", {"lead": None, "bd": None}),
+        ("lead", "lead_deleted", "All leads removed (TRUNCATE)", {"lead": None, "owner": None}),
         ("customer", "customer_deleted", "All customers removed (TRUNCATE)", {"customer": None}),
     ],
 )
@@ -445,7 +445,7 @@ def test_the_target_is_written_as_leadfi_has_it() -> None:
         "description": "description",
         "metadata": "metadata",
         "date_created": "occurred_at",
-        "bd_in_charge": "bd",
+        "bd_in_charge": "owner",
         "created_by": "created_by",
         "lead_id": "lead",
         "customer_uid": "customer",

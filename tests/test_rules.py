@@ -341,14 +341,14 @@ def test_an_actor_of_a_row_is_no_obstacle_to_a_truncate() -> None:
 
 FACTS = """
 [tables.lead]
-actor = "{by.name}"
-facts.by = { table = "contact", match = { lead = "id" } }
-fields = { who = "{by.name}" }
+actor = "{lookup.by.name}"
+lookups.by = { table = "contact", match = { lead = "id" }, same_transaction = true }
+fields = { who = "{lookup.by.name}" }
 [[tables.lead.rules]]
 on = "insert"
 type = "t"
-description = "{by.name}"
-metadata = { who = "{by.name}", text = "by {by.name}" }
+description = "{lookup.by.name}"
+metadata = { who = "{lookup.by.name}", text = "by {lookup.by.name}" }
 [tables.contact]
 """
 

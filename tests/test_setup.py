@@ -388,7 +388,7 @@ def test_a_role_may_use_the_schemas_that_the_profile_names(bare_crm: Crm) -> Non
     bare_crm.execute("ALTER SEQUENCE crm.activity_activity_id_seq OWNED BY NONE")
     text = (Path(ddl.__file__).parent / "profiles" / "leadfi.toml").read_text("utf-8")
     text = text.replace('table = "activity"', 'table = "crm.activity"').replace("[tables.lead", '[tables."crm.lead"')
-    text = text.replace('"crm.lead".facts', '"crm.lead".facts').replace("[[tables.lead", '[[tables."crm.lead"')
+    text = text.replace("[[tables.lead", '[[tables."crm.lead"')
     path = bare_crm.directory / "profile.toml"
     path.write_text(re.sub(r"prepare = \[.*?\]\n", "", text, flags=re.DOTALL), "utf-8")
     bare_crm.settings["profile"] = str(path)

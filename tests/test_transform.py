@@ -351,8 +351,8 @@ def test_null_matches_nothing() -> None:
     compiled = rules(
         """
         [tables.task]
-        facts.lead = { table = "lead", match = { id = "lead_id" } }
-        rules = [{ on = "insert", type = "t", description = "{lead.name}" }]
+        lookups.lead = { table = "lead", match = { id = "lead_id" }, same_transaction = true }
+        rules = [{ on = "insert", type = "t", description = "{lookup.lead.name}" }]
         [tables.lead]
         """
     )
@@ -418,9 +418,9 @@ def test_what_waits_longest_does_not_take_along_another_that_waits_for_the_same(
 
 TWO_FACTS = """
 [tables.lead]
-facts.maker = { table = "maker", match = { lead = "id" } }
-facts.taker = { table = "taker", match = { lead = "id" } }
-rules = [{ on = "insert", type = "t", description = "{maker.name} {taker.name}" }]
+lookups.maker = { table = "maker", match = { lead = "id" }, same_transaction = true }
+lookups.taker = { table = "taker", match = { lead = "id" }, same_transaction = true }
+rules = [{ on = "insert", type = "t", description = "{lookup.maker.name} {lookup.taker.name}" }]
 [tables.maker]
 [tables.taker]
 [tables.filler]
@@ -636,7 +636,7 @@ def test_of_an_erased_person_there_are_blank_activities() -> None:
         Change("update", "public", "lead", {"lead_id": 7}, {"lead_id": 7}, ("status",)),
         0,
     )
-    assert (told.fields["lead"], told.fields["created_by"], told.fields["bd"]) == (7, "jane", "jane")
+    assert (told.fields["lead"], told.fields["created_by"], told.fields["owner"]) == (7, "jane", "jane")
 
 
 def test_a_dead_letter_of_an_erased_person_has_no_values_either() -> None:
@@ -702,7 +702,7 @@ def test_whose_rows_are_persons_and_who_is_only_linked_to() -> None:
         "lead": ({"lead": "id"}, {"lead": "id"}),
         "deal": ({}, {"lead": "lead_id"}),
     }
-    deal = inserted("deal", {"id": 1, "lead_id": 7, "name": "for Ada", "bd": "jane"})
+    deal = inserted("deal", {"id": 1, "lead_id": 7, "name": "for Ada", "owner": "jane"})
     (outcome,) = scoped(erased(), deal, rules=compiled)
     assert silent(outcome)
     assert outcome.change.new == {"lead_id": 7}

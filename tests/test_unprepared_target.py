@@ -24,7 +24,7 @@ COLUMNS = {
     "description": "description",
     "metadata": "metadata",
     "date_created": "occurred_at",
-    "bd": "bd",
+    "bd": "owner",
     "created_by": "created_by",
     "lead_id": "lead",
     "customer_uid": "customer",
