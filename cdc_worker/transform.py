@@ -244,6 +244,12 @@ class Transformer:
                 reason = "the change carries no old row: the table needs REPLICA IDENTITY FULL"
                 self._put(DeadLetter(key, "old_values_unknown", reason, change, index, committed_at))
                 return
+        if change.operation == "truncate" and change.partition is not None:
+            if table.rules["truncate"]:
+                key = change_key(self._prefix, *table.name, ordinal, "*")
+                reason = f"the partition {'.'.join(change.partition)} was emptied: which rows it had isn't told"
+                self._put(DeadLetter(key, "old_values_unknown", reason, change, index, committed_at))
+            return
         claimed: set[str] = set()
         for rule in table.candidates(change):
             event = event_of(change, committed_at, self._context)
