@@ -24,7 +24,7 @@ FOREVER: Final = LSN(2**64 - 1)
 
 _NOBODYS: Final[tuple[Table | None, LSN]] = (None, INVALID)
 
-# Without what the rows are partitioned by, for that is what changes when one moves.
+# Its primary key is without what the rows are partitioned by, for that is what changes when one moves.
 _PARTITIONED: Final = """
 SELECT nspname::text, relname::text,
        ARRAY(SELECT attname::text FROM pg_attribute WHERE attrelid = c.oid AND attnum > 0 AND NOT attisdropped),
@@ -110,7 +110,7 @@ class Partitions:
         self.keys: dict[Table, tuple[str, ...]] = {}
         for schema, name, columns, key in connection.execute(_PARTITIONED, _pairs(rules)):
             self._columns[schema, name] = frozenset(columns)
-            self.keys[schema, name] = tuple(key)
+            self.keys[schema, name] = rules[schema, name].key or tuple(key)
         self._kept: dict[Table, tuple[Table, LSN]] = {}
         self._found: dict[Table, tuple[Table | None, LSN]] = {table: (table, FOREVER) for table in rules}
         self.schemas: list[str] = []

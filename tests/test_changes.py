@@ -5,7 +5,7 @@ from factories import assembled, begin, lead, said, updated
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cdc_worker.changes import Assembler, Begin, Change, Commit, Message, Row, Transaction, update
+from cdc_worker.changes import Assembler, Begin, Change, Commit, Message, Row, Transaction, Value, update
 from cdc_worker.errors import MessageUnreadableError
 from cdc_worker.lsn import LSN
 
@@ -134,6 +134,108 @@ def test_old_values_are_unknown_without_the_whole_old_row() -> None:
     assert update("public", "t", {"id": 1}, {"id": 1, "name": "b"}).old_row_unknown
     assert update("public", "t", {}, {"id": 1}).old_row_unknown
     assert not update("public", "t", {"id": 1, "name": None}, {"id": 1, "name": "b"}).old_row_unknown
+
+
+# Partitions
+
+DEAL, ONE, TWO = ("public", "deal"), ("public", "one"), ("far", "two")
+LEAD, STRANGE = ("public", "lead"), ("public", "strange")
+
+
+def partitioned(*messages: Begin | Change | Message | Commit, sizes: dict[int, int] | None = None) -> list[Transaction]:
+    """One commit of these messages, where deal has the partitions one and two, and key is `id`."""
+    roots = {ONE: DEAL, TWO: DEAL, DEAL: DEAL, LEAD: LEAD}
+    assembler = Assembler(root_of=lambda change, _: roots.get((change.schema, change.table)), keys={DEAL: ("id",)})
+    slices = []
+    for number, message in enumerate((begin(), *messages, Commit())):
+        slices.append(assembler.feed(message, bytes((sizes or {}).get(number, 1))))
+    return [part for part in slices if part is not None]
+
+
+def gone(partition: tuple[str, str], **row: Value) -> Change:
+    return Change("delete", *partition, row, None)
+
+
+def came(partition: tuple[str, str], **row: Value) -> Change:
+    return Change("insert", *partition, None, row)
+
+
+def emptied(schema: str, name: str) -> Change:
+    return Change("truncate", schema, name, None, None)
+
+
+def test_changes_of_partitions_are_those_of_their_root_and_others_are_nobodys() -> None:
+    (only,) = partitioned(came(ONE, id=1), came(STRANGE, id=2), change(3), update(*TWO, {"id": 4}, {"id": 5}))
+    assert only.changes == [
+        Change("insert", *DEAL, None, {"id": 1}, (), ONE),
+        change(3),
+        Change("update", *DEAL, {"id": 4}, {"id": 5}, ("id",), TWO),
+    ]
+    assert only.payloads == [only.changes[0], bytes(1), only.changes[2]], "as received is under another name"
+    assert partitioned(came(STRANGE, id=1), gone(STRANGE, id=1), emptied(*STRANGE)) == []
+
+
+def test_a_row_that_moves_to_another_partition_is_updated() -> None:
+    (only,) = partitioned(gone(ONE, id=1, at=1, n=None), came(STRANGE, id=1), came(TWO, id=1, at=2, n=None))
+    moved = Change("update", *DEAL, {"id": 1, "at": 1, "n": None}, {"id": 1, "at": 2, "n": None}, ("at",), ONE)
+    assert (only.changes, only.payloads) == ([moved], [moved])
+    (only,) = partitioned(gone(ONE, id=1), came(TWO, id=1, at=2))
+    assert only.changes[0].old_row_unknown
+
+
+@pytest.mark.parametrize(
+    "after",
+    [
+        came(TWO, id=2),
+        came(TWO, at=1),
+        came(ONE, id=1),
+        came(LEAD, id=1),
+        came(DEAL, id=1),
+        gone(TWO, id=1),
+        update(*TWO, {"id": 1}, {"id": 1}),
+        emptied(*TWO),
+    ],
+)
+def test_a_delete_with_anything_else_after_it_is_a_delete(after: Change) -> None:
+    (only,) = partitioned(gone(ONE, id=1), after)
+    assert [(c.operation, c.partition) for c in only.changes[:1]] == [("delete", ONE)]
+    assert [(c.operation, c.old, c.new) for c in only.changes[1:]] == [(after.operation, after.old, after.new)]
+
+
+def test_a_message_between_a_delete_and_an_insert_is_heard_between_them() -> None:
+    (only,) = partitioned(gone(ONE, id=1), said("{}"), came(TWO, id=1))
+    assert [c.operation for c in only.changes] == ["delete", "insert"]
+    assert [place for place, _ in only.messages] == [1]
+
+
+def test_a_table_that_is_emptied_with_its_partitions_is_emptied_once() -> None:
+    whole, part = emptied(*DEAL), Change("truncate", *DEAL, None, None, (), ONE)
+    all_of_it = (emptied(*DEAL), emptied(*ONE), emptied(*TWO))
+    assert partitioned(*all_of_it, *all_of_it, emptied(*ONE))[0].changes == [whole, whole]
+    assert partitioned(emptied(*ONE), emptied(*TWO))[0].changes == [part]
+    assert partitioned(emptied(*ONE), *all_of_it)[0].changes == [part, whole]
+    assert partitioned(*all_of_it, change(1), emptied(*ONE))[0].changes == [whole, change(1), part]
+    assert partitioned(*all_of_it, gone(TWO, id=1), emptied(*ONE))[0].changes[2:] == [part]
+
+
+STEPS = st.lists(
+    st.one_of(
+        st.builds(gone, st.sampled_from([ONE, TWO]), id=st.integers(1, 2)),
+        st.builds(came, st.sampled_from([ONE, TWO, STRANGE]), id=st.integers(1, 2)),
+        st.sampled_from([emptied(*DEAL), emptied(*ONE), emptied(*TWO), change(1), said("{}")]),
+    ),
+    max_size=12,
+)
+
+
+@given(STEPS, st.sets(st.integers(0, 12)))
+def test_what_rows_that_move_come_to_does_not_depend_on_slices(script: list[Change | Message], cuts: set[int]) -> None:
+    whole = partitioned(*script)
+    slices = partitioned(*script, sizes=dict.fromkeys(cuts, Assembler.MAX_BYTES))
+    changes = [change for part in slices for change in part.changes]
+    assert changes == [change for part in whole for change in part.changes]
+    assert [part.index for part in slices] == [sum(len(p.changes) for p in slices[:n]) for n in range(len(slices))]
+    assert [part.last for part in slices] == [False] * (len(slices) - 1) + [True] * bool(slices)
 
 
 def test_a_flood_of_messages_is_sliced_too() -> None:
