@@ -16,8 +16,8 @@ from cdc_worker.errors import CdcWorkerError
 
 CHECKS: Final[tuple[Check, ...]] = (*server_checks.CHECKS, *table_checks.CHECKS, *slot_checks.CHECKS)
 
-PATIENCE: Final = "SET statement_timeout = '10s'; SET lock_timeout = '300ms'"
-"""So long a check may let the server work, and wait for a lock."""
+CHECK_TIMEOUTS: Final = "SET statement_timeout = '10s'; SET lock_timeout = '300ms'"
+"""So long a check may let the server work, and wait for a lock, which may hold up one check after another."""
 
 
 class Report(BaseModel):
@@ -40,7 +40,7 @@ def _findings(settings: Settings, checks: Iterable[Check]) -> list[Finding]:
         rules = settings.rules(loaded)
         step = "connection"
         with postgres.connect(settings.dsn.get_secret_value(), settings.worker, name=postgres.DOCTOR) as connection:
-            connection.execute(PATIENCE)
+            connection.execute(CHECK_TIMEOUTS)
             look = Look(settings, loaded, rules, connection, postgres.server(connection))
             return [finding for check in checks for finding in examine(check, look)]
     except (CdcWorkerError, psycopg.Error) as error:

@@ -12,6 +12,7 @@ from psycopg.rows import class_row
 from pydantic import BaseModel, Field
 
 from cdc_worker import __version__, checkpoint, cutover, errors, postgres, process, slot
+from cdc_worker.checkpoint import Checkpoint
 from cdc_worker.config import Settings
 from cdc_worker.lsn import INVALID, LSN
 from cdc_worker.postgres import Blocker, Connection
@@ -25,9 +26,10 @@ BEHIND: Final = 5.0
 """Activities that come so many seconds after their change are late."""
 
 SEGMENT: Final = 16 << 20
+"""Who has written all that it read, and has less than so many bytes to go, is at the end but for others' WAL."""
 
-PATIENCE: Final = "SET statement_timeout = '10s'; SET lock_timeout = '1s'"
-"""So long it lets the server work, and waits for a lock."""
+TIMEOUTS: Final = "SET statement_timeout = '10s'; SET lock_timeout = '1s'"
+"""So long it lets the server work, and waits for a lock, before it tells who holds it."""
 
 
 class Counts(BaseModel):
@@ -149,7 +151,7 @@ def status(settings: Settings) -> Status:
     """Look. Raises NotSetUpError and what a connection can fail with."""
     worker = settings.worker
     with postgres.connect(settings.dsn.get_secret_value(), worker) as connection:
-        connection.execute(PATIENCE)
+        connection.execute(TIMEOUTS)
         try:
             return _status(connection, settings)
         except psycopg.errors.LockNotAvailable as error:
@@ -171,17 +173,11 @@ def _status(connection: Connection, settings: Settings) -> Status:
     wal_end = found.wal_end if found else slot.committed_so_far(connection)
     told = LSN.parse(seen.replay_lsn) if seen.replay_lsn else found.confirmed_flush_lsn if found else INVALID
     lag = max(0, wal_end - max(known.position.lsn, told))
-    since = known.committed_at or known.written_at
-    if seen.reply_time and seen.write_lsn == seen.replay_lsn and lag < SEGMENT:
-        since = max(since, seen.reply_time)  # at that time all that it had read was written
     streaming = found is not None and found.active_pid is not None and found.held_by_worker
     # How far it has read is hidden from roles that may not read statistics; it need not say so before this.
     hidden = streaming and seen.silence is None and lag <= settings.idle_advance_bytes
-    seconds = max(0.0, (seen.now - since).total_seconds()) if lag and not hidden else 0.0
-    lately = {stretch: counts for stretch, *counts in connection.execute(_COUNTS, (worker,))}
-    activities, dead_letters = (
-        Counts(**{stretch: counts[place] for stretch, counts in lately.items()}) for place in (0, 1)
-    )
+    seconds = _lag_seconds(known, seen, lag) if lag and not hidden else 0.0
+    activities, dead_letters = _counted(connection, worker)
     try:
         _, checked = slot.check_checkpoint(connection, worker, name)
     except errors.CdcWorkerError as error:
@@ -201,18 +197,7 @@ def _status(connection: Connection, settings: Settings) -> Status:
     return Status(
         worker=worker,
         late=late,
-        processes=[
-            Process(
-                role="active" if of.last else "standby",
-                host=of.host,
-                pid=of.pid,
-                version=of.version,
-                started_at=of.started_at,
-                uptime=round(of.uptime, 3),
-            )
-            for of in sorted(processes, key=lambda of: not of.last)
-            if of.alive
-        ],
+        processes=_running(processes),
         slot=name,
         streaming=streaming,
         checkpoint=str(known.position.lsn),
@@ -231,6 +216,39 @@ def _status(connection: Connection, settings: Settings) -> Status:
         server_version=seen.server_version,
         **of_slot,
     )
+
+
+def _lag_seconds(known: Checkpoint, seen: _Seen, lag: int) -> float:
+    """How long ago the first change not written was committed, at most."""
+    since = known.committed_at or known.written_at
+    if seen.reply_time and seen.write_lsn == seen.replay_lsn and lag < SEGMENT:
+        since = max(since, seen.reply_time)  # at that time all that it had read was written
+    return max(0.0, (seen.now - since).total_seconds())
+
+
+def _counted(connection: Connection, worker: str) -> tuple[Counts, Counts]:
+    """Activities and dead letters."""
+    lately = {stretch: counts for stretch, *counts in connection.execute(_COUNTS, (worker,))}
+    activities, dead_letters = (
+        Counts(**{stretch: counts[place] for stretch, counts in lately.items()}) for place in (0, 1)
+    )
+    return activities, dead_letters
+
+
+def _running(processes: list[Known]) -> list[Process]:
+    """Those that run, the active one first."""
+    return [
+        Process(
+            role="active" if of.last else "standby",
+            host=of.host,
+            pid=of.pid,
+            version=of.version,
+            started_at=of.started_at,
+            uptime=round(of.uptime, 3),
+        )
+        for of in sorted(processes, key=lambda of: not of.last)
+        if of.alive
+    ]
 
 
 def _late(
