@@ -11,6 +11,7 @@ import psycopg
 from psycopg import sql
 
 from cdc_worker import errors
+from cdc_worker.config import known_time_zone
 from cdc_worker.postgres import Connection, fetch_one
 from cdc_worker.profile import Condition, Constant, Match, Matcher, Profile, Rule, Target
 from cdc_worker.rules import Rules, qualified
@@ -101,7 +102,8 @@ ORDER BY 2
 class TargetTable:
     """What the sink must know of the table that it writes to, beyond what the profile says.
 
-    `columns` are all of its columns, with their types; `lengths` are in characters, of the columns that have one.
+    `columns` are all of its columns, with their types; `lengths` are in characters, of the columns that have one, by
+    their type or by the profile.
     `foreign_keys` are the constraints, with their columns, that hold for what the worker writes: each of its rows
     locks the row that it refers to. A target that setup prepared has none. Where no column takes the change keys,
     `numbered` is its primary key, with the sequence that it comes from, if it does.
@@ -173,6 +175,7 @@ def target_table(connection: Connection, target: Target) -> TargetTable:
     written = target.columns.keys() | target.constants.keys()
     types = {name: column.type for name, column in columns(connection, table)[table].items()}
     lengths: dict[str, int] = dict(connection.execute(_LENGTHS, table).fetchall())
+    lengths |= {column: min(length, lengths.get(column, length)) for column, length in target.lengths.items()}
     foreign_keys = {
         name: tuple(own)
         for name, own in connection.execute(_FOREIGN_KEYS, table)
@@ -405,6 +408,11 @@ def _target_faults(connection: Connection, profile: Profile, captured: Columns) 
         if fault.certain:
             return
     yield from _target_parts(connection, profile)
+    if target.time_zone is not None:
+        try:
+            known_time_zone(target.time_zone)
+        except ValueError as error:
+            yield Fault(f"the target's time zone: {error}", "name another one in [target] of the profile")
     if key_column(target) is None and fetch_one(connection, _NO_KEYS) == (True,):
         yield Fault(f"{name} has no column for change keys, and there is no table for them", "cdc-worker setup")
     found = columns(connection, table)[table]

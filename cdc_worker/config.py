@@ -27,7 +27,8 @@ from cdc_worker.rules import Function, Rules, compile_rules
 PREFIX = "CDC_WORKER_"
 
 
-def _time_zone(name: str) -> str:
+def known_time_zone(name: str) -> str:
+    """The name, if it is one of a time zone. Raises ValueError if it isn't."""
     try:
         ZoneInfo(name)
     except (ZoneInfoNotFoundError, ValueError, OSError):
@@ -58,7 +59,7 @@ class Settings(BaseSettings):
         None, description="Name of this worker, part of every change_key; the slot's if not given."
     )
     profile: str = Field("leadfi", description="Shipped profile, or a file.")
-    time_zone: Annotated[str, AfterValidator(_time_zone)] | None = Field(
+    time_zone: Annotated[str, AfterValidator(known_time_zone)] | None = Field(
         None, description="Zone of timestamps without one in the target; the database's if not given."
     )
     idle_advance_interval: Seconds = Field(

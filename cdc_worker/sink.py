@@ -541,7 +541,7 @@ def _divided(
 def _encoder(target: Target, table: TargetTable, zone: ZoneInfo) -> Callable[[Activity], bytes]:
     """A function that writes an activity as a line of COPY's text format. Manual: "COPY", File Formats.
 
-    What is too long for its column is cut, where there is metadata to have the whole of it.
+    What is too long for its column is cut, where there is metadata to have the whole of it, or the profile says so.
     """
     names = list(target.columns.values())
     columns = table.columns
@@ -551,7 +551,9 @@ def _encoder(target: Target, table: TargetTable, zone: ZoneInfo) -> Callable[[Ac
     limits = [
         (place, column, table.lengths[column])
         for place, (column, name) in enumerate(target.columns.items())
-        if column in table.lengths and name not in ("metadata", "change_key") and "metadata" in names
+        if column in table.lengths
+        and name not in ("metadata", "change_key")
+        and ("metadata" in names or column in target.lengths)
     ]
 
     def cut(values: list[str], metadata: dict[str, Any]) -> None:
@@ -561,7 +563,7 @@ def _encoder(target: Target, table: TargetTable, zone: ZoneInfo) -> Callable[[Ac
             if len(value) > length and value != _NULL:
                 whole[column] = value
                 values[place] = value[: length - 1] + "…"
-        if whole:
+        if whole and "metadata" in names:
             values[names.index("metadata")] = _text({**metadata, "untruncated": whole})
 
     known = (datetime.min.replace(tzinfo=UTC), timedelta(0))  # since then the zone has had this offset
