@@ -398,3 +398,47 @@ def test_who_the_rows_belong_to_can_not_be_told_without_numbers(cookbook: Crm) -
     done = cookbook.command("forget", "--lead", "1", "--yes")
     assert "which rows of core_interactionlog are the worker's can't be told" in done.stderr
     assert cookbook.value("SELECT count(*) FROM cdc_worker.erased") == 0
+
+
+# What the profile says of columns
+
+
+def test_texts_are_cut_at_the_length_that_the_profile_gives(bare_crm: Crm) -> None:
+    profile = PROFILE.replace("[target.columns]", "lengths = { summary = 12 }\n\n[target.columns]")
+    crm = use(bare_crm, "ALTER TABLE core_lead ALTER assigned_to_id SET NOT NULL", profile=profile)
+    add_leads(crm, 1)
+    crm.execute("UPDATE core_lead SET name = 'x', status = 'won'")
+    crm.record()
+    assert [summary for summary, _, _ in logged(crm)] == ["created Lea…", "x is won"]
+    (found,) = findings(crm, "target")
+    assert found.message.endswith("; texts too long for summary are cut")
+
+
+def test_metadata_has_the_whole_of_what_is_cut(bare_crm: Crm) -> None:
+    columns = 'lengths = { summary = 12 }\n\n[target.columns]\nmetadata = "metadata"'
+    profile = PROFILE.replace("[target.columns]", columns)
+    crm = use(bare_crm, "ALTER TABLE core_interactionlog ADD metadata jsonb", profile=profile)
+    add_leads(crm, 1)
+    crm.record()
+    assert crm.value("SELECT metadata -> 'untruncated' FROM core_interactionlog") == {"summary": "created Lead 1"}
+
+
+def test_timestamps_without_a_zone_are_in_the_profiles_unless_the_settings_name_another(bare_crm: Crm) -> None:
+    profile = PROFILE.replace("[target.columns]", 'time_zone = "Asia/Tokyo"\n\n[target.columns]')
+    crm = use(bare_crm, "ALTER TABLE core_interactionlog ALTER timestamp TYPE timestamp", profile=profile)
+    add_leads(crm, 1)
+    crm.record()
+    add_leads(crm, 1)
+    crm.record(time_zone="America/Lima")
+    offsets = crm.execute(
+        "SELECT round(extract(epoch FROM timestamp - now() AT TIME ZONE 'UTC') / 3600)::int"
+        " FROM core_interactionlog ORDER BY id"
+    )
+    assert offsets == [(9,), (-5,)]
+
+
+def test_a_time_zone_that_there_is_not_is_a_fault_of_the_profile(cookbook: Crm) -> None:
+    path = cookbook.directory / "cookbook.toml"
+    path.write_text(PROFILE.replace("[target.columns]", 'time_zone = "Mars"\n\n[target.columns]'), "utf-8")
+    said = cookbook.command("run", "--once").stderr
+    assert """the target's time zone: "Mars" is not the name of a time zone such as Europe/Berlin""" in said
