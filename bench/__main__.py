@@ -27,12 +27,11 @@ from pathlib import Path
 import click
 import psycopg
 
-from cdc_worker import profile, wal2json
+from cdc_worker import context, profile, wal2json
 from cdc_worker.binaries import find_binaries
 from cdc_worker.cluster import Cluster
 from cdc_worker.ddl import schema
 from cdc_worker.rules import compile_rules
-from cdc_worker.transform import CONTEXT_PREFIX
 
 LEADS = 10_000
 
@@ -119,7 +118,7 @@ class Bench:
     def recvlogical(self, number: int) -> float:
         """Seconds that pg_recvlogical takes to write the backlog to a file."""
         self.copy_slot(slot := f"recvlogical_{number}")
-        options = wal2json.options(compile_rules(profile.load("leadfi")), (CONTEXT_PREFIX,))
+        options = wal2json.options(compile_rules(profile.load("leadfi")), (context.PREFIX,))
         ((end,),) = self.connection.execute("SELECT pg_current_wal_flush_lsn()").fetchall()
         arguments = ["--start", "--slot", slot, "--dbname", self.dsn, "--endpos", end, "--no-loop"]
         arguments += [part for name, value in options.items() for part in ("--option", f"{name}={value}")]

@@ -13,6 +13,7 @@ import msgspec
 
 from cdc_worker import templates
 from cdc_worker.changes import Change, Operation, Row, Value
+from cdc_worker.context import CHANGED_BY, Context
 from cdc_worker.errors import ProfileError, UnknownValueError
 from cdc_worker.profile import Lookup as LookupSpec
 from cdc_worker.profile import Profile
@@ -99,6 +100,15 @@ class Reference:
         return None if None in values or ABSENT in values else values
 
 
+def credited(context: Context, column: str = "") -> tuple[str, dict[str, Any]]:
+    """Who did it, and how metadata tells it; `column` is whom the row names."""
+    if said := text(context.said.get(CHANGED_BY)):
+        return said, {"changed_by": said, "context_source": "message"}
+    if column:
+        return column, {"changed_by": column, "context_source": "column"}
+    return "system", {"context_source": "default"}
+
+
 Function = Callable[[Event], Any]
 """What an operator's Python makes of a change: a dict with a `type` and further fields, or None for nothing."""
 
@@ -177,20 +187,21 @@ class Rule:
             raise _unknown(error) from None
 
     def _build(self, event: Event) -> dict[str, Any] | None:
-        said = event.context.get("changed_by") if event.context else None
-        actor = text(said) or (text(self._actor(event)) if self._actor is not None else "")
+        heard = event.heard
+        created_by, source = credited(heard, text(self._actor(event)) if self._actor is not None else "")
         try:
             metadata = {key: value for key, get in self._metadata if (value := get(event)) is not ABSENT}
         except KeyError:
             metadata = self._what_is_there(event)
-        if actor:
-            metadata["changed_by"] = actor
+        metadata |= source
+        if heard.told:
+            metadata = {**heard.told, **metadata}
         fields = {
             "type": text(self._type(event)),
             "description": text(self._description(event)),
             "metadata": metadata,
             "occurred_at": event.committed_at,
-            "created_by": actor or "system",
+            "created_by": created_by,
         }
         for name, get in self._fields:
             value = get(event)

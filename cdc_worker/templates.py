@@ -6,18 +6,20 @@ value stay text, and nothing is reached but the names that `Names` knows.
 
 from __future__ import annotations
 
+import decimal
 import re
 import string
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import datetime
-from decimal import MAX_EMAX, MIN_EMIN, Context, Decimal
+from decimal import MAX_EMAX, MIN_EMIN, Decimal
 from typing import Any, Final
 
 import msgspec
 
 from cdc_worker import changes, profile
 from cdc_worker.changes import Change, Operation, Row
+from cdc_worker.context import Context
 from cdc_worker.profile import Condition, Constant, Delta, Map, Match, Matcher, Part
 
 
@@ -49,7 +51,7 @@ class Event(msgspec.Struct, gc=False):
 
     change: Change
     committed_at: datetime
-    context: Mapping[str, Any]
+    heard: Context
     old: Row
     new: Row
     row: Row
@@ -57,12 +59,17 @@ class Event(msgspec.Struct, gc=False):
     columns: list[str] = []
     missing: list[str] = []
 
+    @property
+    def context(self) -> Mapping[str, Any]:
+        """What was said in context messages, as far as it is to be trusted."""
+        return self.heard.said
 
-def event_of(change: Change, committed_at: datetime, context: Mapping[str, Any]) -> Event:
+
+def event_of(change: Change, committed_at: datetime, heard: Context) -> Event:
     """What there is to see of a change."""
     old, new = change.old, change.new
     row = new if new is not None else old if old is not None else _NO_ROW
-    return Event(change, committed_at, context, old or {}, new or {}, row, {})
+    return Event(change, committed_at, heard, old or {}, new or {}, row, {})
 
 
 Getter = Callable[[Event], Any]
@@ -152,7 +159,7 @@ class Names:
         if of in ("old", "new", "row"):
             return self.column(of, column)
         if of == "context":
-            return lambda event: event.context.get(column)
+            return lambda event: event.heard.said.get(column)
         if of in ("lookup", "values") and not self.found:
             raise ValueError(f"{path}: what is looked up or has a name is not known yet where a rule may apply")
         if of == "values":
@@ -363,7 +370,7 @@ def matches(path: str, matcher: Matcher, names: Names) -> Test:
 
 
 # As many digits as a numeric may have: the usual 28 would round.
-_EXACT: Final = Context(prec=300_000, Emax=MAX_EMAX, Emin=MIN_EMIN)
+_EXACT: Final = decimal.Context(prec=300_000, Emax=MAX_EMAX, Emin=MIN_EMIN)
 
 
 def moves(column: str, delta: Delta, names: Names) -> Test:

@@ -13,13 +13,12 @@ import msgspec
 
 from cdc_worker.activities import Activity, DeadLetter, Person, Scope, Stretch, change_key, key_prefix
 from cdc_worker.changes import CUTOVER_PREFIX, Change, Message, Row, Transaction, Value
+from cdc_worker.context import NOTHING, Collapse, Context, Policy, hear
+from cdc_worker.context import PREFIX as CONTEXT_PREFIX
 from cdc_worker.errors import UnknownValueError
 from cdc_worker.lsn import INVALID
-from cdc_worker.rules import Lookup, Rule, Rules, Table
+from cdc_worker.rules import Lookup, Rule, Rules, Table, credited
 from cdc_worker.templates import Event, event_of, text
-
-CONTEXT_PREFIX: Final = "cdc_worker.context"
-"""Prefix of the logical messages in which an application says who changes what follows."""
 
 PREFIXES: Final = (CONTEXT_PREFIX, CUTOVER_PREFIX)
 """Of all logical messages that are for the worker."""
@@ -90,7 +89,43 @@ def _blank(outcome: Outcome, links: Mapping[str, str]) -> Outcome:
     return msgspec.structs.replace(outcome, fields=fields, change=change)
 
 
+class _Summary(msgspec.Struct, eq=False):
+    """Changes that are told as one, because of what was said in the message `number` of their commit.
+
+    While it is being made none of them is done: whoever resumes the commit counts them all again.
+    """
+
+    context: Context
+    number: int
+    first: Change
+    index: int
+    committed_at: datetime
+    counts: dict[str, dict[str, int]] = {}
+
+    def count(self, change: Change) -> None:
+        name = change.table if change.schema == "public" else f"{change.schema}.{change.table}"
+        of = self.counts.setdefault(name, {})
+        of[change.operation] = of.get(change.operation, 0) + 1
+
+    def activity(self, prefix: str) -> Activity:
+        wish = self.context.collapse or Collapse()
+        created_by, source = credited(self.context)
+        counted = [f"{name} {operation} {n}" for name, of in self.counts.items() for operation, n in of.items()]
+        fields = {
+            "type": wish.type or "changes_collapsed",
+            "description": wish.description or f"Changes: {', '.join(counted)}",
+            "metadata": {**self.context.told, **source, "changes": self.counts},
+            "occurred_at": self.committed_at,
+            "created_by": created_by,
+        }
+        # Of the first change no more than its table: one activity of many persons is nobody's.
+        change = Change(self.first.operation, self.first.schema, self.first.table, None, None)
+        key = change_key(prefix, "cdc_worker", "context", self.number, "collapse")
+        return Activity(key, fields, change, self.index)
+
+
 _EVERYTHING: Final = Scope()
+_BELIEVING: Final = Policy()
 
 
 class Transformer:
@@ -99,15 +134,26 @@ class Transformer:
     What comes out depends on the transactions and on what is looked up, never on where they were sliced. After each
     `feed`, the rows that are `wanted` are to be told with `tell`, and `rest` has more as long as `ready`: until all of
     that is done the commit isn't. `given` are the erased persons whose keys were given to somebody else meanwhile.
-    `missing` are columns, by table, that changes didn't carry, so that the metadata had to do without. `worker` and
-    `system_identifier` are part of every change key.
+    `missing` are columns, by table, that changes didn't carry, so that the metadata had to do without; `refused` is
+    what messages asked for that the `policy` doesn't allow. `worker` and `system_identifier` are part of every change
+    key.
     """
 
-    def __init__(self, rules: Rules, *, worker: str, system_identifier: str, scope: Scope = _EVERYTHING) -> None:
+    def __init__(
+        self,
+        rules: Rules,
+        *,
+        worker: str,
+        system_identifier: str,
+        scope: Scope = _EVERYTHING,
+        policy: Policy = _BELIEVING,
+    ) -> None:
         self._rules = rules
         self._scope = scope
+        self._policy = policy
         self._excluded: frozenset[tuple[str, str]] = frozenset()
         self.given: list[Person] = []
+        self.refused: frozenset[str] = frozenset()
         self.missing: set[tuple[str, str, str]] = set()
         self._erased: dict[Person, list[Stretch]] = {person: [*found] for person, found in scope.erased.items()}
         self._erased_fields = {name: name for name, _ in scope.erased}
@@ -116,7 +162,9 @@ class Transformer:
         self._worker = worker
         self._system_identifier = system_identifier
         self._prefix = ""
-        self._context: dict[str, Any] = {}
+        self._context = NOTHING
+        self._context_number = self._messages = 0
+        self._summary: _Summary | None = None
         self._ordinals: defaultdict[tuple[str, str], int] = defaultdict(int)
         self._facts: dict[_FactKey, tuple[int, Row]] = {}
         self._waiting: dict[_FactKey, list[_Held]] = {}
@@ -132,26 +180,29 @@ class Transformer:
     @property
     def done(self) -> int:
         """How many changes of the current commit have all their outcomes out."""
-        return self._held[0].index if self._held else self._index
+        if self._held:
+            return self._held[0].index
+        return self._summary.index if self._summary is not None else self._index
 
     def feed(self, transaction: Transaction) -> list[Outcome]:
         """Outcomes that are certain now. With the last slice of a commit, all of them are."""
         if transaction.first:
             self._start(transaction)
-        self._out, self.given = [], []
+        self._out, self.given, self.refused = [], [], frozenset()
         messages = iter(transaction.messages)
         until, message = next(messages, (-1, None))
         for number, change in enumerate(transaction.changes):
             while until == number and message is not None:
-                self._hear(message)
+                self._hear(message, transaction.xid)
                 until, message = next(messages, (-1, None))
             table = self._rules.get((change.schema, change.table))
             if table is not None:
                 self._take(change, table, transaction.committed_at)
         while message is not None:
-            self._hear(message)
+            self._hear(message, transaction.xid)
             until, message = next(messages, (-1, None))
         if transaction.last:
+            self._sum_up()
             self._expire(self._index + FACT_DISTANCE + 1)
         self._release()
         return self._told() if self._erased else self._out
@@ -187,13 +238,13 @@ class Transformer:
 
     def rest(self) -> list[Outcome]:
         """More of them."""
-        self._out, self.given = [], []
+        self._out, self.given, self.refused = [], [], frozenset()
         self._release()
         return self._told() if self._erased else self._out
 
     def _start(self, transaction: Transaction) -> None:
         self._prefix = key_prefix(self._worker, self._system_identifier, transaction.commit_lsn)
-        self._context = {}
+        self._context, self._messages, self._summary = NOTHING, 0, None
         self._ordinals.clear()
         self._index = 0
         self._commit_lsn = transaction.commit_lsn
@@ -207,16 +258,22 @@ class Transformer:
             self._asking.clear()
             self._text = 0
 
-    def _hear(self, message: Message) -> None:
+    def _hear(self, message: Message, xid: int) -> None:
         if message.prefix != CONTEXT_PREFIX:
             return
         self._excluded = self._scope.excludes(self._commit_lsn, heard=True)
-        try:
-            said = msgspec.json.decode(message.content, type=dict[str, Any])
-        except (msgspec.DecodeError, RecursionError):
-            return  # the application's words are not ours to mend, and its changes are recorded all the same
-        # Only what a text column can hold: whatever anyone says here, it must not get in the way of the changes.
-        self._context = {**self._context, **{name: value for name, value in said.items() if _plain(value)}}
+        context = hear(self._context, message.content, xid=xid, policy=self._policy)
+        if context != self._context:
+            self._sum_up()
+            self.refused |= context.refused - self._context.refused
+            self._context, self._context_number = context, self._messages
+        self._messages += 1
+
+    def _sum_up(self) -> None:
+        """Tell the changes that were collapsed up to here."""
+        if self._summary is not None:
+            self._put(self._summary.activity(self._prefix))
+            self._summary = None
 
     def _take(self, change: Change, table: Table, committed_at: datetime) -> None:
         index = self._index
@@ -236,19 +293,24 @@ class Transformer:
         self._index = index + 1
         if table.name in self._excluded:
             return
-        if change.operation == "update":
-            if not change.changed or not table.rules["update"]:
-                return
-            if change.old_row_unknown:
-                key = change_key(self._prefix, *table.name, ordinal, "*")
-                reason = "the change carries no old row: the table needs REPLICA IDENTITY FULL"
-                self._put(DeadLetter(key, "old_values_unknown", reason, change, index, committed_at))
-                return
+        if self._context.skip or not table.rules[change.operation]:
+            return
+        if change.operation == "update" and not change.changed:
+            return
+        if self._context.collapse is not None:
+            if self._summary is None:
+                self._summary = _Summary(self._context, self._context_number, change, index, committed_at)
+            self._summary.count(change)
+            return
+        if change.operation == "update" and change.old_row_unknown:
+            key = change_key(self._prefix, *table.name, ordinal, "*")
+            reason = "the change carries no old row: the table needs REPLICA IDENTITY FULL"
+            self._put(DeadLetter(key, "old_values_unknown", reason, change, index, committed_at))
+            return
         if change.operation == "truncate" and change.partition is not None:
-            if table.rules["truncate"]:
-                key = change_key(self._prefix, *table.name, ordinal, "*")
-                reason = f"the partition {'.'.join(change.partition)} was emptied: which rows it had isn't told"
-                self._put(DeadLetter(key, "old_values_unknown", reason, change, index, committed_at))
+            key = change_key(self._prefix, *table.name, ordinal, "*")
+            reason = f"the partition {'.'.join(change.partition)} was emptied: which rows it had isn't told"
+            self._put(DeadLetter(key, "old_values_unknown", reason, change, index, committed_at))
             return
         claimed: set[str] = set()
         for rule in table.candidates(change):
@@ -483,10 +545,6 @@ def _persons(values: Mapping[str, Any] | None, columns: Mapping[str, str]) -> li
     return [(name, text(key)) for name, column in columns.items() if (key := values.get(column)) is not None]
 
 
-def _plain(value: Any) -> bool:
-    return "\0" not in value if isinstance(value, str) else not isinstance(value, (dict, list))
-
-
 Fetch = Callable[[Collection[Wanted]], Mapping[Wanted, Row | None]]
 """Looks for rows; those that it doesn't return are asked for again."""
 
@@ -502,10 +560,11 @@ def transform(
     worker: str,
     system_identifier: str,
     scope: Scope = _EVERYTHING,
+    policy: Policy = _BELIEVING,
     fetch: Fetch = _nothing,
 ) -> list[Outcome]:
     """All outcomes of some whole transactions."""
-    transformer = Transformer(rules, worker=worker, system_identifier=system_identifier, scope=scope)
+    transformer = Transformer(rules, worker=worker, system_identifier=system_identifier, scope=scope, policy=policy)
     outcomes = []
     for transaction in transactions:
         outcomes += transformer.feed(transaction)

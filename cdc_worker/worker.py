@@ -34,6 +34,7 @@ from cdc_worker.activities import Activity, Batch, DeadLetter, Line, Position, S
 from cdc_worker.changes import CUTOVER_PREFIX, Assembler, Change, Transaction
 from cdc_worker.checkpoint import Checkpoint
 from cdc_worker.config import Settings
+from cdc_worker.context import Policy
 from cdc_worker.log import Logger
 from cdc_worker.lsn import INVALID, LSN
 from cdc_worker.partitions import Partitions
@@ -357,7 +358,18 @@ class Worker:
             )
         self._started = True
         log.info("replication_started", lsn=str(position.lsn), plugin=replica.plugin, time_zone=time_zone)
-        transformer = Transformer(self._rules, worker=worker, system_identifier=found.system_identifier, scope=scope)
+        key = settings.context_key
+        transformer = Transformer(
+            self._rules,
+            worker=worker,
+            system_identifier=found.system_identifier,
+            scope=scope,
+            policy=Policy(
+                key.get_secret_value().encode() if key else None,
+                unsigned_control=settings.unsigned_control,
+                kept=tuple(self._profile.context),
+            ),
+        )
         return _Stream(
             replication,
             sink,
@@ -651,6 +663,8 @@ class _Stream:
 
     def _take(self, transaction: Transaction, outcomes: list[Activity | DeadLetter]) -> None:
         transformer = self._transformer
+        if transformer.refused:
+            self._log.warning("context_refused", asked=sorted(transformer.refused), xid=transaction.xid)
         done = transformer.done
         if transaction.commit_lsn == self._resumed.commit_lsn:
             # A part of this commit was written before we came. It is read again for its messages and facts.

@@ -11,10 +11,11 @@ from hypothesis import HealthCheck, settings
 
 from cdc_worker.activities import Activity
 from cdc_worker.changes import Assembler, Begin, Change, Commit, Message, Row, Transaction, Value, update
+from cdc_worker.context import PREFIX
 from cdc_worker.lsn import LSN
 from cdc_worker.profile import Profile, load, parse
 from cdc_worker.rules import Rules, compile_rules
-from cdc_worker.transform import CONTEXT_PREFIX, Outcome, transform
+from cdc_worker.transform import Outcome, transform
 
 # A failure prints the blob that repeats it. The machine's speed is no failure.
 settings.register_profile(
@@ -88,11 +89,15 @@ def deleted(table: str, row: Row) -> Change:
     return Change("delete", "public", table, row, None)
 
 
+def converted(lead_id: int = 7) -> Change:
+    return updated("lead", lead(lead_id=lead_id), is_converted=True)
+
+
 def truncated(table: str) -> Change:
     return Change("truncate", "public", table, None, None)
 
 
-def said(content: str, *, prefix: str = CONTEXT_PREFIX, transactional: bool = True) -> Message:
+def said(content: str, *, prefix: str = PREFIX, transactional: bool = True) -> Message:
     return Message(prefix, content, transactional)
 
 
