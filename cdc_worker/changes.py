@@ -176,7 +176,8 @@ class Assembler:
         dealt_with = begin.end_lsn <= self._start
         if type(message) is Commit:
             self._begin = None
-            self._let_go()
+            if self._held is not None:
+                self._let_go()
             self.received = max(self.received, begin.end_lsn)
             if dealt_with or (self._first and not self._changes and not self._marked):  # nothing of ours happened in it
                 self._messages = []
@@ -192,7 +193,8 @@ class Assembler:
             else:
                 self._resolve(message, payload, self._root_of(message, begin.commit_lsn))
         elif type(message) is Message and message.transactional:
-            self._let_go()
+            if self._held is not None:
+                self._let_go()
             self._messages.append((len(self._changes), message))
             self._size += len(payload)
         full = self._size >= self.MAX_BYTES or len(self._changes) + len(self._messages) >= self.MAX_CHANGES
@@ -205,10 +207,10 @@ class Assembler:
 
     def _let_go(self) -> None:
         """What was held is what it seemed to be."""
-        if self._held is not None:
-            change, size = self._held
-            self._append(change, change, size)
-            self._held = None
+        assert self._held is not None
+        change, size = self._held
+        self._held = None
+        self._append(change, change, size)
 
     def _resolve(self, change: Change, payload: Payload, root: tuple[str, str] | None) -> None:
         """Take a change under the name of its root."""
