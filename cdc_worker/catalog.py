@@ -264,7 +264,7 @@ def _never_told(connection: Connection, profile: Profile, captured: Columns) -> 
                     f"write a value of {of.declared} there, as PostgreSQL prints it",
                     captured=True,
                 )
-            for column in rule.delta:
+            for column in {**rule.delta, **(rule.when.delta if rule.when else {})}:
                 of = captured[qualified(name)].get(column)
                 if of is not None and of.base not in _NUMBERS:
                     yield Fault(

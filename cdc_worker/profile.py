@@ -111,6 +111,19 @@ Matcher = Annotated[_Boolean | _Integer | _Float | _String | _Match | _OneOf, _o
 """A value that is meant, several of which one is, or what it must be like."""
 
 
+class Delta(_Model):
+    """By how much a number must change: all that is given. From or to NULL it never does, and from 0 by no ratio."""
+
+    over: Annotated[Decimal, Field(ge=0)] | None = None
+    """By more than this."""
+    at_least: Annotated[Decimal, Field(ge=0)] | None = None
+    over_ratio: Annotated[Decimal, Field(ge=0)] | None = None
+    """By more than this part of the old value: 0.1 is ten per cent."""
+    at_least_ratio: Annotated[Decimal, Field(ge=0)] | None = None
+    grows: bool | None = None
+    """Whether it must have grown, or shrunk."""
+
+
 class Condition(_Model):
     """What must hold of a change: all of it. Columns are named by the row that has them."""
 
@@ -126,6 +139,8 @@ class Condition(_Model):
     """Values that the table or the rule has named; not in a rule's own condition."""
     context: dict[str, Matcher] = {}
     """Keys of the context message."""
+    delta: dict[str, Delta] = {}
+    """By how much columns must change, in a rule on updates."""
     all: list[Condition] = []
     """Conditions that all hold."""
     any: Annotated[list[Condition], Field(min_length=1)] | None = None
@@ -210,17 +225,6 @@ class Lookup(_Model):
     """Its columns that must have a certain value. Of several rows it is the first by the table's key."""
     same_transaction: bool = False
     """Whether only a row counts that was written in the same transaction, before or after the change."""
-
-
-class Delta(_Model):
-    """By how much a number must change: all that is given. From or to NULL it never does, and from 0 by no ratio."""
-
-    over: Annotated[Decimal, Field(ge=0)] | None = None
-    """By more than this."""
-    at_least: Annotated[Decimal, Field(ge=0)] | None = None
-    over_ratio: Annotated[Decimal, Field(ge=0)] | None = None
-    """By more than this part of the old value: 0.1 is ten per cent."""
-    at_least_ratio: Annotated[Decimal, Field(ge=0)] | None = None
 
 
 class Rule(_Model):

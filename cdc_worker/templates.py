@@ -344,6 +344,7 @@ def number(value: Any) -> Decimal | None:
 def condition(source: Condition, names: Names) -> Test:
     """Compile a condition: whether all that it says holds."""
     tests = [matches(f"{of}.{column}", matcher, names) for of, column, matcher in _compared(source)]
+    tests += [moves(column, delta, names) for column, delta in source.delta.items()]
     tests += [condition(one, names) for one in source.all]
     if source.any is not None:
         tests.append(_any([condition(one, names) for one in source.any]))
@@ -383,7 +384,8 @@ def moves(column: str, delta: Delta, names: Names) -> Test:
             return False
         by, whole = _EXACT.subtract(new, old).copy_abs(), old.copy_abs()
         return (
-            (delta.over is None or by > delta.over)
+            (delta.grows is None or (new > old if delta.grows else new < old))
+            and (delta.over is None or by > delta.over)
             and (delta.at_least is None or by >= delta.at_least)
             and (delta.over_ratio is None or (whole > 0 and by > _EXACT.multiply(delta.over_ratio, whole)))
             and (delta.at_least_ratio is None or (whole > 0 and by >= _EXACT.multiply(delta.at_least_ratio, whole)))
