@@ -1,7 +1,8 @@
 """Whose the changes of partitions are: wal2json sends their names, and never that of the table that they are parts of.
 
-New ones come at any time, and may be gone before their changes are read. So their schemas are asked for whole, what
-arrives of a table that nobody has seen is looked up, and what was found is kept in the database.
+New ones come at any time, in any schema, and may be gone before their changes are read. So everything is asked for but
+what can't become one, what arrives of a table that nobody has seen is looked up, and what was found is kept in the
+database.
 """
 
 from __future__ import annotations
@@ -50,11 +51,12 @@ WHERE level > 0
 ORDER BY c.oid, level DESC
 """
 
+# What is refreshed concurrently has changes, as a table has.
 _OTHERS: Final = """
-SELECT nspname::text, relname::text,
+SELECT nspname::text, relname::text, relkind <> 'm',
        ARRAY(SELECT attname::text FROM pg_attribute WHERE attrelid = c.oid AND attnum > 0 AND NOT attisdropped)
 FROM pg_class c JOIN pg_namespace n ON n.oid = relnamespace
-WHERE nspname = ANY (%s) AND relkind IN ('r', 'p')
+WHERE relkind IN ('r', 'p', 'm') AND nspname NOT IN ('pg_catalog', 'information_schema')
 """
 
 _ANCESTORS: Final = """
@@ -83,8 +85,8 @@ _NOW: Final = "SELECT pg_current_wal_insert_lsn()"
 class Partitions:
     """The captured tables that are partitioned, and whose any other table is.
 
-    `keys` tell their rows apart, wherever these are stored. `schemas` are where partitions are, `others` what there is
-    there beside them that can't become one.
+    `keys` tell their rows apart, wherever these are stored. `others` are the tables that can't become partitions, above
+    all those that the worker writes to; None if nothing is partitioned.
     """
 
     def __init__(
@@ -113,8 +115,7 @@ class Partitions:
             self.keys[schema, name] = rules[schema, name].key or tuple(key)
         self._kept: dict[Table, tuple[Table, LSN]] = {}
         self._found: dict[Table, tuple[Table | None, LSN]] = {table: (table, FOREVER) for table in rules}
-        self.schemas: list[str] = []
-        self.others: list[Table] = []
+        self.others: list[Table] | None = None
         if self:
             self._look(connection)
 
@@ -139,11 +140,11 @@ class Partitions:
         for table, (root, until) in [*self._kept.items()]:
             if table not in self._found:
                 self._note(connection, table, root, min(until, at))
-        schemas = {schema for schema, _ in (*self._columns, *self._kept)}
-        self.schemas = sorted(schemas)
-        for schema, name, columns in connection.execute(_OTHERS, (self.schemas,)):
-            if (schema, name) not in self._found and self._like(columns) is None:
-                self.others.append((schema, name))
+        self.others = [
+            (schema, name)
+            for schema, name, may_be, columns in connection.execute(_OTHERS)
+            if (schema, name) not in self._found and not (may_be and self._like(columns))
+        ]
 
     def _note(self, connection: Connection, table: Table, root: Table, until: LSN) -> None:
         """Remember that the changes of a table are its root's, in all commits before `until`."""

@@ -32,17 +32,15 @@ def options(
     tables: Iterable[tuple[str, str]],
     message_prefixes: Iterable[str] = (),
     *,
-    schemas: Iterable[str] = (),
-    without: Iterable[tuple[str, str]] = (),
+    without: Iterable[tuple[str, str]] | None = None,
 ) -> dict[str, str]:
     """Options of START_REPLICATION for these (schema, table) pairs and messages of these prefixes.
 
-    Where partitions come and go their `schemas` are asked for whole, `without` what is known to be nobody's.
+    Where partitions come and go, all tables are asked for, also those that are yet to be made, but `without` some.
 
     Types as OIDs: their names can make the output invalid JSON (`"type":"My Sch"."My Enum"`).
     """
-    whole = [f"{_escaped(schema)}.*" for schema in schemas]
-    nobodys = _listed(without)
+    asked = {"add-tables": _listed(tables)} if without is None else {"filter-tables": _listed(without)}
     return {
         "format-version": "2",
         "include-lsn": "1",
@@ -50,8 +48,7 @@ def options(
         "include-xids": "1",
         "include-types": "0",
         "include-type-oids": "1",
-        "add-tables": ",".join(filter(None, [_listed(tables), *whole])),
-        **({"filter-tables": nobodys} if nobodys else {}),
+        **asked,
         # An empty list of prefixes would let every message through.
         "add-msg-prefixes": ",".join(map(_askable, message_prefixes)) or "cdc_worker.none",
     }

@@ -426,7 +426,7 @@ class Worker:
             on_lost=self._warn_of_lost,
         )
         stack.callback(partitions.close)
-        options = wal2json.options(self._rules, PREFIXES, schemas=partitions.schemas, without=partitions.others)
+        options = wal2json.options(self._rules, PREFIXES, without=partitions.others)
         try:
             refused = replication.start(
                 settings.slot, found.position.lsn, options, encoding=server.encoding, optional=wal2json.OPTIONAL

@@ -129,12 +129,14 @@ def test_a_partition_that_is_made_while_the_worker_runs_is_noticed(deals: Crm) -
             """CREATE TABLE "Far, away".deal_west PARTITION OF deal FOR VALUES IN ('west');
             INSERT INTO deal (id, region) VALUES (1, 'west')"""
         )
+        deals.execute("CREATE SCHEMA farther; CREATE TABLE farther.deal PARTITION OF deal FOR VALUES IN ('farther')")
         deals.execute("CREATE TABLE deal_east_2 PARTITION OF deal_east FOR VALUES FROM (100) TO (200)")
-        deals.execute("INSERT INTO deal (id, region) VALUES (100, 'east')")
-        eventually(lambda: told(deals) == ["1 created: west 0", "100 created: east 0"])
+        deals.execute("INSERT INTO deal (id, region) VALUES (100, 'east'), (2, 'farther')")
+        eventually(lambda: told(deals) == ["1 created: west 0", "100 created: east 0", "2 created: farther 0"])
         assert [(e["table"], e["partition"]) for e in worker.events("partition_noticed")] == [
             ("public.deal", "Far, away.deal_west"),
             ("public.deal", "public.deal_east_2"),
+            ("public.deal", "farther.deal"),
         ]
         assert worker.terminate() == 0
 
