@@ -41,7 +41,10 @@ class Checkpoint:
     dead_letters: int
 
 
-WRITTEN: Final = ("cdc_worker.checkpoint", "cdc_worker.dead_letter", "cdc_worker.process", "cdc_worker.tally")
+WRITTEN: Final = (
+    *("cdc_worker.checkpoint", "cdc_worker.dead_letter", "cdc_worker.process", "cdc_worker.tally"),
+    "cdc_worker.written_key",
+)
 """The tables that a worker writes, beside the target."""
 
 _READ: Final = """

@@ -177,7 +177,8 @@ SELECT DISTINCT table_name FROM cdc_worker.excluded
 WHERE worker = %s AND until_lsn IS NULL AND system_identifier = cdc_worker.cluster()
 """
 
-_MARKED: Final = _WAITING + " AND marked ORDER BY 1"
+# Also before setup has given it the column.
+_MARKED: Final = _WAITING + " AND to_jsonb(excluded) -> 'marked' = 'true' ORDER BY 1"
 
 
 def forward(

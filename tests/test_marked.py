@@ -230,6 +230,16 @@ def test_doctor_and_status_say_that_it_is_open(logging_crm: Crm) -> None:
     )
 
 
+def test_an_installation_of_before_learns_of_it_from_setup(crm: Crm) -> None:
+    crm.execute("ALTER TABLE cdc_worker.excluded DROP COLUMN marked")
+    crm.execute("DELETE FROM cdc_worker.schema_file WHERE name = '010_cdc_worker.sql'")
+    assert "cut-over:" not in crm.succeed("status")
+    assert 'column "marked" does not exist' in crm.command("run", "--once").stderr
+    assert "ADD COLUMN IF NOT EXISTS marked" in crm.succeed("setup", "--dry-run")
+    crm.setup()
+    crm.record()
+
+
 # What follows a message
 
 MARKED = Scope(
