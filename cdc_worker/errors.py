@@ -33,7 +33,9 @@ A service manager must not restart into 11, 12, 14 to 16 and 23: each is a gap o
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Self
 
 
 class CdcWorkerError(Exception):
@@ -52,10 +54,33 @@ class SettingsError(CdcWorkerError):
     exit_code = 2
 
 
+Place = tuple[int | str, ...]
+"""Where something stands in a profile: keys, and numbers of elements from 0."""
+
+
+@dataclass(frozen=True, slots=True)
+class ProfileFault:
+    """What is wrong with a profile, and where. The message names the place as well, in words."""
+
+    place: Place
+    message: str
+
+
 class ProfileError(CdcWorkerError):
-    """The profile can't be read."""
+    """The profile can't be read, or not be compiled: each fault is named."""
 
     exit_code = 3
+
+    def __init__(self, message: str, *, hint: str | None = None, faults: Sequence[ProfileFault] = ()) -> None:
+        super().__init__(message, hint=hint)
+        self.faults = faults
+
+    @classmethod
+    def of(cls, profile: str, faults: Sequence[ProfileFault]) -> Self:
+        """All that is wrong with a profile."""
+        lines = "\n".join(f"  {fault.message}" for fault in faults)
+        hint = "mend each place named; on which lines they are says: cdc-worker profile check"
+        return cls(f'profile "{profile}" is wrong:\n{lines}', hint=hint, faults=faults)
 
 
 class ConnectionStringError(CdcWorkerError):

@@ -11,10 +11,11 @@ nothing. Format specifications are Python's, and `cut 100` or `cut 100 ...`, whi
 from __future__ import annotations
 
 import tomllib
+from collections.abc import Collection, Iterator, Sequence
 from decimal import Decimal
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Final, Literal, TypeVar
 
 from pydantic import (
     BaseModel,
@@ -29,7 +30,7 @@ from pydantic import (
 )
 
 from cdc_worker.changes import Operation
-from cdc_worker.errors import ProfileError
+from cdc_worker.errors import Place, ProfileError, ProfileFault
 
 
 def _kind(value: object) -> str | None:
@@ -83,9 +84,17 @@ class _Model(BaseModel):
 _M = TypeVar("_M", bound=_Model)
 
 
-def _unless(faults: list[str], model: _M) -> _M:
+class _WrongError(ValueError):
+    """What is wrong between parts of a model, each with its place in there."""
+
+    def __init__(self, faults: list[ProfileFault]) -> None:
+        super().__init__("; ".join(fault.message for fault in faults))
+        self.faults = faults
+
+
+def _unless(faults: list[ProfileFault], model: _M) -> _M:
     if faults:
-        raise ValueError("; ".join(faults))
+        raise _WrongError(faults)
     return model
 
 
@@ -195,11 +204,12 @@ class Target(_Model):
 
     @model_validator(mode="after")
     def _columns_are_told_apart(self) -> Target:
-        faults = []
-        if both := sorted(self.columns.keys() & self.constants.keys()):
-            faults.append(f"in columns as well as in constants: {', '.join(both)}")
-        if unknown := sorted(self.lengths.keys() - self.columns.keys()):
-            faults.append(f"in lengths and not in columns: {', '.join(unknown)}")
+        both = sorted(self.columns.keys() & self.constants.keys())
+        unknown = sorted(self.lengths.keys() - self.columns.keys())
+        faults = [
+            ProfileFault(("constants", column), f"in columns as well as in constants: {column}") for column in both
+        ]
+        faults += [ProfileFault(("lengths", column), f"in lengths and not in columns: {column}") for column in unknown]
         return _unless(faults, self)
 
 
@@ -314,11 +324,20 @@ class Table(_Model):
     @model_validator(mode="after")
     def _rules_are_told_apart(self) -> Table:
         names = [rule.label for rule in self.rules]
-        if twice := sorted({name for name in names if names.count(name) > 1}):
-            raise ValueError(f"rules that need a name of their own: {', '.join(twice)}")
-        if both := sorted(self.masked.keys() & {*self.key, self.owner}):
-            raise ValueError(f"masked, and part of the key or the owner: {', '.join(both)}")
-        return self
+        faults = [
+            ProfileFault(("rules", number), f"rules that need a name of their own: {name}")
+            for number, name in enumerate(names)
+            if names.index(name) < number and name not in names[number + 1 :]
+        ]
+        both = sorted(self.masked.keys() & {*self.key, self.owner})
+        faults += [ProfileFault(("masked",), f"masked, and part of the key or the owner: {column}") for column in both]
+        return _unless(faults, self)
+
+
+def _all_fields(table: Table) -> Iterator[tuple[Place, dict[str, Value]]]:
+    yield (), table.fields
+    for number, rule in enumerate(table.rules):
+        yield ("rules", number), rule.fields
 
 
 class Profile(_Model):
@@ -341,21 +360,23 @@ class Profile(_Model):
         known = FIELDS.union(*({*t.fields, *(f for r in t.rules for f in r.fields)} for t in tables))
         free = any(rule.rule for table in tables for rule in table.rules)  # a function's fields are its own
         faults = [
-            f'target column "{column}" wants the field "{field}", which no table or rule has'
+            ProfileFault(
+                ("target", "columns", column),
+                f'target column "{column}" wants the field "{field}", which no table or rule has',
+            )
             for column, field in self.target.columns.items()
             if field not in known and not free
         ]
         faults += [
-            f'tables.{name} has a field "{field}", which is not for profiles to fill'
+            ProfileFault(
+                ("tables", name, *where, "fields", field),
+                f'tables.{name} has a field "{field}", which is not for profiles to fill',
+            )
             for name, table in self.tables.items()
-            for field in sorted(FIELDS & {*table.fields, *(f for r in table.rules for f in r.fields)})
+            for where, fields in _all_fields(table)
+            for field in sorted(FIELDS & fields.keys())
         ]
         return _unless(faults, self)
-
-
-def place(location: tuple[int | str, ...]) -> str:
-    """Where in a profile pydantic found something, as one writes it there."""
-    return ".".join(str(step) for step in location if not str(step).startswith("<"))
 
 
 def shipped() -> list[str]:
@@ -384,15 +405,80 @@ def read(name_or_path: str) -> str:
 
 def parse(text: str, *, source: str) -> Profile:
     """Read a profile's text; `source` names it in errors."""
-    try:
-        content: dict[str, Any] = tomllib.loads(text, parse_float=Decimal)
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
-        raise ProfileError(f'profile "{source}" is not TOML: {error}', hint="mend the file at that place") from error
+    content = _content(text, source)
     try:
         return Profile.model_validate(content)
     except ValidationError as error:
-        faults = "\n".join(
-            f"  {place(fault['loc']) or '(top)'}: {fault['msg'].removeprefix('Value error, ')}"
-            for fault in error.errors()
-        )
-        raise ProfileError(f'profile "{source}" is wrong:\n{faults}', hint="mend each place named") from error
+        raise ProfileError.of(source, _faults(error)) from error
+
+
+def parse_parts(text: str, *, source: str) -> tuple[Profile, list[ProfileFault]]:
+    """As much of a profile as can be read, and what is wrong with the rest. Raises ProfileError if it isn't TOML.
+
+    A rule that can't be read is one on no operation, and a table is left out if more of it is wrong than rules; a
+    target has no columns.
+    """
+    content = _content(text, source)
+    try:
+        return Profile.model_validate(content), []
+    except ValidationError as error:
+        faults = _faults(error)
+    tables = content.get("tables")
+    found = {}
+    for name, table in tables.items() if isinstance(tables, dict) else ():
+        wrong = [fault.place[2:] for fault in faults if fault.place[:2] == ("tables", name)]
+        rules = {number for of, number, *_ in (place for place in wrong if len(place) > 1) if of == "rules"}
+        try:
+            if all(place[:1] == ("rules",) and len(place) > 1 for place in wrong):
+                found[name] = _without_rules(table, rules)
+        except ValidationError as error:
+            faults += _faults(error, ("tables", name))
+    sound = not any(fault.place[:1] == ("target",) for fault in faults) and "target" in content
+    target = Target.model_validate(content["target"]) if sound else Target.model_construct(table="", columns={})
+    return Profile.model_construct(name=source, target=target, tables=found), faults
+
+
+def without(profile: Profile, faults: Sequence[ProfileFault]) -> Profile:
+    """What is left of a profile without the rules, or tables, that have these faults."""
+    tables = {}
+    for name, table in profile.tables.items():
+        wrong = [fault.place[2:] for fault in faults if fault.place[:2] == ("tables", name)]
+        if all(place[:1] == ("rules",) for place in wrong):
+            rules = [_NO_RULE if ("rules", n) in [p[:2] for p in wrong] else r for n, r in enumerate(table.rules)]
+            tables[name] = table.model_copy(update={"rules": rules})
+    return profile.model_copy(update={"tables": tables})
+
+
+_NO_RULE: Final = Rule.model_construct(on=[])
+
+_TAGS: Final = ("<boolean>", "<integer>", "<float>", "<string>", "<array>", "<table>")
+
+
+def _without_rules(table: Any, numbers: Collection[int | str]) -> Table:
+    """A table without some rules, which keep their numbers."""
+    rules = [rule for number, rule in enumerate(table.get("rules", ())) if number not in numbers]
+    found = Table.model_validate({**table, "rules": rules} if numbers else table)
+    kept = iter(found.rules)
+    all_ = [_NO_RULE if n in numbers else next(kept) for n in range(len(found.rules) + len(numbers))]
+    return found.model_copy(update={"rules": all_})
+
+
+def _content(text: str, source: str) -> dict[str, Any]:
+    try:
+        return tomllib.loads(text, parse_float=Decimal)
+    except (ValueError, ArithmeticError, RecursionError) as error:
+        raise ProfileError(f'profile "{source}" is not TOML: {error}', hint="mend the file at that place") from error
+
+
+def _faults(error: ValidationError, within: Place = ()) -> list[ProfileFault]:
+    """What pydantic found, at places as they are in the file: of several kinds of value it names the one as well."""
+    found = []
+    for fault in error.errors():
+        place = (*within, *(step for step in fault["loc"] if step not in _TAGS))
+        where = ".".join(map(str, place)) or "(top)"
+        cause = fault.get("ctx", {}).get("error")
+        if isinstance(cause, _WrongError):
+            found += [ProfileFault((*place, *of.place), f"{where}: {of.message}") for of in cause.faults]
+        else:
+            found.append(ProfileFault(place, f"{where}: {fault['msg'].removeprefix('Value error, ')}"))
+    return found

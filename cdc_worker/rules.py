@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import hmac
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
@@ -14,7 +15,7 @@ import msgspec
 from cdc_worker import templates
 from cdc_worker.changes import Change, Operation, Row, Value
 from cdc_worker.context import CHANGED_BY, Context
-from cdc_worker.errors import ProfileError, UnknownValueError
+from cdc_worker.errors import Place, ProfileError, ProfileFault, UnknownValueError
 from cdc_worker.profile import Lookup as LookupSpec
 from cdc_worker.profile import Profile
 from cdc_worker.profile import Rule as RuleSpec
@@ -346,17 +347,18 @@ class _Compiler:
         self._mask_key = mask_key
         self._specs = {qualified(name): spec for name, spec in profile.tables.items()}
         self._names = {table: Names(spec, profile.text_length) for table, spec in self._specs.items()}
-        self._faults: list[str] = []
+        self._keys = {qualified(name): name for name in profile.tables}
+        self._faults: dict[ProfileFault, None] = {}  # in order, each once
 
     def rules(self) -> Rules:
-        tables = [qualified(name) for name in self._profile.tables]
-        self._faults += [f"tables.{t[1]} stands here twice" for t in sorted(set(tables)) if tables.count(t) > 1]
+        for name in self._profile.tables:
+            if self._keys[qualified(name)] != name:
+                self._wrong(("tables", name), f"tables.{qualified(name)[1]} stands here twice")
         compiled = {table: self._rules_of(table) for table in self._specs}
         masks = {table: self._masks(table) for table in self._specs}
         self._check_lookups()
         if self._faults:
-            lines = "\n".join(f"  {fault}" for fault in self._faults)
-            raise ProfileError(f'profile "{self._profile.name}" is wrong:\n{lines}', hint="mend each place named")
+            raise ProfileError.of(self._profile.name, [*self._faults])
         facts = {table: self._facts(table) for table in self._specs}
         lookups = self._lookups()
         links = {table: _links(spec) for table, spec in self._specs.items()}
@@ -388,54 +390,102 @@ class _Compiler:
             )
         return found
 
+    def _wrong(self, place: Place, message: str) -> None:
+        self._faults[ProfileFault(place, message)] = None
+
     def _rules_of(self, table: tuple[str, str]) -> Mapping[Operation, tuple[Rule, ...]]:
         rules: dict[Operation, list[Rule]] = {"insert": [], "update": [], "delete": [], "truncate": []}
-        for number, spec in enumerate(self._specs[table].rules, 1):
+        for number, spec in enumerate(self._specs[table].rules):
             for operation in spec.on:
-                try:
-                    rules[operation].append(self._rule(spec, operation, self._names[table]))
-                except ValueError as error:
-                    self._faults.append(f"tables.{table[1]}, rule {number} ({spec.label}): {error}")
+                rules[operation].append(self._rule(table, number, spec, operation))
         return {operation: tuple(of) for operation, of in rules.items()}
 
-    def _rule(self, spec: RuleSpec, operation: Operation, names: Names) -> Rule:
+    def _rule(self, name: tuple[str, str], number: int, spec: RuleSpec, operation: Operation) -> Rule:
+        """A rule; what of it can't be compiled is noted as a fault."""
+        names = self._names[name]
         table = names.table
+        section = ("tables", self._keys[name])
+
+        @contextmanager
+        def within(*keys: str, common: bool = False) -> Iterator[None]:
+            """Note what is wrong under these keys of the rule, or of what is common to the table's."""
+            try:
+                yield
+            except ValueError as error:
+                of: Place = () if common else ("rules", number)
+                self._wrong((*section, *of, *keys), f"tables.{name[1]}, rule {number + 1} ({spec.label}): {error}")
+
         mapped = [column for column in spec.changed if column in table.mapped]
         real = [column for column in spec.changed if column not in table.mapped]
         names.used.update(("row", column) for column in real if column not in ("*", "unclaimed"))
-        if len(spec.changed) > 1 and {"*", "unclaimed"} & set(spec.changed):
-            raise ValueError('"*" and "unclaimed" stand alone in "changed"')
-        if hidden := sorted({*spec.from_, *spec.to, *spec.delta} & table.masked.keys()):
-            raise ValueError(f"the values of {', '.join(hidden)} are masked, and can't be compared")
+        with within("changed"):
+            if len(spec.changed) > 1 and {"*", "unclaimed"} & set(spec.changed):
+                raise ValueError('"*" and "unclaimed" stand alone in "changed"')
+        with within():
+            if hidden := sorted({*spec.from_, *spec.to, *spec.delta} & table.masked.keys()):
+                raise ValueError(f"the values of {', '.join(hidden)} are masked, and can't be compared")
         # What this rule uses beside what it shares with others.
         own = replace(names, operation=operation, values={**table.values, **spec.values}, used=set())
         bare = replace(own, found=False)
-        tests = [templates.matches(f"old.{column}", matcher, bare) for column, matcher in spec.from_.items()]
-        tests += [templates.matches(f"new.{column}", matcher, bare) for column, matcher in spec.to.items()]
-        tests += [templates.moves(column, delta, bare) for column, delta in spec.delta.items()]
-        tests += [templates.condition(spec.when, bare)] if spec.when is not None else []
+        tests: list[Test] = []
+        for of, key, matchers in (("old", "from", spec.from_), ("new", "to", spec.to)):
+            for column, matcher in matchers.items():
+                with within(key, column):
+                    tests.append(templates.matches(f"{of}.{column}", matcher, bare))
+        for column, delta in spec.delta.items():
+            with within("delta", column):
+                tests.append(templates.moves(column, delta, bare))
+        with within("when"):
+            if spec.when is not None:
+                tests.append(templates.condition(spec.when, bare))
+        required: list[Getter] = []
+        for path in spec.skip_unless:
+            with within("skip_unless"):
+                required.append(own.getter(path))
 
-        def compiled(values: Mapping[str, Any]) -> tuple[tuple[str, Getter], ...]:
-            return tuple((name, templates.value(source, own)) for name, source in values.items())
+        def one(source: Any, *keys: str, common: bool = False) -> Getter:
+            with within(*keys, common=common):
+                return templates.value(source, own)
+            return templates.value("", own)
 
-        owner = {} if table.owner is None else {"owner": own.column("row", table.owner)}
+        def several(ours: Mapping[str, Any], key: str, theirs: Mapping[str, Any], their_key: str) -> _Values:
+            """Values of the rule, and of those that its table's have in common what it doesn't override."""
+            return tuple(
+                (name, one(ours[name], key, name) if name in ours else one(source, their_key, name, common=True))
+                for name, source in {**theirs, **ours}.items()
+            )
+
+        compared = []
+        for column in mapped:
+            with within("changed"):
+                compared.append((table.mapped[column].column, own.column("old", column), own.column("new", column)))
+        identity = {} if operation == "truncate" else table.identity
+        fields = several(spec.fields, "fields", table.fields, "fields")
+        if table.owner is not None:
+            fields = (("owner", own.column("row", table.owner)), *fields)
+        function = None
+        if spec.rule is not None:
+            with within("rule"):
+                function = self._function(spec.rule)
         rule = Rule(
             name=spec.label,
             facts=(),
             lookups=(),
             _changed=tuple(real),
-            _compared=tuple((table.mapped[c].column, own.column("old", c), own.column("new", c)) for c in mapped),
+            _compared=tuple(compared),
             _test=templates.all_of(tests) if tests else None,
-            _required=tuple(own.getter(path) for path in spec.skip_unless),
-            _type=templates.value(spec.type, own),
-            _description=templates.value(spec.description, own),
-            _metadata=compiled({**({} if operation == "truncate" else table.identity), **spec.metadata}),
-            _fields=(*owner.items(), *compiled({**table.fields, **spec.fields})),
-            _actor=templates.value(table.actor, own) if table.actor else None,
-            _function=None if spec.rule is None else self._function(spec.rule),
+            _required=tuple(required),
+            _type=one(spec.type, "type"),
+            _description=one(spec.description, "description"),
+            _metadata=several(spec.metadata, "metadata", identity, "identity"),
+            _fields=fields,
+            _actor=one(table.actor, "actor", common=True) if table.actor else None,
+            _function=function,
         )
         names.used.update(own.used)
-        found = self._with_what_they_need(table, {of for of, _ in own.used} - {"row"}, own)
+        found: list[str] = []
+        with within():
+            found = self._with_what_they_need(table, {of for of, _ in own.used} - {"row"}, own)
         names.used.update(own.used)
         return replace(
             rule,
@@ -469,7 +519,8 @@ class _Compiler:
     def _masks(self, table: tuple[str, str]) -> Mapping[str, Mask]:
         masked = self._specs[table].masked
         if "hash" in masked.values() and self._mask_key is None:
-            self._faults.append(f"tables.{table[1]}.masked: hashes need a key, in the setting mask_key")
+            place = ("tables", self._keys[table], "masked")
+            self._wrong(place, f"tables.{table[1]}.masked: hashes need a key, in the setting mask_key")
             return {}
         key = (self._mask_key or "").encode()
 
@@ -488,7 +539,8 @@ class _Compiler:
                 for ours in lookup.match.values():
                     other = _other_lookup(ours)
                     if other is not None and other not in spec.lookups:
-                        self._faults.append(f'{where}: there is no lookup "{other}" here')
+                        place = ("tables", self._keys[table], "lookups", name)
+                        self._wrong(place, f'{where}: there is no lookup "{other}" here')
 
     def _facts(self, table: tuple[str, str]) -> dict[str, Fact]:
         return {
@@ -556,6 +608,8 @@ class _Compiler:
             if lookup.table == table:
                 yield from (*lookup.theirs, *lookup.columns, *(column for column, _ in lookup.where))
 
+
+_Values = tuple[tuple[str, Getter], ...]
 
 _NO_RULES: Final[Mapping[Operation, tuple[Rule, ...]]] = {"insert": (), "update": (), "delete": (), "truncate": ()}
 

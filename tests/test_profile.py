@@ -15,7 +15,7 @@ def faults(text: str) -> list[str]:
     """The faults that reading a profile names, one a line."""
     with pytest.raises(ProfileError) as caught:
         compile_rules(parse(text, source="p.toml"))
-    assert caught.value.hint == "mend each place named"
+    assert caught.value.hint == "mend each place named; on which lines they are says: cdc-worker profile check"
     head, *lines = str(caught.value).splitlines()
     assert head in ('profile "p.toml" is wrong:', 'profile "test" is wrong:')
     assert all(line.startswith("  ") for line in lines)
@@ -146,16 +146,15 @@ def test_every_fault_between_target_and_tables_is_named_at_once() -> None:
     [tables.lead]
     fields = { lead = "{row.id}", change_key = "x" }
     """
-    (fault,) = faults(text)
-    assert fault == (
-        '(top): target column "a" wants the field "nowhere", which no table or rule has; '
-        'target column "c" wants the field "nothing", which no table or rule has; '
-        'tables.lead has a field "change_key", which is not for profiles to fill'
-    )
+    assert faults(text) == [
+        '(top): target column "a" wants the field "nowhere", which no table or rule has',
+        '(top): target column "c" wants the field "nothing", which no table or rule has',
+        '(top): tables.lead has a field "change_key", which is not for profiles to fill',
+    ]
 
 
 def test_every_fault_of_the_target_is_named_at_once() -> None:
-    (fault,) = faults(
+    told = faults(
         """
         name = "test"
         [target]
@@ -166,7 +165,7 @@ def test_every_fault_of_the_target_is_named_at_once() -> None:
         [tables.lead]
         """
     )
-    assert fault == "target: in columns as well as in constants: a; in lengths and not in columns: b"
+    assert told == ["target: in columns as well as in constants: a", "target: in lengths and not in columns: b"]
 
 
 def test_every_template_that_names_something_unknown_is_named_at_once() -> None:
@@ -193,6 +192,31 @@ def test_every_template_that_names_something_unknown_is_named_at_once() -> None:
         "tables.lead, rule 5 (e): Single '{' encountered in format string",
         "tables.customer, rule 1 (f): {} names nothing that a template can use",
         'tables.customer.lookups.contact: there is no lookup "nothing" here',
+    ]
+
+
+def test_every_fault_of_one_rule_is_named_at_once_with_its_place() -> None:
+    text = """
+    [tables.lead]
+    identity = { who = "{nobody}" }
+    [[tables.lead.rules]]
+    on = "update"
+    changed = ["*", "x"]
+    type = "{new}"
+    name = "a"
+    description = "{"
+    metadata = { k = "{values.k}", l = "{new.l}", m = "{lookup.m.n}" }
+    """
+    with pytest.raises(ProfileError) as caught:
+        compile_rules(parse(TARGET + text, source="p.toml"))
+    rule = ("tables", "lead", "rules", 0)
+    assert [fault.place for fault in caught.value.faults] == [
+        (*rule, "changed"),
+        (*rule, "type"),
+        (*rule, "description"),
+        ("tables", "lead", "identity", "who"),
+        (*rule, "metadata", "k"),
+        (*rule, "metadata", "m"),
     ]
 
 
