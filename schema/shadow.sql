@@ -157,7 +157,8 @@ WITH lead AS (
 SELECT id, place, coalesce('lead ' || lead_id, 'customer ' || customer_uid) AS subject,
        activity_type, description, lead_id, customer_uid, bd_in_charge,
        coalesce(changed_by, 'system') AS created_by,
-       metadata || CASE WHEN changed_by IS NULL THEN '{}' ELSE jsonb_build_object('changed_by', changed_by) END AS metadata
+       metadata || CASE WHEN changed_by IS NULL THEN '{"context_source": "default"}'
+                   ELSE jsonb_build_object('changed_by', changed_by, 'context_source', 'message') END AS metadata
 FROM owed;
 
 COMMENT ON VIEW shadow.expected IS 'The activities that the worker owes, by the ledger';
