@@ -13,7 +13,7 @@ import psycopg
 import pytest
 from doctoring import ailing, cure, findings, mend, report
 from psycopg.conninfo import make_conninfo
-from support import Crm, crm_on, eventually, grant, stranger
+from support import Crm, crm_on, eventually, grant, having, stranger
 
 from cdc_worker import postgres
 from cdc_worker.cluster import Binaries, Cluster
@@ -166,9 +166,11 @@ def test_much_wal_is_kept_while_the_target_is_locked(tight_crm: Crm) -> None:
         assert found.fix == f"as a superuser: SELECT pg_terminate_backend({other.info.backend_pid})"
 
 
-def test_wal_that_is_about_to_be_discarded(tight_crm: Crm) -> None:
-    traffic(tight_crm, 6)
-    found = ailing(tight_crm, "retained")
+def test_wal_that_is_about_to_be_discarded(tight: Cluster, tight_crm: Crm) -> None:
+    with having(tight, max_wal_size="1GB"):
+        tight_crm.execute("CHECKPOINT")  # none is under way then, and none begins
+        traffic(tight_crm, 6)
+        found = ailing(tight_crm, "retained")
     assert " (unreserved), and will discard it at its next checkpoint: nobody reads it" in found.message
 
 

@@ -435,7 +435,7 @@ class Changes:
 
     def _run(self) -> None:
         with psycopg.connect(self._crm.dsn, autocommit=True) as connection:
-            while not self._stop.is_set():
+            while not self._stop.wait(0.005):
                 statement = "UPDATE lead SET status = %s, bd_in_charge = %s WHERE lead_id IN (7, 8)"
                 connection.execute(statement, (f"status {self.count}", f"bd {self.count}"))
                 self.count += 1

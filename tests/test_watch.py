@@ -35,7 +35,7 @@ def crm(noting: Cluster, tmp_path: Path) -> Iterator[Crm]:
 
 def traffic(crm: Crm) -> None:
     """More than a megabyte of WAL that is none of the worker's business."""
-    crm.execute("SELECT pg_logical_emit_message(false, 'traffic', 'x'), pg_switch_wal()")
+    crm.execute("SELECT pg_logical_emit_message(false, 'traffic', repeat('x', 1 << 20)), pg_switch_wal()")
     crm.execute("SELECT pg_logical_emit_message(false, 'traffic', 'x')")
 
 
