@@ -86,7 +86,7 @@ class Partitions:
     """The captured tables that are partitioned, and whose any other table is.
 
     `keys` tell their rows apart, wherever these are stored. `others` are the tables that can't become partitions, above
-    all those that the worker writes to; None if nothing is partitioned.
+    all those that the worker writes to; None if nothing is partitioned. `overlooked` are some of them that did.
     """
 
     def __init__(
@@ -108,6 +108,7 @@ class Partitions:
         self._log = log
         self._on_lost = on_lost
         self._connection: Connection | None = None
+        self._captured = frozenset(rules)
         self._columns: dict[Table, frozenset[str]] = {}
         self.keys: dict[Table, tuple[str, ...]] = {}
         for schema, name, columns, key in connection.execute(_PARTITIONED, _pairs(rules)):
@@ -116,6 +117,7 @@ class Partitions:
         self._kept: dict[Table, tuple[Table, LSN]] = {}
         self._found: dict[Table, tuple[Table | None, LSN]] = {table: (table, FOREVER) for table in rules}
         self.others: list[Table] | None = None
+        self.overlooked: list[Table] = []
         if self:
             self._look(connection)
 
@@ -189,6 +191,17 @@ class Partitions:
         if not lineage and row and (lost := self._like(row)) is not None:
             self._on_lost(table, lost)
         return None
+
+    def look(self, connection: Connection) -> None:
+        """See whether anything has become ours that was not asked for: partitions of a captured table that had none, or
+        what could not become one by its columns.
+        """
+        roots = [(row[0], row[1]) for row in connection.execute(_PARTITIONED, _pairs(self._captured))]
+        if roots:
+            nobodys = {*(self.others or ()), *(t for t, found in self._found.items() if found == (None, FOREVER))}
+            for schema, name, *root in connection.execute(_PARTITIONS, _pairs(roots)):
+                if (root[0], root[1]) not in self._columns or (schema, name) in nobodys:
+                    self.overlooked.append((schema, name))
 
     def close(self) -> None:
         """End the connection, if there is one."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import uuid
+from collections.abc import Callable
 from contextlib import closing
 from typing import Final
 
@@ -12,7 +13,7 @@ from cdc_worker import checkpoint, errors, postgres, process, slot
 from cdc_worker.checkpoint import Checkpoint
 from cdc_worker.config import Settings
 from cdc_worker.log import Logger
-from cdc_worker.postgres import Blocker
+from cdc_worker.postgres import Blocker, Connection
 from cdc_worker.process import Process
 
 INTERVAL: Final = 10.0
@@ -43,10 +44,11 @@ class Watch:
         """Whether something went wrong that is not written down yet."""
         return self._own.failure is not None
 
-    def look(self, *, held_up: bool = False) -> None:
+    def look(self, *, held_up: bool = False, also: Callable[[Connection], None]) -> None:
         """Look, and tally what was written. Raises SlotGivenUpError beyond `retained_limit_bytes`.
 
-        `held_up` says that a batch is being written for long. What keeps it from looking may heal by the next time.
+        `held_up` says that a batch is being written for long; `also` looks at something else. What keeps it from
+        looking may heal by the next time.
         """
         settings = self._settings
         try:
@@ -58,6 +60,7 @@ class Watch:
                     self.retained(found, known)
                 process.failed(connection, self._own)
                 checkpoint.tally(connection, settings.worker)
+                also(connection)
         except errors.SlotGivenUpError:
             raise
         except (psycopg.Error, errors.CdcWorkerError) as error:

@@ -333,7 +333,7 @@ class Worker:
                 if stood_by:
                     self._catch_up(connection)
                 server, found, table = self._examine(connection)  # it may be another now
-            replication, timeout = stream
+            replication, partitions, timeout = stream
             # A table without rules tells of others: it counts, and it isn't recorded.
             tables = [f"{'.'.join(of)}{'' if any(t.rules.values()) else ' (facts)'}" for of, t in self._rules.items()]
             found = checkpoint.take_over(
@@ -379,7 +379,7 @@ class Worker:
             stop=self._stop,
             log=log,
             watch=self._watch,
-            partitions=self._partitions,
+            partitions=partitions,
             on_unknown=self._warn_of_unknown,
             status_interval=min(STATUS_INTERVAL, timeout / 4) if timeout else STATUS_INTERVAL,
             until=self._until,
@@ -410,8 +410,11 @@ class Worker:
 
     def _read(
         self, stack: ExitStack, connection: postgres.Connection, found: Checkpoint, server: postgres.Server
-    ) -> tuple[Replication, float] | None:
-        """Read the slot; returns with it the server's wal_sender_timeout. None if another process was faster."""
+    ) -> tuple[Replication, Partitions, float] | None:
+        """Read the slot; returns with it whose partitions are, and the server's wal_sender_timeout.
+
+        None if another process was faster.
+        """
         settings = self._settings
         sender = postgres.connect_replication(settings.dsn.get_secret_value(), settings.worker)
         replication = stack.enter_context(Replication(sender, on_dropped=self._warn_of_dropped))
@@ -438,7 +441,7 @@ class Worker:
             raise slot.plugin_error(error, server) from error
         for option in refused:
             self._log.warning("option_refused", option=option)
-        return replication, timeout
+        return replication, partitions, timeout
 
     def _catch_up(self, connection: postgres.Connection) -> None:
         """Read the profile as it is by now, as the process that was active may have done."""
@@ -547,7 +550,7 @@ class _Stream:
         stop: Stop,
         log: Logger,
         watch: Watch,
-        partitions: Partitions | None,
+        partitions: Partitions,
         on_unknown: Callable[[Change], None],
         status_interval: float,
         until: LSN | None,
@@ -565,6 +568,7 @@ class _Stream:
         self._resumed = sink.position
         self._on_unknown = on_unknown
         self._assembler = Assembler(sink.position.lsn)
+        self._partitions = partitions
         if partitions:
             self._assembler = Assembler(sink.position.lsn, root_of=partitions.root_of, keys=partitions.keys)
         self._batch = Batch(sink.position)
@@ -778,8 +782,15 @@ class _Stream:
         if self._to_look_at and now >= self._looked_at + WATCH_INTERVAL:
             self._looked_until, self._looked_after = self._received, self._totals.batches
             with suppress(Stopped), self._stop.interrupting():
-                self._watch.look(held_up=self._held_up)
+                self._watch.look(held_up=self._held_up, also=self._partitions.look)
             self._looked_at = time.monotonic()
+            if overlooked := self._partitions.overlooked:
+                names = sorted(map(".".join, overlooked))
+                self._log.error("partitions_overlooked", partitions=names, lsn=str(self._sink.position))
+                raise psycopg.OperationalError(
+                    f"{', '.join(names)} became partitions of captured tables, and were not asked for: "
+                    f"what was written to them before {self._sink.position} may be lost"
+                )
         if now >= self._progress_at + PROGRESS_INTERVAL:
             activities = self._totals.activities.total()
             if activities > self._progress_from:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from pathlib import Path
 from typing import Any, LiteralString
 
 import pytest
@@ -54,15 +53,20 @@ CREATE TABLE "Far, away".other (id int, remark text);
 """
 
 
-@pytest.fixture
-def deals(crm: Crm, tmp_path: Path) -> Crm:
-    """A database with a table that is partitioned in several ways, set up for the worker."""
-    profile = tmp_path / "deals.toml"
+def set_up(crm: Crm, ddl: LiteralString) -> Crm:
+    """Make tables, and set them up for the worker."""
+    profile = crm.directory / "deals.toml"
     profile.write_text(PROFILE)
     crm.settings["profile"] = str(profile)
-    crm.connection.execute(DEALS)
+    crm.connection.execute(ddl)
     crm.setup()
     return crm
+
+
+@pytest.fixture
+def deals(crm: Crm) -> Crm:
+    """A database with a table that is partitioned in several ways, set up for the worker."""
+    return set_up(crm, DEALS)
 
 
 def told(crm: Crm) -> list[str]:
@@ -197,6 +201,33 @@ def test_a_partition_that_came_and_went_while_nobody_looked_is_an_alarm(deals: C
     assert told(deals) == ["3 created: north 0"]
     said = 'if it was a partition of "public"."deal", changes of it are lost'
     assert last_error(deals) == f'"public"."deal_west" is gone: {said}'
+
+
+def test_a_table_that_is_partitioned_while_the_worker_runs_is_an_alarm_and_asked_for_anew(crm: Crm) -> None:
+    """What was written to its partitions since the last batch is read again."""
+    deals = set_up(crm, "CREATE TABLE deal (id int, region text, amount int DEFAULT 0, PRIMARY KEY (id, region))")
+    with deals.worker(idle_advance_bytes=str(1 << 30)) as worker:
+        worker.wait_for("replication_started")
+        deals.execute("INSERT INTO deal VALUES (1, 'north')")
+        eventually(lambda: told(deals) == ["1 created: north 0"])
+        deals.connection.execute(
+            """
+            ALTER TABLE deal RENAME TO deal_until_now;
+            CREATE TABLE deal (LIKE deal_until_now INCLUDING DEFAULTS) PARTITION BY LIST (region);
+            ALTER TABLE deal ATTACH PARTITION deal_until_now DEFAULT;
+            INSERT INTO deal VALUES (2, 'north');
+            SELECT pg_logical_emit_message(false, 'traffic', 'x'), pg_switch_wal();
+            SELECT pg_logical_emit_message(false, 'traffic', 'x');
+            """
+        )
+        assert worker.wait_for("partitions_overlooked")["partitions"] == ["public.deal_until_now"]
+        eventually(lambda: told(deals) == ["1 created: north 0", "2 created: north 0"])
+        deals.execute("UPDATE deal SET amount = 1 WHERE id = 2")
+        eventually(lambda: told(deals)[2:] == ["2 updated: amount: north 0 -> north 1"])
+        assert worker.terminate() == 0
+    assert last_error(deals).startswith(
+        "OperationalError public.deal_until_now became partitions of captured tables, and were not asked for:"
+    )
 
 
 # Rows that move
