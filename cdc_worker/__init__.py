@@ -35,7 +35,7 @@ The edges each know one thing outside:
     watch       does it harm the server, is it held up
     replication the replication connection
     sink        the writing connection
-    cutover     from triggers to the worker, and back
+    cutover     from triggers or the application's own code to the worker, and back
     setup       tables, identities, grants, slot, cut-over
     teardown    the slot, and all that setup made
     erasure     persons who are to be forgotten

@@ -141,11 +141,17 @@ SELECT EXISTS (SELECT FROM pg_constraint WHERE conrelid = target AND condeferrab
 FROM to_regclass(format('%%I.%%I', %s::text, %s::text)) AS target
 """
 
+# A sequence may have been left with a column that has its values from elsewhere.
 _NUMBERED: Final = """
-SELECT attname::text, pg_get_serial_sequence(name, attname) AS sequence
+SELECT attname::text, pg_get_serial_sequence(name, attname)
 FROM format('%%I.%%I', %s::text, %s::text) AS name
 JOIN pg_index ON indrelid = to_regclass(name) AND indisprimary AND indnkeyatts = 1
 JOIN pg_attribute ON attrelid = indrelid AND attnum = indkey[0]
+LEFT JOIN pg_attrdef d ON adrelid = attrelid AND adnum = attnum
+WHERE attidentity <> '' OR (
+    pg_get_expr(adbin, adrelid) ~ '^nextval\\(''[^'']+''::regclass\\)$'
+    AND EXISTS (SELECT FROM pg_depend WHERE classid = 'pg_attrdef'::regclass AND objid = d.oid
+                AND refobjid = pg_get_serial_sequence(name, attname)::regclass))
 """
 
 
@@ -184,7 +190,7 @@ def target_table(connection: Connection, target: Target) -> TargetTable:
     numbered: tuple[str, str] | None = None
     if key_column(target) is None:
         found = connection.execute(_NUMBERED, table).fetchone()
-        if found is not None and found[1] is not None and found[0] not in written:
+        if found is not None and found[0] not in written:
             numbered = found[0], found[1]
     deferrable, row_security, deadlock_timeout = fetch_one(connection, _TARGET, *table)
     return TargetTable(types, lengths, foreign_keys, deferrable, row_security, deadlock_timeout, numbered)
