@@ -140,10 +140,20 @@ def outcomes(
 
 
 def activities(*messages: Change | Message, rules: Rules | None = None) -> list[dict[str, Any]]:
-    """The fields of all activities that one commit of these messages becomes; it may become nothing else."""
+    """The fields of all activities that one commit of these messages becomes; it may become nothing else.
+
+    That nobody said who did it is told of all of them, and left out here.
+    """
     came = outcomes(*messages, rules=rules)
     assert [outcome for outcome in came if not isinstance(outcome, Activity)] == []
-    return [outcome.fields for outcome in came if isinstance(outcome, Activity)]
+    return [
+        {**fields, "metadata": {name: value for name, value in metadata.items() if (name, value) != NOBODY}}
+        for fields in (outcome.fields for outcome in came if isinstance(outcome, Activity))
+        for metadata in [fields["metadata"]]
+    ]
+
+
+NOBODY = ("context_source", "default")
 
 
 TARGET = """

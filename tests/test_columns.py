@@ -62,7 +62,12 @@ def test_a_column_that_is_gone_ends_neither_the_stream_nor_the_next_connection(c
     assert [activity["activity_type"] for activity in told] == [
         *("lead_created", "status_changed", "lead_updated", "assignment_changed", "lead_updated")
     ]
-    assert told[2]["metadata"] == {"lead_id": 1, "lead_name": "Ann", "changes": {"budget": {"old": 5, "new": 6}}}
+    assert told[2]["metadata"] == {
+        "lead_id": 1,
+        "lead_name": "Ann",
+        "changes": {"budget": {"old": 5, "new": 6}},
+        "context_source": "default",
+    }
     assert told[4]["metadata"]["changes"] == {"firm": {"old": None, "new": "Engines"}}
     done = crm.command("run", "--once")
     assert done.returncode == CatalogMismatchError.exit_code, "at its start a worker must fit"

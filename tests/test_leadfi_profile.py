@@ -401,10 +401,8 @@ def test_the_one_who_did_it_is_credited_in_every_activity() -> None:
     assert len(nobody) == len(jane) == 12
     assert {fields["created_by"] for fields in nobody} == {"system"}
     assert not any("changed_by" in fields["metadata"] for fields in nobody)
-    assert jane == [
-        {**fields, "created_by": "jane_doe", "metadata": {**fields["metadata"], "changed_by": "jane_doe"}}
-        for fields in nobody
-    ]
+    by_jane = {"changed_by": "jane_doe", "context_source": "message"}
+    assert jane == [{**fields, "created_by": "jane_doe", "metadata": fields["metadata"] | by_jane} for fields in nobody]
 
 
 def test_every_activity_of_a_row_carries_its_identity() -> None:

@@ -7,7 +7,7 @@ from factories import activities, deleted, inserted, outcomes, rules, said, trun
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from cdc_worker.activities import DeadLetter
+from cdc_worker.activities import Activity, DeadLetter
 from cdc_worker.changes import Row, Value
 
 TEXT = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]))
@@ -310,28 +310,30 @@ rules = [{ on = ["insert", "delete", "truncate"], type = "t", description = "", 
 
 
 @pytest.mark.parametrize(
-    ("context", "updated_by", "actor"),
+    ("context", "updated_by", "actor", "source"),
     [
-        ({"changed_by": "jane"}, "joe", "jane"),
-        ({"changed_by": ""}, "joe", "joe"),
-        ({"changed_by": None}, "joe", "joe"),
-        ({"changed_by": ["jane"]}, "joe", "joe"),
-        ({"changed_by": {"name": "jane"}}, "joe", "joe"),
-        ({"changed_by": "nul\0"}, "joe", "joe"),
-        ({"changed_by": 7}, "joe", "7"),
-        ({}, 7, "7"),
-        ({}, 0, "0"),
-        ({}, "", None),
-        ({}, None, None),
+        ({"changed_by": "jane"}, "joe", "jane", "message"),
+        ({"changed_by": ""}, "joe", "joe", "column"),
+        ({"changed_by": None}, "joe", "joe", "column"),
+        ({"changed_by": ["jane"]}, "joe", "joe", "column"),
+        ({"changed_by": {"name": "jane"}}, "joe", "joe", "column"),
+        ({"changed_by": "nul\0"}, "joe", "joe", "column"),
+        ({"changed_by": 7}, "joe", "7", "message"),
+        ({}, 7, "7", "column"),
+        ({}, 0, "0", "column"),
+        ({}, "", None, "default"),
+        ({}, None, None, "default"),
     ],
 )
 def test_the_actor_is_the_contexts_else_the_columns_else_the_system(
-    context: dict[str, object], updated_by: Value, actor: str | None
+    context: dict[str, object], updated_by: Value, actor: str | None, source: str
 ) -> None:
     change = inserted("lead", {"updated_by": updated_by})
-    (fields,) = activities(said(json.dumps(context)), change, rules=rules(ACTOR))
-    assert fields["created_by"] == (actor or "system")
-    assert fields["metadata"] == {"why": None} | ({"changed_by": actor} if actor else {})
+    (outcome,) = outcomes(said(json.dumps(context)), change, rules=rules(ACTOR))
+    assert isinstance(outcome, Activity)
+    assert outcome.fields["created_by"] == (actor or "system")
+    told = {"changed_by": actor} if actor else {}
+    assert outcome.fields["metadata"] == {"why": None, "context_source": source, **told}
 
 
 def test_an_actor_of_a_row_is_no_obstacle_to_a_truncate() -> None:
@@ -371,7 +373,7 @@ def test_a_fact_that_is_there_is_a_value_everywhere() -> None:
     assert {name: value for name, value in fields.items() if name != "occurred_at"} == {
         "type": "t",
         "description": "jane",
-        "metadata": {"who": "jane", "text": "by jane", "changed_by": "jane"},
+        "metadata": {"who": "jane", "text": "by jane", "changed_by": "jane", "context_source": "column"},
         "created_by": "jane",
         "who": "jane",
     }

@@ -52,6 +52,7 @@ def test_every_column_of_an_activity_is_filled(crm: Crm) -> None:
             "status": "1. lead generated",
             "bd_in_charge": "jane",
             "changed_by": "jane_doe",
+            "context_source": "message",
         },
         "bd_in_charge": "jane",
         "created_by": "jane_doe",

@@ -579,7 +579,13 @@ def test_a_rule_that_fails_on_data_is_a_dead_letter_and_the_others_still_apply()
     assert (second.change_key, second.kind) == ("w/1/0000000000001000/public.lead/0/a_changed", "rule_failed")
     assert third == Activity(
         "w/1/0000000000001000/public.lead/0/rest",
-        {"type": "rest", "description": "b", "metadata": {}, "occurred_at": COMMITTED_AT, "created_by": "system"},
+        {
+            "type": "rest",
+            "description": "b",
+            "metadata": {"context_source": "default"},
+            "occurred_at": COMMITTED_AT,
+            "created_by": "system",
+        },
         change,
         0,
     )

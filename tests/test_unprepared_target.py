@@ -132,6 +132,7 @@ def test_identity_stays_beside_the_link_that_is_missing(bare_crm: Crm) -> None:
         "status": "1. lead generated",
         "bd_in_charge": "jane",
         "unlinked": {"lead_id": 1},
+        "context_source": "default",
     }
 
 
@@ -471,7 +472,12 @@ def test_a_row_whose_texts_fit_says_nothing_of_it(bare_crm: Crm) -> None:
     crm.record()
     (activity,) = crm.activities()
     assert activity["bd"] is None
-    assert activity["metadata"] == {"customer_uid": 1, "customer_name": "Acme", "type": None}
+    assert activity["metadata"] == {
+        "customer_uid": 1,
+        "customer_name": "Acme",
+        "type": None,
+        "context_source": "default",
+    }
 
 
 def test_of_two_columns_with_one_text_only_the_short_one_is_cut(bare_crm: Crm) -> None:
