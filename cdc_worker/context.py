@@ -52,12 +52,11 @@ class Context(msgspec.Struct, frozen=True):
     """What was said in a transaction up to here.
 
     `said` is to be trusted. `claimed` was said in messages that aren't; `refused` are the names of what was asked for
-    and not allowed. `heard` is whether anything was said at all, be it in a message that isn't trusted.
+    and not allowed.
     """
 
     said: Mapping[str, Plain] = {}
     claimed: Mapping[str, Plain] = {}
-    heard: bool = False
     skip: bool = False
     collapse: Collapse | None = None
     refused: frozenset[str] = frozenset()
@@ -106,7 +105,6 @@ def hear(context: Context, content: str, *, xid: int, policy: Policy) -> Context
     return Context(
         said=said,
         claimed=claimed,
-        heard=True,
         skip=skip,
         collapse=collapse,
         refused=frozenset(refused),

@@ -45,7 +45,7 @@ MALLORY = {"changed_by": "mallory", "request_id": "r2"}
 
 def test_a_message_is_heard_and_what_the_profile_keeps_of_it_is_told() -> None:
     assert heard({"changed_by": "jane", "request_id": "r1", "other": 7}) == Context(
-        said={"changed_by": "jane", "request_id": "r1", "other": 7}, heard=True, told={"request_id": "r1"}
+        said={"changed_by": "jane", "request_id": "r1", "other": 7}, told={"request_id": "r1"}
     )
 
 
@@ -71,15 +71,9 @@ def test_only_true_clears(clear: object) -> None:
     assert heard(JANE, {"clear": clear}) == heard(JANE)
 
 
-def test_that_something_was_heard_outlives_a_clear() -> None:
-    assert heard(JANE, {"clear": True}).heard
-    assert not NOTHING.heard
-
-
 @pytest.mark.parametrize("content", ["", "jane", "null", "[]", '"jane"', "7", "{", '{"changed_by": "x"', "\ufffd"])
 def test_what_is_no_object_is_as_if_it_had_not_been_said(content: str) -> None:
     assert heard(JANE, content) == heard(JANE)
-    assert not heard(content).heard
 
 
 def test_only_plain_values_are_kept() -> None:
@@ -91,8 +85,8 @@ def test_a_message_that_is_too_long_is_not_heard() -> None:
     def of_length(length: int) -> str:
         return json.dumps({"request_id": "x" * (length - len('{"request_id": ""}'))})
 
-    assert heard(of_length(MAX_LENGTH)).heard
-    assert not heard(of_length(MAX_LENGTH + 1)).heard
+    assert heard(of_length(MAX_LENGTH)).said
+    assert heard(of_length(MAX_LENGTH + 1)) == NOTHING
 
 
 def test_what_many_messages_say_is_bounded_and_who_did_it_is_heard_all_the_same() -> None:
@@ -139,7 +133,7 @@ def test_with_a_key_what_is_not_signed_is_told_as_a_claim_and_overrides_nothing(
     policy = Policy(KEY, kept=("request_id",))
     claims = {"context_trusted": False, "context_claimed": MALLORY}
     alone = heard(message, policy=policy)
-    assert (alone.said, alone.told, alone.heard) == ({}, claims, True)
+    assert (alone.said, alone.told) == ({}, claims)
     after = heard(signed(JANE), message, policy=policy)
     assert (after.said, after.told) == (JANE, {"request_id": "r1", **claims})
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from importlib import resources
+from pathlib import Path
+
 import psycopg
 import pytest
 from psycopg import sql
@@ -27,6 +30,20 @@ def test_what_it_says_is_heard_up_to_the_longest_message(crm: Crm) -> None:
     crm.record()
     jane, long = (activity["metadata"]["changed_by"] for activity in crm.activities())
     assert (jane, long) == ('jane "é" 😀', "x" * len(longest().obj["changed_by"]))
+
+
+def test_what_the_profile_keeps_of_it_goes_to_the_metadata(crm: Crm, tmp_path: Path) -> None:
+    profile = tmp_path / "profile.toml"
+    shipped = (resources.files("cdc_worker") / "profiles" / "leadfi.toml").read_text("utf-8")
+    profile.write_text('context = ["request_id", "reason", "not said"]\n' + shipped)
+    with crm.connection.transaction():
+        crm.execute(SAY, Jsonb({"changed_by": "jane", "request_id": "r-17", "reason": 7, "source": "not kept"}))
+        crm.execute(ADD)
+    crm.record(profile=str(profile))
+    (activity,) = crm.activities()
+    assert activity["metadata"].items() >= {"changed_by": "jane", "request_id": "r-17", "reason": 7}.items()
+    assert activity["metadata"]["source"] == "web", "the row's, which the rule tells"
+    assert "not said" not in activity["metadata"]
 
 
 @pytest.mark.parametrize("said", ["[]", '"jane"', "null", "7", None])
