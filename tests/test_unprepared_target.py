@@ -294,7 +294,7 @@ def application(crm: Crm, seed: int) -> Iterator[None]:
     assert failures == []
 
 
-@storm(3, chaos=30)
+@storm(3, chaos=15)
 def test_kills_lose_and_double_nothing_where_subjects_disappear(crm: Crm, seed: int, rounds: int) -> None:
     """Row by row it is what a second worker writes to a target that setup prepared."""
     crm.execute("CREATE TABLE theirs (LIKE activity)")
@@ -312,10 +312,7 @@ def test_kills_lose_and_double_nothing_where_subjects_disappear(crm: Crm, seed: 
             threading.Event().wait(dice.random() * 0.5)
             worker.kill()
     crm.record()
-    with theirs.worker() as worker:
-        owed = crm.value("SELECT count(*) FROM activity")
-        eventually(lambda: crm.value("SELECT count(*) FROM theirs") >= owed)
-        assert worker.terminate() == 0
+    theirs.record()
     theirs.close()
     what = "substring(change_key FROM '/.*'), activity_type, description, date_created, created_by"
     rows = crm.execute(f"SELECT {what}, metadata - 'unlinked' FROM theirs ORDER BY id".encode())  # type: ignore[arg-type]
