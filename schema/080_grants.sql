@@ -24,10 +24,10 @@ FROM (SELECT (SELECT oid FROM pg_roles WHERE rolname = :'role')) AS role (oid),
                 AND has_table_privilege(oid, to_regclass('cdc_worker.process')::oid, 'INSERT')
                 AND has_table_privilege(oid, to_regclass('cdc_worker.process')::oid, 'UPDATE')
                 AND has_table_privilege(oid, to_regclass('cdc_worker.process')::oid, 'DELETE')),
-            ('SELECT, INSERT, UPDATE', 'cdc_worker.partition',
+            ('SELECT, INSERT, UPDATE', 'cdc_worker.partition', to_regclass('cdc_worker.partition') IS NULL OR (
                 has_table_privilege(oid, to_regclass('cdc_worker.partition')::oid, 'SELECT')
                 AND has_table_privilege(oid, to_regclass('cdc_worker.partition')::oid, 'INSERT')
-                AND has_table_privilege(oid, to_regclass('cdc_worker.partition')::oid, 'UPDATE')),
+                AND has_table_privilege(oid, to_regclass('cdc_worker.partition')::oid, 'UPDATE'))),
             ('SELECT', 'cdc_worker.excluded',
                 has_table_privilege(oid, to_regclass('cdc_worker.excluded')::oid, 'SELECT')),
             ('SELECT, UPDATE (until_lsn)', 'cdc_worker.erased',

@@ -6,10 +6,14 @@ import random
 from typing import Any, LiteralString
 
 import pytest
+import structlog
 from doctoring import ailing, healthy
 from support import Crm, eventually, role
 
-from cdc_worker import config
+from cdc_worker import config, wal2json
+from cdc_worker.partitions import Partitions
+from cdc_worker.profile import load
+from cdc_worker.rules import compile_rules
 from cdc_worker.status import status
 
 PROFILE = """
@@ -111,10 +115,29 @@ def test_changes_of_all_partitions_are_changes_of_the_table(deals: Crm) -> None:
     assert keys == [["public.deal", str(n)] for n in (0, 1, 2, 3, 0, 1, 2, 3, 0)]
 
 
+SENT: LiteralString = """
+SELECT DISTINCT data::jsonb ->> 'table' FROM pg_logical_slot_peek_changes(%s, NULL, NULL, VARIADIC %s::text[])
+WHERE data::jsonb ->> 'action' = 'I' ORDER BY 1
+"""
+
+
 def test_what_nobody_captures_stays_on_the_server(deals: Crm) -> None:
-    """Above all the worker's own writes: the schemas of partitions are asked for whole."""
+    """Above all the worker's own writes: where partitions may come, everything is asked for."""
     deals.execute("INSERT INTO deal (id, region) VALUES (1, 'north')")
     deals.execute('INSERT INTO other VALUES (1); INSERT INTO "Far, away".other VALUES (1)')
+    deals.execute("INSERT INTO activity (activity_type) VALUES ('call')")
+    profile = load(deals.settings["profile"])
+    partitions = Partitions(
+        deals.connection,
+        compile_rules(profile),
+        deals.value("SELECT worker FROM cdc_worker.checkpoint"),
+        connect=deals.connection.__enter__,
+        log=structlog.get_logger(),
+        on_lost=lambda partition, root: None,
+    )
+    options = wal2json.options([], without=partitions.others)
+    sent = deals.execute(SENT, deals.slot, [text for option in options.items() for text in option])
+    assert sent == [("deal_north",)]
     assert recorded(deals) == ["1 created: north 0"]
     assert deals.execute("SELECT schema_name, table_name, root, until_lsn FROM cdc_worker.partition ORDER BY 1, 2") == [
         ("Far, away", "deal, south", "public.deal", None),
