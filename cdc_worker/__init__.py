@@ -42,6 +42,8 @@ The edges each know one thing outside:
     status      what a person on call asks
     checks      what a check sees and says: server_, table_, target_, slot_checks
     doctor      all checks
+    places      on which lines of a TOML text its keys stand
+    profile_…   for who writes a profile: checks, listing
     worker      the loop over both sockets, and what keeps it going
     cli         the command line
 

@@ -12,6 +12,7 @@ from psycopg import sql
 
 from cdc_worker import errors
 from cdc_worker.config import known_time_zone
+from cdc_worker.errors import Place
 from cdc_worker.postgres import Connection, fetch_one
 from cdc_worker.profile import Condition, Constant, Match, Matcher, Profile, Rule, Target
 from cdc_worker.rules import Rules, qualified
@@ -221,7 +222,8 @@ def check(
 class Fault:
     """Where a profile and the database disagree, and what mends it. If it isn't `certain`, some rows would do.
 
-    `missing` are columns that the target doesn't have. It is about a `captured` table, or about the target.
+    `missing` are columns that the table doesn't have. It is about a `captured` table, or about the target; `place` is
+    where in the profile.
     """
 
     message: str
@@ -229,6 +231,7 @@ class Fault:
     certain: bool = True
     missing: tuple[str, ...] = ()
     captured: bool = False
+    place: Place = ("target",)
 
 
 def faults(connection: Connection, profile: Profile, rules: Rules) -> Iterator[Fault]:
@@ -237,15 +240,17 @@ def faults(connection: Connection, profile: Profile, rules: Rules) -> Iterator[F
     for table in rules.values():
         name = ".".join(table.name)
         found = captured[table.name]
-        where = f"[tables.{section(table.name)}] of the profile"
+        where, place = f"[tables.{section(table.name)}] of the profile", _place(profile, table.name)
         if not found:
-            yield Fault(f"captured table {name} does not exist", f"rename {where}, or take it out", captured=True)
-        elif missing := sorted(table.columns - found.keys()):
+            message = f"captured table {name} does not exist"
+            yield Fault(message, f"rename {where}, or take it out", captured=True, place=place)
+        elif missing := tuple(sorted(table.columns - found.keys())):
             message = f"captured table {name} has no column {', '.join(missing)}"
-            yield Fault(message, f"name columns that it has in {where}", captured=True)
+            fix = f"name columns that it has in {where}"
+            yield Fault(message, fix, missing=missing, captured=True, place=place)
         for whole, part, fate, fix in connection.execute(_UNDECODED, table.name).fetchall():
             described = f"captured table {name}" if whole else f"partition {part} of captured table {name}"
-            yield Fault(f"{described} is {fate}", fix, certain=whole, captured=True)
+            yield Fault(f"{described} is {fate}", fix, certain=whole, captured=True, place=place)
     yield from _never_told(connection, profile, captured)
     yield from _target_faults(connection, profile, captured)
 
@@ -255,10 +260,19 @@ def section(table: tuple[str, str]) -> str:
     return table[1] if table[0] == "public" else f'"{".".join(table)}"'
 
 
+def _place(profile: Profile, table: tuple[str, str]) -> Place:
+    """Where a profile has a table: in a section of its own, or in the first lookup that looks for its rows."""
+    lookups = (("tables", name, "lookups", of) for name, spec in profile.tables.items() for of in spec.lookups)
+    sections: Iterator[Place] = (("tables", name) for name in profile.tables if qualified(name) == table)
+    looked_up = (at for at in lookups if qualified(profile.tables[at[1]].lookups[at[3]].table) == table)
+    return next(sections, None) or next(looked_up, ())
+
+
 def _never_told(connection: Connection, profile: Profile, captured: Columns) -> Iterator[Fault]:
     """Rules that wait for a value which their column can never have."""
     for name, table in profile.tables.items():
-        for rule in table.rules:
+        for number, rule in enumerate(table.rules):
+            place = ("tables", name, "rules", number)
             described = f"rule {rule.label} of {'.'.join(qualified(name))}"
             for column, constants in _awaited(rule):
                 of = captured[qualified(name)].get(column)
@@ -269,6 +283,7 @@ def _never_told(connection: Connection, profile: Profile, captured: Columns) -> 
                     f"{described} is about {column} = {what}, which a {of.declared} is never",
                     f"write a value of {of.declared} there, as PostgreSQL prints it",
                     captured=True,
+                    place=place,
                 )
             for column in {**rule.delta, **(rule.when.delta if rule.when else {})}:
                 of = captured[qualified(name)].get(column)
@@ -277,6 +292,7 @@ def _never_told(connection: Connection, profile: Profile, captured: Columns) -> 
                         f"{described} is about how much {column} changes, which is no number but a {of.declared}",
                         'name a column of numbers in the "delta" of the rule',
                         captured=True,
+                        place=(*place, "delta", column),
                     )
 
 
@@ -432,14 +448,16 @@ def _target_faults(connection: Connection, profile: Profile, captured: Columns) 
         told = sorted(sources, key=lambda of: of[1].column is not None)
         types = {column: _wanted(target, column, source, captured) for column, source in told}
         added = ", ".join(f"ADD COLUMN {quoted(c)} {types.get(c, 'text')}" for c in missing)
-        yield Fault(f"target table {name} has no column {', '.join(missing)}", f"{alter} {added}", missing=(*missing,))
+        message = f"target table {name} has no column {', '.join(missing)}"
+        yield Fault(message, f"{alter} {added}", missing=(*missing,), place=_column(target, missing[0]))
     for (to, source), by in sources.items():
         if to not in found:
             continue
         if found[to].generated:
             if source is rules[0].values[to]:  # once
                 message = f"target column {name}.{to} is generated, and takes no values"
-                yield Fault(message, f"{alter} ALTER COLUMN {quoted(to)} DROP EXPRESSION")
+                fix = f"{alter} ALTER COLUMN {quoted(to)} DROP EXPRESSION"
+                yield Fault(message, fix, place=_column(target, to))
         elif (misfit := _misfit(connection, source, found[to], captured)) is not None:
             taker, certain = found[to], misfit == "none"
             value = source.samples[0] if source.certain else None
@@ -456,7 +474,13 @@ def _target_faults(connection: Connection, profile: Profile, captured: Columns) 
                 add if value is not None and taker.labels else retype,
                 certain=certain,
                 captured=source.column is not None,
+                place=_column(target, to),
             )
+
+
+def _column(target: Target, name: str) -> Place:
+    """Where a profile has a column of the target."""
+    return ("target", "columns" if name in target.columns else "constants", name)
 
 
 def quoted(name: str) -> str:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import functools
+import json
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, ParamSpec
 
@@ -38,6 +40,15 @@ class _Failure(click.ClickException):
     def show(self, file: Any = None) -> None:
         click.echo(f"error: {self.message}", err=True)
         sys.exit(self._exit_code)
+
+
+@contextmanager
+def _failing() -> Iterator[None]:
+    """Tell errors of a command without settings."""
+    try:
+        yield
+    except (CdcWorkerError, psycopg.Error) as error:
+        raise _Failure(error, 1) from error
 
 
 def _settings(command: Callable[P, None]) -> Callable[..., None]:
@@ -240,6 +251,74 @@ def forget(settings: Settings, yes: bool, as_json: bool, **named: str | None) ->
     click.echo(done.model_dump_json(indent=2) if as_json else "\n".join(erasing.lines(done)))
 
 
+@main.group("profile")
+def profiles() -> None:
+    """Help to write profiles, which say what a CRM's tables mean.
+
+    FILE is a profile's file, or the name of one that is shipped.
+
+    \b
+    Example: cdc-worker profile init > crm.toml && cdc-worker profile check crm.toml
+    """
+
+
+_file = click.argument("file")
+
+
+@profiles.command()
+@_file
+@_settings
+def check(settings: Settings, file: str) -> None:
+    """Look for all that is wrong with a profile, by itself and, with a DSN, for that database. Changes nothing.
+
+    It ends with 1 if something is wrong; a warning is about some rows only, or about what setup mends.
+
+    \b
+    Example: cdc-worker profile check crm.toml --dsn "host=db user=cdc dbname=crm"
+    """
+    from cdc_worker import profile_checks  # noqa: PLC0415  # likewise
+
+    counts = Counter[str]()
+    for told in profile_checks.check(settings, file):
+        counts[told.outcome] += 1
+        click.echo(f"{file}:{told.line}: {'' if told.outcome == 'fault' else 'warning: '}{told.message}")
+        if told.fix:
+            click.echo(f"  fix: {told.fix}")
+    against = "" if settings.dsn.get_secret_value() else "; by itself only: --dsn holds it against a database"
+    click.echo(f"{file}: {counts['fault']} faults, {counts['warning']} warnings{against}")
+    if counts["fault"]:
+        sys.exit(1)
+
+
+@profiles.command()
+@_file
+@click.option("--json", "as_json", is_flag=True, help="For machines: an array of rules.")
+def show(file: str, as_json: bool) -> None:
+    """Print the rules of a profile as a table.
+
+    \b
+    Example: cdc-worker profile show leadfi
+    """
+    from cdc_worker import profile_listing  # noqa: PLC0415  # likewise
+
+    with _failing():
+        found = profile.load(file)
+    rows = [row.model_dump() for row in profile_listing.rows(found)]
+    click.echo(json.dumps(rows, indent=2) if as_json else "\n".join(profile_listing.lines(found)))
+
+
+@profiles.command("schema")
+def json_schema() -> None:
+    """Print the JSON Schema of profiles, by which editors complete and check them.
+
+    An editor with Taplo takes it from a first line: #:schema ./profile.schema.json
+
+    \b
+    Example: cdc-worker profile schema > profile.schema.json
+    """
+    click.echo(json.dumps(profile.json_schema(), indent=2))
+
+
 @main.command()
 @click.option("--keep", is_flag=True, help="Leave server and worker up, until Ctrl-C.")
 def demo(keep: bool) -> None:
@@ -250,9 +329,7 @@ def demo(keep: bool) -> None:
     """
     from cdc_worker import demo as playing  # noqa: PLC0415  # likewise
 
-    try:
+    with _failing():
         right = playing.demo(keep=keep)
-    except (CdcWorkerError, psycopg.Error) as error:
-        raise _Failure(error, 1) from error
     if not right:
         sys.exit(1)

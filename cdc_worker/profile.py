@@ -28,6 +28,7 @@ from pydantic import (
     ValidationError,
     model_validator,
 )
+from pydantic.json_schema import GenerateJsonSchema
 
 from cdc_worker.changes import Operation
 from cdc_worker.errors import Place, ProfileError, ProfileFault
@@ -73,8 +74,17 @@ def _hidden(value: object) -> object:
     return dict.fromkeys(value, "hidden") if isinstance(value, list) else value
 
 
-Names = Annotated[list[str], BeforeValidator(_as_list)]
-Paths = Annotated[list[Path_], BeforeValidator(_as_list)]
+Names = Annotated[list[str], BeforeValidator(_as_list, json_schema_input_type=str | list[str])]
+Paths = Annotated[list[Path_], BeforeValidator(_as_list, json_schema_input_type=Path_ | list[Path_])]
+Operations = Annotated[
+    list[Operation],
+    BeforeValidator(_as_list, json_schema_input_type=Operation | Annotated[list[Operation], Field(min_length=1)]),
+    Field(min_length=1),
+]
+Masked = Annotated[
+    dict[str, Literal["hidden", "hash"]],
+    BeforeValidator(_hidden, json_schema_input_type=dict[str, Literal["hidden", "hash"]] | list[str]),
+]
 
 
 class _Model(BaseModel):
@@ -199,7 +209,7 @@ class Target(_Model):
     """Characters that a column takes, where its type doesn't say so."""
     time_zone: str | None = None
     """Zone of its timestamps without one; the settings' or the database's if not given."""
-    prepare: list[str] = []
+    prepare: list[Annotated[str, StringConstraints(pattern=r"^\w+\.sql$")]] = []
     """Files of the package's `schema/` that setup runs to make or prepare the table."""
 
     @model_validator(mode="after")
@@ -240,7 +250,7 @@ class Lookup(_Model):
 class Rule(_Model):
     """One line of the profile: which change it is about, and what that meant."""
 
-    on: Annotated[list[Operation], BeforeValidator(_as_list), Field(min_length=1)]
+    on: Operations
     """The operation or operations: insert, update, delete, truncate."""
     type: Value = ""
     """The type of the activity."""
@@ -292,6 +302,8 @@ class Rule(_Model):
             raise ValueError(f"it says no {' and no '.join(lacking)}")
         if not self.label or (not self.name and "{" in self.label):
             raise ValueError('a rule whose type isn\'t constant needs a "name"')
+        if "/" in self.label:
+            raise ValueError('"/" parts what change keys are made of: the rule needs a "name" without it')
         return self
 
 
@@ -306,7 +318,7 @@ class Table(_Model):
     """A template that names who did it, where no context message does."""
     ignored: Names = []
     """Columns whose changes mean nothing."""
-    masked: Annotated[dict[str, Literal["hidden", "hash"]], BeforeValidator(_hidden)] = {}
+    masked: Masked = {}
     """Columns whose changes are recorded and whose values are not: hidden, or a keyed hash in their place."""
     identity: dict[str, Value] = {}
     """Kept in the metadata of every activity, so that it outlives its subject."""
@@ -377,6 +389,30 @@ class Profile(_Model):
             for field in sorted(FIELDS & fields.keys())
         ]
         return _unless(faults, self)
+
+
+class _JsonSchema(GenerateJsonSchema):
+    """JSON Schema as editors want it: a value is of one of several kinds, and a whole number is of two of them."""
+
+    def tagged_union_schema(self, schema: Any) -> dict[str, Any]:
+        made = super().tagged_union_schema(schema)
+        made["anyOf"] = made.pop("oneOf")
+        return made
+
+    def dict_schema(self, schema: Any) -> dict[str, Any]:
+        made = super().dict_schema(schema)
+        return {**made, "additionalProperties": False} if "patternProperties" in made else made
+
+    def field_title_should_be_set(self, schema: Any) -> bool:
+        return False
+
+
+def json_schema() -> dict[str, Any]:
+    """What a profile may say, as JSON Schema: its form, not what its names and templates mean."""
+    return {
+        "$schema": GenerateJsonSchema.schema_dialect,
+        **Profile.model_json_schema(by_alias=True, schema_generator=_JsonSchema),
+    }
 
 
 def shipped() -> list[str]:
@@ -465,9 +501,42 @@ def _without_rules(table: Any, numbers: Collection[int | str]) -> Table:
 
 def _content(text: str, source: str) -> dict[str, Any]:
     try:
-        return tomllib.loads(text, parse_float=Decimal)
+        content = tomllib.loads(text, parse_float=Decimal)
     except (ValueError, ArithmeticError, RecursionError) as error:
         raise ProfileError(f'profile "{source}" is not TOML: {error}', hint="mend the file at that place") from error
+    if faults := [*_unusable(content, ())]:
+        raise ProfileError.of(source, faults)
+    return content
+
+
+_MAX_DEPTH: Final = 24
+"""No profile means more tables and arrays within each other. Whatever walks through them needs no more stack."""
+
+_MAX_DIGITS: Final = 1_000
+
+
+def _unusable(value: Any, place: Place) -> Iterator[ProfileFault]:
+    """What TOML can say and neither columns nor memory could hold."""
+    fault = ""
+    match value:
+        case dict() | list() if len(place) > _MAX_DEPTH:
+            fault = "this is nested too deeply"
+        case dict():
+            if any("\0" in key for key in value):
+                fault = "a key has the character NUL, which PostgreSQL doesn't"
+            for key, of in value.items():
+                yield from _unusable(of, (*place, key))
+        case list():
+            for number, of in enumerate(value):
+                yield from _unusable(of, (*place, number))
+        case str() if "\0" in value:
+            fault = "it has the character NUL, which PostgreSQL doesn't"
+        case int() if not -(2**63) <= value < 2**63:
+            fault = "a number of TOML has 64 bits"
+        case Decimal() if value.is_finite() and abs(value.adjusted()) > _MAX_DIGITS:
+            fault = f"it is a number of more than {_MAX_DIGITS:,} digits"
+    if fault:
+        yield ProfileFault(place, f"{'.'.join(map(str, place)) or '(top)'}: {fault}")
 
 
 def _faults(error: ValidationError, within: Place = ()) -> list[ProfileFault]:

@@ -10,7 +10,7 @@ from psycopg import sql
 
 from cdc_worker import catalog, checkpoint, cutover, errors, target_checks, written
 from cdc_worker.activities import OpenEnds, key_prefix
-from cdc_worker.catalog import quoted, section
+from cdc_worker.catalog import Fault, quoted, section
 from cdc_worker.checks import Check, Finding, Look, failed, ok, unknown, warning
 from cdc_worker.lsn import INVALID, LSN
 from cdc_worker.rules import qualified
@@ -26,8 +26,14 @@ def profile(look: Look) -> Iterator[Finding]:
 
 def _misfits(look: Look) -> Iterator[Finding]:
     for fault in catalog.faults(look.connection, look.profile, look.rules):
-        made = fault.missing and all(setup_would(look, f"ADD COLUMN {column}") for column in fault.missing)
-        yield (failed if fault.certain else warning)(fault.message, "cdc-worker setup" if made else fault.fix)
+        yield misfit(look, fault)
+
+
+def misfit(look: Look, fault: Fault) -> Finding:
+    """Where the profile and the database disagree."""
+    made = fault.missing and not fault.captured
+    made = made and all(setup_would(look, f"ADD COLUMN {column}") for column in fault.missing)
+    return (failed if fault.certain else warning)(fault.message, "cdc-worker setup" if made else fault.fix)
 
 
 # A captured table stands for itself and its partitions, and those that are captured one by one for their root.

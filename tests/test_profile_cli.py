@@ -1,0 +1,514 @@
+"""`cdc-worker profile`, as who writes a profile meets it."""
+
+from __future__ import annotations
+
+import json
+import re
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+from click.testing import CliRunner, Result
+from hypothesis import example, given
+from hypothesis import strategies as st
+from support import Crm, crm_on
+
+from cdc_worker import config, profile, profile_checks
+from cdc_worker.cli import main
+from cdc_worker.cluster import Cluster
+from cdc_worker.errors import ProfileError
+from cdc_worker.places import Places
+from cdc_worker.profile import shipped
+
+TARGET = """\
+name = "test"
+
+[target]
+table = "activity"
+columns = { activity_type = "type", description = "description" }
+"""
+
+
+def cdc(*arguments: str, crm: Crm | None = None, dsn: str = "") -> Result:
+    """Run a subcommand of `profile`, with the DSN of a CRM if one is given."""
+    environment = {"CDC_WORKER_DSN": crm.dsn if crm else dsn or None}
+    return CliRunner().invoke(main, ["profile", *arguments], env=environment, catch_exceptions=False)
+
+
+def written(directory: Path, text: str) -> str:
+    """The path of a profile with this text."""
+    path = directory / "crm.toml"
+    path.write_text(text, "utf-8")
+    return str(path)
+
+
+def told(directory: Path, text: str, *, crm: Crm | None = None) -> list[str]:
+    """What a check says of a profile, without the file's name."""
+    path = written(directory, text)
+    done = cdc("check", path, crm=crm)
+    lines = done.stdout.splitlines()
+    faults = sum(re.match(r"\d+: (?!warning: )", line.removeprefix(f"{path}:")) is not None for line in lines[:-1])
+    assert lines[-1].startswith(f"{path}: {faults} faults, ")
+    assert done.exit_code == (1 if faults else 0)
+    return [line.removeprefix(f"{path}:") for line in lines[:-1]]
+
+
+@pytest.fixture(scope="module")
+def shared(server: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Crm]:
+    """LeadFi's tables, set up, for tests that only look."""
+    with crm_on(server, tmp_path_factory.mktemp("shared"), prepared=True) as crm:
+        yield crm
+
+
+@pytest.mark.parametrize("name", sorted(main.commands["profile"].commands))  # type: ignore[attr-defined]
+def test_help_of_each_command_starts_with_a_verb_and_ends_with_an_example(name: str) -> None:
+    text = main.commands["profile"].commands[name].help.replace("\b", "")  # type: ignore[attr-defined]
+    assert re.match(r"[A-Z][a-z]*[a-rt-z] ", text.strip())
+    assert re.fullmatch(rf"Example: cdc-worker profile {name}.*", text.strip().splitlines()[-1].strip())
+    assert cdc(name, "--help").exit_code == 0
+
+
+# Lines
+
+scalars = st.sampled_from(["{}", "[{}, {}]", "[\n {}, # a ] comment\n\n {},\n]", "{{ a = {}, 'b.c' = {}, d.e = {} }}"])
+texts = st.sampled_from(
+    [
+        '"""\n# no comment ]\n"""',
+        "'''\n[x]\n'''",
+        '"a # b"',
+        "'\"'",
+        '"\\""',
+        '""',
+        "''",
+        '""""a"\\"""""',
+        "1979-05-27 07:32:00",
+    ]
+)
+
+
+@st.composite
+def documents(draw: st.DrawFn) -> str:
+    """TOML in which each integer stands once."""
+    number = iter(range(100, 10_000))
+    keys = iter(range(10_000))
+    lines = []
+    for _ in range(draw(st.integers(1, 12))):
+        key = draw(st.sampled_from(["k", "k.l", '"q \\u0041 k"', "'l.k'"]))
+        match draw(st.sampled_from(["pair", "text", "table", "array", "blank"])):
+            case "pair":
+                shape = draw(scalars)
+                lines.append(f"x{next(keys)}.{key} = {shape.format(*[next(number) for _ in range(3)])}")
+            case "text":
+                lines.append(f"x{next(keys)} = {draw(texts)}")
+            case "table":
+                lines.append(f"[ t{next(keys)} . {key} ] # comment")
+            case "array":
+                name = draw(st.sampled_from(["a", "b.c", "\"b\".'d'"]))
+                lines.append(f"[[{name}]]\nn = {next(number)}")
+                if draw(st.booleans()):
+                    lines.append(f"[{name}.sub{next(keys)}]\nn = {next(number)}")
+            case _:
+                lines.append("\t# [no] = 'table\n")
+    return draw(st.sampled_from(["\n", "\r\n"])).join(lines) + draw(st.sampled_from(["", "\n"]))
+
+
+def leaves(value: Any, place: tuple[int | str, ...] = ()) -> Iterator[tuple[tuple[int | str, ...], Any]]:
+    if isinstance(value, (dict, list)):
+        for key, of in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from leaves(of, (*place, key))
+    else:
+        yield place, value
+
+
+@given(documents())
+def test_each_place_is_on_the_line_where_it_stands(text: str) -> None:
+    places, lines = Places(text), text.split("\n")
+    for place, value in leaves(tomllib.loads(text)):
+        if isinstance(value, int):
+            assert re.search(rf"\b{value}\b", lines[places.line(place) - 1]), (place, text)
+
+
+def test_a_place_that_is_not_there_is_on_the_line_of_what_is_around_it() -> None:
+    places = Places("\n[a]\n\n[[a.b]]\nc = 1\n")
+    assert [places.line(place) for place in [("a",), ("a", "b"), ("a", "b", 0, "d", 3), ("z", "y"), ()]] == [
+        2,
+        4,
+        4,
+        1,
+        1,
+    ]
+
+
+# check, without a database
+
+
+@pytest.mark.parametrize("name", shipped())
+def test_the_shipped_profiles_are_right(name: str) -> None:
+    done = cdc("check", name)
+    assert (done.exit_code, done.stdout) == (
+        0,
+        f"{name}: 0 faults, 0 warnings; by itself only: --dsn holds it against a database\n",
+    )
+
+
+def test_all_faults_are_told_at_once_each_with_its_line(tmp_path: Path) -> None:
+    """Of form, and of templates in other tables and in other rules of the same one."""
+    tables = """\
+colour = "red"
+
+[tables.lead]
+key = 7
+
+[[tables.customer.rules]]
+on = "insert"
+type = "a"
+description = "{nobody}"
+
+[[tables.customer.rules]]
+on = "update"
+type = "b"
+description = "x"
+
+[[tables.customer.rules]]
+on = "delete"
+type = "c"
+description = "x"
+
+[tables.customer.rules.metadata]
+one = "{old.one}"
+two = "{new.two}"
+
+[tables.contact]
+rules = [
+  { on = "insert", type = "d", description = "{lookup.lead.name}" },
+]
+"""
+    assert told(tmp_path, TARGET + tables) == [
+        "6: target.colour: Extra inputs are not permitted",
+        "9: tables.lead.key: Input should be a valid list",
+        "14: tables.customer, rule 1 (a): {nobody} names nothing that a template can use",
+        '16: tables.customer.rules.1: a rule on updates is on them alone, and says in "changed" which columns it is'
+        " about",
+        "28: tables.customer, rule 3 (c): {new.two}: there is no new row at delete",
+        '32: tables.contact, rule 1 (d): {lookup.lead.name}: there is no lookup "lead" here',
+    ]
+
+
+def test_what_is_no_toml_is_told_with_its_line(tmp_path: Path) -> None:
+    (fault,) = told(tmp_path, 'name = "x"\n\nname = !\n')
+    assert re.fullmatch(r"3: profile \"\S+\" is not TOML: Invalid value \(at line 3, column 8\)", fault)
+    (fault,) = told(tmp_path, 'name = "x"\n[target')
+    assert fault.startswith("2: ")
+
+
+@pytest.mark.parametrize("command", ["check", "show"])
+def test_a_file_that_cannot_be_read_is_told(command: str, tmp_path: Path) -> None:
+    (tmp_path / "latin.toml").write_bytes(b'name = "caf\xe9"')
+    for path, reason in [("no_such.toml", "No such file"), (".", "Is a directory"), ("latin.toml", "UTF-8")]:
+        done = cdc(command, str(tmp_path / path), *(["--change", "{}"] if command == "try" else []))
+        assert (done.exit_code, done.stdout) == (1, "")
+        assert re.match(rf'error: profile "\S+" can\'t be read: .*{reason}', done.stderr)
+
+
+def test_hashes_and_functions_are_held_against_the_settings(tmp_path: Path) -> None:
+    text = (
+        TARGET
+        + '[tables.lead]\nmasked = { email = "hash" }\nrules = [{ on = "insert", name = "f", rule = "os:getcwd" }]'
+    )
+    assert told(tmp_path, text) == [
+        "7: tables.lead.masked: hashes need a key, in the setting mask_key",
+        '8: tables.lead, rule 1 (f): "os:getcwd": the settings allow functions of no modules (rule_modules)',
+    ]
+
+
+SHIPPED = {name: profile.read(name) for name in shipped()}
+TOKENS = [
+    "[",
+    "]",
+    "{",
+    "}",
+    '"',
+    "'",
+    "=",
+    ".",
+    "\n",
+    "0",
+    "-1",
+    "nan",
+    "1e999999999",
+    "true",
+    "on",
+    "rules",
+    "new.",
+    "lookup.x.y",
+]
+
+
+@st.composite
+def mangled(draw: st.DrawFn) -> str:
+    """A shipped profile with some pieces taken out, doubled, swapped or put in."""
+    text = SHIPPED[draw(st.sampled_from(shipped()))]
+    pieces = re.findall(r"\w+|\s+|[^\w\s]", text)
+    for _ in range(draw(st.integers(1, 4))):
+        at, other = draw(st.integers(0, len(pieces) - 1)), draw(st.integers(0, len(pieces) - 1))
+        match draw(st.sampled_from(["out", "token", "swap", "double", "value"])):
+            case "out":
+                pieces[at] = ""
+            case "token":
+                pieces[at] += draw(st.sampled_from(TOKENS) | st.text(max_size=3))
+            case "swap":
+                pieces[at], pieces[other] = pieces[other], pieces[at]
+            case "double":
+                pieces[at:at] = pieces[at : at + 40]
+            case _:
+                values = ["1", "[]", "{}", "true", "2001-02-03", "[[1]]", "{ new.x = { not = [1, { null = true }] } }"]
+                equals = [n for n, piece in enumerate(pieces) if piece == "="]
+                n = draw(st.sampled_from(equals)) if equals else 0
+                pieces[n : n + 1] = ["=", draw(st.sampled_from(values)), "\n#"]
+    return "".join(pieces)
+
+
+@given(mangled())
+@example('name = "x"\n' + "a." * 2000 + "a = 1")
+@example("a = " + "[" * 3000 + "]" * 3000)
+@example("a = " + "9" * 5000)
+@example("a = 1e99999999999999999999999")
+@example(
+    TARGET
+    + '[tables.a]\nrules = [{ on = "insert", type = "x", description = "y", when = '
+    + "{ not = " * 300
+    + "{}"
+    + "}" * 300
+    + "}]"
+)
+@example(
+    TARGET + '[tables.a]\nrules = [{ on = "update", changed = "*", type = "x", description = "y", delta.a.over = nan }]'
+)
+def test_a_mangled_profile_is_never_more_than_a_wrong_one(tmp_path_factory: pytest.TempPathFactory, text: str) -> None:
+    path = tmp_path_factory.getbasetemp() / "mangled.toml"
+    path.write_text(text, "utf-8", newline="")
+    lines = text.count("\n") + 1
+    found = [*profile_checks.check(config.load(), str(path))]
+    assert all(1 <= one.line <= lines and one.outcome == "fault" for one in found)
+    try:
+        config.load().rules(profile.parse(text, source="x"))
+    except ProfileError:
+        assert found
+    else:
+        assert found == []
+
+
+# check, with a database
+
+
+def test_a_profile_that_fits_has_no_faults(shared: Crm) -> None:
+    done = cdc("check", "leadfi", crm=shared)
+    assert (done.exit_code, done.stdout) == (0, "leadfi: 0 faults, 0 warnings\n")
+
+
+def test_what_setup_will_mend_is_no_fault(bare_crm: Crm) -> None:
+    done = cdc("check", "leadfi", crm=bare_crm)
+    assert done.exit_code == 0
+    messages = re.findall(r"^leadfi:\d+: (.*)\n  fix: (.*)$", done.stdout, re.M)
+    assert messages
+    assert {(said.split(":")[0], fix) for said, fix in messages} == {("warning", "cdc-worker setup")}
+
+
+def test_each_table_and_column_is_held_against_the_catalog_with_its_line(shared: Crm, tmp_path: Path) -> None:
+    text = """\
+name = "test"
+
+[target]
+table = "activity"
+
+[target.columns]
+activity_type = "type"
+description = "description"
+no_such = "type"
+customer_uid = "owner"
+change_key = "change_key"
+
+[tables.lead]
+key = "lead_id"
+owner = "bd_in_charge"
+lookups.deal = { table = "deal", match = { id = "lead_id" } }
+
+[[tables.lead.rules]]
+on = "update"
+changed = "is_converted"
+to = { is_converted = "yes" }
+type = "converted"
+description = "{new.full_name} {new.nickname} {lookup.deal.name}"
+
+[[tables.lead.rules]]
+on = "insert"
+type = "a type of activity that has more than fifty characters"
+description = "x"
+
+[tables.nowhere]
+"""
+    found = told(tmp_path, text, crm=shared)
+    assert [line for line in found if not line.startswith("  fix: ")] == [
+        "3: column activity_type has 50 characters, too few for what these rules write; their rows become dead letters:"
+        " a type of activity that has more than fifty characters of public.lead",
+        "9: target table public.activity has no column no_such",
+        "10: warning: target column public.activity.customer_uid is of the type integer, as which"
+        " public.lead.bd_in_charge can't always be read, and such rows become dead letters: all rules",
+        "16: captured table public.deal does not exist",
+        '18: rule converted of public.lead is about is_converted = "yes", which a boolean is never',
+        "23: captured table public.lead has no column nickname",
+        "30: captured table public.nowhere does not exist",
+    ]
+
+
+def test_a_target_column_that_must_have_a_value_is_a_fault_where_there_is_none(shared: Crm, tmp_path: Path) -> None:
+    shared.execute(
+        "CREATE TABLE IF NOT EXISTS note (note_id serial PRIMARY KEY, kind varchar(10) NOT NULL CHECK (kind <> 'bad'),"
+        " body text NOT NULL, lead_id int NOT NULL, author text NOT NULL, change_key text UNIQUE)"
+    )
+    text = """\
+name = "test"
+[target]
+table = "note"
+columns = { kind = "type", body = "description", lead_id = "lead", change_key = "change_key" }
+[tables.lead]
+fields.lead = "{row.lead_id}"
+rules = [
+  { on = "insert", type = "bad", description = "x" },
+  { on = "truncate", type = "gone", description = "x" },
+]
+"""
+    found = [line for line in told(tmp_path, text, crm=shared) if not line.startswith("  fix: ")]
+    assert found == [
+        '2: CHECK "note_kind_check" refuses all that these rules write, which becomes dead letters: bad of public.lead',
+        "2: column author must have a value, has no default, and isn't in the profile: no row is taken",
+        "2: column lead_id must have a value, and these rules have none, so that their rows become dead letters:"
+        " gone of public.lead",
+    ]
+
+
+def test_faults_of_the_text_do_not_hide_those_of_the_catalog(shared: Crm, tmp_path: Path) -> None:
+    rules = 'rules = [{ on = "insert", type = "x" }, { on = "insert", type = "y", description = "{new.no_such}" }]'
+    found = told(tmp_path, f"{TARGET}[tables.lead]\n{rules}\n[tables.customer]\nkey = 1\n", crm=shared)
+    assert [line for line in found if "captured" in line or "it says" in line] == [
+        "7: tables.lead.rules.0: it says no description",
+        "7: captured table public.lead has no column no_such",
+    ]
+    assert "9: tables.customer.key: Input should be a valid list" in found
+
+
+@pytest.mark.parametrize("command", ["check"])
+def test_a_server_that_is_not_there_is_told(command: str) -> None:
+    more = ["--change", '{"table": "lead", "new": {}}'] if command == "try" else []
+    done = cdc(command, "leadfi", *more, dsn="host=127.0.0.1 port=1 dbname=crm")
+    assert done.exit_code == 1
+    assert re.search(r"^error: .*(refused|failed)", done.stderr)
+    done = cdc(command, "leadfi", *more, dsn="host=")
+    assert "Traceback" not in done.stderr
+
+
+# show and schema
+
+
+def test_show_prints_what_each_rule_is_about() -> None:
+    done = cdc("show", "leadfi")
+    text = re.sub(" +", " ", done.stdout)
+    assert done.exit_code == 0
+    assert text.startswith("profile leadfi, written to activity\n\nlead\n rule on condition type description\n")
+    assert ' status_changed update status changed status_changed Lead status changed from "{old.status}"' in text
+    assert "is_converted changed, is_converted is true lead_converted" in text
+    assert "\ncontact\n no rules: captured for what it tells of others\n" in text
+
+
+def test_show_tells_every_kind_of_condition_and_value(tmp_path: Path) -> None:
+    text = """\
+[tables.deal]
+values.what = { by = "new.stage", map = { won = "Won", lost = "Lost" }, default = "{new.stage}" }
+[[tables.deal.rules]]
+on = "update"
+changed = ["stage", "amount"]
+from.stage = { not = ["won", "lost"] }
+to.stage = ["won", { null = true }, { empty = false, over = 3 }]
+delta.amount = { at_least = 1000, over_ratio = 0.1, grows = true }
+when = { any = [{ new.a = 1 }, { not = { lookup.user.b = "x" } }], context = { source = "import" } }
+skip_unless = ["new.owner", "lookup.user.id"]
+type = "x"
+description = ["Deal {values.what}", { text = "!", when = { new.a = true }, otherwise = "." }]
+[[tables.deal.rules]]
+on = ["insert", "delete"]
+name = "f"
+rule = "crm.rules:deal"
+"""
+    rows = json.loads(cdc("show", written(tmp_path, TARGET + text), "--json").stdout)
+    assert rows == [
+        {
+            "table": "deal",
+            "rule": "x",
+            "on": ["update"],
+            "condition": 'stage or amount changed, stage was anything but one of "won", "lost",'
+            ' stage is one of "won", NULL, > 3 and not empty,'
+            " amount changed by 1000 or more and more than 0.1 of the old value and an amount above zero,"
+            ' context.source is "import" and (new.a is 1 or not (lookup.user.b is "x")),'
+            " new.owner and lookup.user.id not empty",
+            "type": "x",
+            "description": "Deal {values.what}[! if new.a is true else .]",
+        },
+        {
+            "table": "deal",
+            "rule": "f",
+            "on": ["insert", "delete"],
+            "condition": "",
+            "type": "function crm.rules:deal",
+            "description": "",
+        },
+    ]
+    assert (
+        "  {values.what}: by new.stage (won: Won; lost: Lost; else: {new.stage})\n"
+        in cdc("show", written(tmp_path, TARGET + text)).stdout
+    )
+
+
+def validator() -> jsonschema.Draft202012Validator:
+    schema = json.loads(cdc("schema").stdout)
+    jsonschema.Draft202012Validator.check_schema(schema)
+    return jsonschema.Draft202012Validator(schema)
+
+
+@pytest.mark.parametrize("name", shipped())
+def test_the_json_schema_takes_the_shipped_profiles(name: str) -> None:
+    validator().validate(tomllib.loads(SHIPPED[name]))
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        "",
+        'colour = "red"\n[tables.lead]',
+        '[tables.lead]\nrules = [{ on = "upsert", type = "x", description = "y" }]',
+        '[tables.lead]\nrules = [{ type = "x", description = "y" }]',
+        '[tables.lead]\nmasked = { email = "maybe" }',
+        '[tables.lead]\nfields = { "No Name" = "x" }',
+        '[tables.lead]\nrules = [{ on = "insert", type = { by = "x", map = {} }, description = "y" }]',
+        '[tables.lead]\nrules = [{ on = "insert", type = "x", description = "y", when = { nev = { a = 1 } } }]',
+        "[tables.lead]\nlookups.a = { table = 1, match = { a = 'b' } }",
+        "[tables.lead]\nkey = [1]",
+    ],
+)
+def test_the_json_schema_refuses_what_is_wrong_in_form(wrong: str) -> None:
+    assert not validator().is_valid(tomllib.loads(TARGET + wrong))
+    with pytest.raises(ProfileError):
+        profile.parse(TARGET + wrong, source="x")
+
+
+def test_the_json_schema_describes_every_field() -> None:
+    schema = profile.json_schema()
+    fields = {
+        f"{name}.{field}": of.get("description")
+        for name, model in {"Profile": schema, **schema["$defs"]}.items()
+        for field, of in model["properties"].items()
+    }
+    undescribed = {"Match.at_least", "Match.under", "Match.at_most", "Delta.at_least", "Delta.at_least_ratio"}
+    assert {field for field, description in fields.items() if not description} <= undescribed
