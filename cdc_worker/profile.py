@@ -243,8 +243,9 @@ class Lookup(_Model):
     """Its columns, each with the column of ours that it equals, or with a path such as `lookup.quote.account_id`."""
     where: dict[str, Constant] = {}
     """Its columns that must have a certain value. Of several rows it is the first by the table's key."""
-    same_transaction: bool = False
-    """Whether only a row counts that was written in the same transaction, before or after the change."""
+    same_transaction: bool | Literal["deleted"] = False
+    """Whether only a row counts that was written in the same transaction, before or after the change; or "deleted" in
+    it, perhaps along with ours."""
 
 
 class Rule(_Model):

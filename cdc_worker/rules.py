@@ -37,7 +37,7 @@ def _unknown(error: KeyError) -> UnknownValueError:
 class Fact:
     """Where a fact is found: a row of `table` whose columns `theirs` equal our `ours`; of it `columns` are kept.
 
-    It was written in the same transaction, and has these values in the columns of `where`.
+    It was written, or `deleted`, in the same transaction, and has these values in the columns of `where`.
     """
 
     name: str
@@ -46,6 +46,13 @@ class Fact:
     ours: tuple[str, ...]
     where: tuple[tuple[str, Value], ...]
     columns: tuple[str, ...]
+    deleted: bool
+
+    def row(self, change: Change) -> Row | None:
+        """The row of a change of `table` that may be one."""
+        if self.deleted:
+            return change.old if change.operation == "delete" else None
+        return change.new
 
     def key(self, row: Row, columns: tuple[str, ...]) -> tuple[Value, ...]:
         """The values that tie the two rows together."""
@@ -310,8 +317,8 @@ class Table:
 
     @property
     def needs_old_rows(self) -> bool:
-        """Whether its rules can only work with REPLICA IDENTITY FULL."""
-        return bool(self.rules["update"] or self.rules["delete"])
+        """Whether its rules, or those of others, can only work with REPLICA IDENTITY FULL."""
+        return bool(self.rules["update"] or self.rules["delete"] or any(fact.deleted for _, fact in self.tells))
 
 
 Rules = Mapping[tuple[str, str], Table]
@@ -551,6 +558,7 @@ class _Compiler:
                 tuple(spec.match.values()),
                 tuple(spec.where.items()),
                 self._kept(table, name),
+                spec.same_transaction == "deleted",
             )
             for name, spec in self._specs[table].lookups.items()
             if spec.same_transaction

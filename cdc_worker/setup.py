@@ -204,7 +204,7 @@ WHERE worker = %s AND table_name = %s AND from_lsn = '0/0' AND system_identifier
 
 
 def _table(connection: Connection, table: Table, worker: str, *, tracked: bool, marked: bool) -> Iterator[Step]:
-    """Let a table's old rows be written to the WAL, and note from where on it is recorded.
+    """Let a table's old rows be written to the WAL, and note from where on it is recorded, if it is.
 
     With the table locked, or each of its partitions in turn, everyone who wrote to it without its old rows has ended.
     Only when it is new to the worker is that where it begins (or at the cut-over, if it is `tracked` by triggers):
@@ -212,7 +212,8 @@ def _table(connection: Connection, table: Table, worker: str, *, tracked: bool, 
     it by nonce and marker. If it is `marked`, only what follows a context message is recorded from there on.
     """
     relation = sql.Identifier(*table.name).as_string()
-    if not any(table.rules.values()) or not ddl.exists(connection, relation):
+    recorded = any(table.rules.values())
+    if not (recorded or table.needs_old_rows) or not ddl.exists(connection, relation):
         return
     name = ".".join(table.name)
     statements: list[sql.Composable | str] = []
@@ -228,7 +229,7 @@ def _table(connection: Connection, table: Table, worker: str, *, tracked: bool, 
             statements += altered
     locked = bool(statements)
     installed = ddl.exists(connection, "cdc_worker.excluded")
-    if not installed or connection.execute(_KNOWN, (worker, name)).fetchone() is None:
+    if recorded and (not installed or connection.execute(_KNOWN, (worker, name)).fetchone() is None):
         until = "NULL" if tracked else "pg_current_wal_insert_lsn()" if unready else "'0/1'"
         statements.append(sql.SQL(_BEGINS).format(worker, name, sql.SQL(until), tracked))
         if marked and not tracked:

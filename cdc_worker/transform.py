@@ -286,8 +286,8 @@ class Transformer:
         if self._open:
             self._text += _size(change)
             self._expire(index)
-        if table.tells and change.new is not None:
-            self._learn(change.new, table, index)
+        if table.tells:
+            self._learn(change, table, index)
         if self._erased and change.operation == "insert":
             self._give(change.new, table, index)
         self._index = index + 1
@@ -403,10 +403,11 @@ class Transformer:
 
     # Facts: rows of the same transaction that complete an activity, before it or after it.
 
-    def _learn(self, row: Row, table: Table, index: int) -> None:
+    def _learn(self, change: Change, table: Table, index: int) -> None:
         facts = self._facts
         for other, fact in table.tells:
-            if any(row.get(column) != value for column, value in fact.where):
+            row = fact.row(change)
+            if row is None or any(row.get(column) != value for column, value in fact.where):
                 continue
             key = (other, fact.name, fact.key(row, fact.theirs))
             if None in key[2]:
