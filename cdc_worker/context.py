@@ -85,22 +85,23 @@ def hear(context: Context, content: str, *, xid: int, policy: Policy) -> Context
     allowed = signed or policy.unsigned_control
     said, claimed = dict(context.said), dict(context.claimed)
     skip, collapse, refused = context.skip, context.collapse, set(context.refused)
-    if message.get("clear") is True:
-        claimed.clear()
-        refused.clear()
-        if trusted:
-            said.clear()
-        if allowed:
-            skip, collapse = False, None
-    asked = {name: message[name] for name in ("skip", "collapse") if name in message}
-    for name, wish in asked.items():
-        refused.discard(name)
-        if wish and not allowed:
-            refused.add(name)
-    if allowed and "skip" in asked:
-        skip = asked["skip"] is True
-    if allowed and "collapse" in asked:
-        collapse = _collapse(asked["collapse"])
+    if not RESERVED.isdisjoint(message):
+        if message.get("clear") is True:
+            claimed.clear()
+            refused.clear()
+            if trusted:
+                said.clear()
+            if allowed:
+                skip, collapse = False, None
+        for name in ("skip", "collapse"):
+            if name in message:
+                refused.discard(name)
+                if message[name] and not allowed:
+                    refused.add(name)
+        if allowed and "skip" in message:
+            skip = message["skip"] is True
+        if allowed and "collapse" in message:
+            collapse = _collapse(message["collapse"])
     _keep(said if trusted else claimed, message)
     return Context(
         said=said,
@@ -142,9 +143,12 @@ def _collapse(wish: object) -> Collapse | None:
 
 
 def _keep(values: dict[str, Plain], message: dict[str, Any]) -> None:
-    room = MAX_LENGTH - sum(map(_length, values, values.values()))
+    room = MAX_LENGTH - sum(map(_length, values, values.values())) if values else None
     for name, value in message.items():
         if name in RESERVED or not _plain(name) or not _plain(value):
+            continue
+        if room is None:  # no message says more than there is room for
+            values[name] = value
             continue
         more = _length(name, value) - (_length(name, values[name]) if name in values else 0)
         if more <= room or name == CHANGED_BY:

@@ -7,12 +7,15 @@ from functools import reduce
 from typing import Any
 
 import pytest
+from factories import assembled, inserted, rules, said
 from hypothesis import given
 from hypothesis import strategies as st
 
 from cdc_worker import config
+from cdc_worker.activities import Activity
 from cdc_worker.context import MAX_LENGTH, NOTHING, Collapse, Context, Policy, hear, signature
 from cdc_worker.errors import SettingsError
+from cdc_worker.transform import transform
 
 XID = 4711
 KEY = b"sixteen bytes or more"
@@ -136,6 +139,20 @@ def test_with_a_key_what_is_not_signed_is_told_as_a_claim_and_overrides_nothing(
     assert (alone.said, alone.told) == ({}, claims)
     after = heard(signed(JANE), message, policy=policy)
     assert (after.said, after.told) == (JANE, {"request_id": "r1", **claims})
+
+
+def test_templates_and_conditions_see_nothing_that_is_not_trusted() -> None:
+    table = rules("""
+[tables.lead]
+rules = [
+  { on = "insert", type = "told", description = "{context.reason}" },
+  { on = "insert", type = "asked", description = "", when = { context = { reason = "test" } } },
+]
+""")
+    script = assembled([said('{"reason": "test"}'), inserted("lead", {})])
+    for policy, told in ((Policy(), [("told", "test"), ("asked", "")]), (SIGNED, [("told", "")])):
+        came = transform(table, script, worker="w", system_identifier="1", policy=policy)
+        assert [(o.fields["type"], o.fields["description"]) for o in came if isinstance(o, Activity)] == told
 
 
 def test_a_transaction_without_a_number_proves_nothing() -> None:

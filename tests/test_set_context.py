@@ -11,7 +11,7 @@ from psycopg import sql
 from psycopg.types.json import Jsonb
 from support import Crm
 
-from cdc_worker.context import MAX_LENGTH
+from cdc_worker.context import MAX_LENGTH, signature
 
 SAY = "SELECT cdc_worker.set_context(%s)"
 ADD = "INSERT INTO lead (full_name, source, bd_in_charge, type) VALUES ('x', 'web', 'bob', 'otc')"
@@ -44,6 +44,21 @@ def test_what_the_profile_keeps_of_it_goes_to_the_metadata(crm: Crm, tmp_path: P
     assert activity["metadata"].items() >= {"changed_by": "jane", "request_id": "r-17", "reason": 7}.items()
     assert activity["metadata"]["source"] == "web", "the row's, which the rule tells"
     assert "not said" not in activity["metadata"]
+
+
+def test_a_message_may_be_signed_within_a_savepoint_and_is_worth_nothing_afterwards(crm: Crm) -> None:
+    key = "a key of sixteen or more"
+    with crm.connection.transaction(), crm.connection.transaction():
+        xid = int(crm.value("SELECT pg_current_xact_id()::xid::text"))
+        payload = '{"changed_by": "jane"}'
+        said = Jsonb({"signed": payload, "signature": signature(key.encode(), xid, payload)})
+        crm.execute(SAY, said)
+        crm.execute(ADD)
+    with crm.connection.transaction():
+        crm.execute(SAY, said)
+        crm.execute(ADD)
+    crm.record(context_key=key)
+    assert [activity["created_by"] for activity in crm.activities()] == ["jane", "system"]
 
 
 @pytest.mark.parametrize("said", ["[]", '"jane"', "null", "7", None])
