@@ -20,6 +20,7 @@ from pydantic_settings import (
     TomlConfigSettingsSource,
 )
 
+from cdc_worker.context import Policy
 from cdc_worker.errors import ConnectionStringError, SettingsError
 from cdc_worker.profile import Profile
 from cdc_worker.rules import Function, Rules, compile_rules
@@ -105,6 +106,11 @@ class Settings(BaseSettings):
         """A profile's rules, with what these settings allow them. Raises ProfileError."""
         key = None if self.mask_key is None else self.mask_key.get_secret_value()
         return compile_rules(profile, function=self._function, mask_key=key)
+
+    def policy(self, profile: Profile) -> Policy:
+        """What of context messages these settings believe and allow, and a profile keeps."""
+        key = None if self.context_key is None else self.context_key.get_secret_value().encode()
+        return Policy(key, unsigned_control=self.unsigned_control, kept=tuple(profile.context))
 
     def _function(self, name: str) -> Function:
         """A function that a profile names as a rule, if its module is allowed. Raises ValueError."""

@@ -108,7 +108,7 @@ class Sink:
         self._connection = connection
         self._pgconn = connection.pgconn
         self._pgconn.nonblocking = 1
-        self._encode = _encoder(target, table, ZoneInfo(time_zone))
+        self._encode = encoder(target, table, ZoneInfo(time_zone))
         self._columns = (*target.columns, *target.constants)
         self._metadata = next((column for column, field in target.columns.items() if field == "metadata"), None)
         self._catalog = table
@@ -539,7 +539,7 @@ def _divided(
     return [(start, middle), (middle, end)]
 
 
-def _encoder(target: Target, table: TargetTable, zone: ZoneInfo) -> Callable[[Activity], bytes]:
+def encoder(target: Target, table: TargetTable, zone: ZoneInfo) -> Callable[[Activity], bytes]:
     """A function that writes an activity as a line of COPY's text format. Manual: "COPY", File Formats.
 
     What is too long for its column is cut, where there is metadata to have the whole of it, or the profile says so.

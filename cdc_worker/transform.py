@@ -5,7 +5,7 @@ from __future__ import annotations
 import pickle
 import zlib
 from collections import OrderedDict, defaultdict, deque
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from datetime import datetime
 from typing import Any, Final
 
@@ -554,6 +554,15 @@ def _nothing(wanted: Collection[Wanted]) -> Mapping[Wanted, Row | None]:
     return dict.fromkeys(wanted)
 
 
+def settled(transformer: Transformer, transaction: Transaction, fetch: Fetch) -> Iterator[Outcome]:
+    """What a transformer makes of a transaction, or of a slice, with all that it wants looked for at once."""
+    yield from transformer.feed(transaction)
+    while transformer.wanted or transformer.ready:
+        if transformer.wanted:
+            transformer.tell(fetch(transformer.wanted))
+        yield from transformer.rest()
+
+
 def transform(
     rules: Rules,
     transactions: list[Transaction],
@@ -566,11 +575,4 @@ def transform(
 ) -> list[Outcome]:
     """All outcomes of some whole transactions."""
     transformer = Transformer(rules, worker=worker, system_identifier=system_identifier, scope=scope, policy=policy)
-    outcomes = []
-    for transaction in transactions:
-        outcomes += transformer.feed(transaction)
-        while transformer.wanted or transformer.ready:
-            if transformer.wanted:
-                transformer.tell(fetch(transformer.wanted))
-            outcomes += transformer.rest()
-    return outcomes
+    return [outcome for transaction in transactions for outcome in settled(transformer, transaction, fetch)]

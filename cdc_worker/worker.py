@@ -34,7 +34,6 @@ from cdc_worker.activities import Activity, Batch, DeadLetter, Line, Position, S
 from cdc_worker.changes import CUTOVER_PREFIX, Assembler, Change, Transaction
 from cdc_worker.checkpoint import Checkpoint
 from cdc_worker.config import Settings
-from cdc_worker.context import Policy
 from cdc_worker.log import Logger
 from cdc_worker.lsn import INVALID, LSN
 from cdc_worker.partitions import Partitions
@@ -358,17 +357,12 @@ class Worker:
             )
         self._started = True
         log.info("replication_started", lsn=str(position.lsn), plugin=replica.plugin, time_zone=time_zone)
-        key = settings.context_key
         transformer = Transformer(
             self._rules,
             worker=worker,
             system_identifier=found.system_identifier,
             scope=scope,
-            policy=Policy(
-                key.get_secret_value().encode() if key else None,
-                unsigned_control=settings.unsigned_control,
-                kept=tuple(self._profile.context),
-            ),
+            policy=settings.policy(self._profile),
         )
         return _Stream(
             replication,
