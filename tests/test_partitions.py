@@ -57,10 +57,10 @@ CREATE TABLE "Far, away".other (id int, remark text);
 """
 
 
-def set_up(crm: Crm, ddl: LiteralString) -> Crm:
+def set_up(crm: Crm, ddl: LiteralString, profile_text: str = PROFILE) -> Crm:
     """Make tables, and set them up for the worker."""
     profile = crm.directory / "deals.toml"
-    profile.write_text(PROFILE)
+    profile.write_text(profile_text)
     crm.settings["profile"] = str(profile)
     crm.connection.execute(ddl)
     crm.setup()
@@ -113,6 +113,24 @@ def test_changes_of_all_partitions_are_changes_of_the_table(deals: Crm) -> None:
     ]
     keys = [activity["change_key"].split("/")[3:5] for activity in deals.activities()]
     assert keys == [["public.deal", str(n)] for n in (0, 1, 2, 3, 0, 1, 2, 3, 0)]
+
+
+def test_a_part_of_a_table_can_be_captured_alone(crm: Crm) -> None:
+    """A leaf by its own name, and a subtree under that of its top; the topmost that is captured counts."""
+    rules = PROFILE[PROFILE.index("[tables.deal]") :]
+    more = "".join(rules.replace("tables.deal", f"tables.{name}") for name in ("deal_east", "deal_north"))
+    deals = set_up(crm, DEALS, PROFILE.replace(rules, more))
+    deals.execute("INSERT INTO deal (id, region) VALUES (1, 'north'), (2, 'east'), (3, 'south')")
+    deals.execute("UPDATE deal SET region = 'north' WHERE id = 2")
+    assert recorded(deals) == ["1 created: north 0", "2 created: east 0", "2 deleted: east 0", "2 created: north 0"]
+    keys = [activity["change_key"].split("/")[3] for activity in deals.activities()]
+    assert keys == ["public.deal_north", "public.deal_east", "public.deal_east", "public.deal_north"]
+    (crm.directory / "deals.toml").write_text(PROFILE + more)
+    deals.setup()
+    deals.execute("INSERT INTO deal (id, region) VALUES (4, 'north'), (5, 'east')")
+    assert recorded(deals) == ["4 created: north 0", "5 created: east 0"]
+    keys = [activity["change_key"].split("/")[3] for activity in deals.activities()]
+    assert keys[4:] == ["public.deal_north", "public.deal"]
 
 
 SENT: LiteralString = """
