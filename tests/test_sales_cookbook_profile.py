@@ -426,6 +426,12 @@ def test_a_user_has_the_organization_of_the_time_as_far_as_the_stream_tells() ->
     ) == [11, 12, 12, 20]
 
 
+def test_a_user_of_whom_the_stream_has_not_told_is_as_the_database_has_them_now() -> None:
+    now: dict[str, list[Row]] = {"core_user": [user(organization_id=13)]}
+    changes = (inserted("core_lead", lead()), updated("core_user", user(organization_id=12), organization_id=13))
+    assert organizations(*changes, database=now) == [13]
+
+
 def test_a_task_is_told_of_the_name_that_its_lead_has_by_then() -> None:
     assert summaries(
         inserted("core_lead", lead(assigned_to_id=None)),
