@@ -117,7 +117,10 @@ def attempt(restore: str) -> str:
 def schema(name: str) -> str:
     """A file of `schema/`, which lies beside the package in a checkout, and inside it once installed."""
     installed = resources.files("cdc_worker") / "schema" / name
-    return (installed if installed.is_file() else Path(__file__).parent.parent / "schema" / name).read_text("utf-8")
+    found = installed if installed.is_file() else Path(__file__).parent.parent / "schema" / name
+    if not found.is_file():
+        raise errors.ProfileError(f'the package has no file "{name}" to prepare a target with', hint='mend "prepare"')
+    return found.read_text("utf-8")
 
 
 def checksum(script: str) -> str:

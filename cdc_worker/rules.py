@@ -8,6 +8,8 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from datetime import datetime
+from decimal import Decimal
 from typing import Any, Final
 
 import msgspec
@@ -239,8 +241,32 @@ class Rule:
             return None
         if not isinstance(made, dict) or not isinstance(made.get("type"), str):
             raise UnknownValueError(f'the function of the rule "{self.name}" returned no dict with a "type"')
+        if wrong := [str(name) for name, value in made.items() if not _can_be_written(value)]:
+            raise UnknownValueError(f'the function of the rule "{self.name}" returned no value for "{wrong[0]}"')
         metadata = {**fields["metadata"], **(made.get("metadata") or {})}
         return {**fields, **made, "metadata": metadata, "occurred_at": event.committed_at}
+
+
+def _can_be_written(value: Any) -> bool:
+    """Whether what a function returned is a value that a column, or metadata, can hold."""
+    match value:
+        case None | bool() | float() | datetime():
+            return True
+        case int():
+            return value.bit_length() <= 1 << 13
+        case Decimal():
+            return templates.number(value) is not None
+        case str():
+            return "\0" not in value and not _SURROGATE.search(value)
+        case list():
+            return all(_can_be_written(one) for one in value)
+        case dict():
+            return all(isinstance(key, str) and all(map(_can_be_written, (key, of))) for key, of in value.items())
+        case _:
+            return False
+
+
+_SURROGATE: Final = re.compile("[\ud800-\udfff]")
 
 
 Mask = Callable[[Value], Value]
@@ -296,9 +322,8 @@ class Table:
             changed = tuple([column for column in changed if column not in self.ignored])
         if not self.masks:
             return change if changed is change.changed else msgspec.structs.replace(change, changed=changed)
-        return Change(
-            change.operation, change.schema, change.table, self.masked(change.old), self.masked(change.new), changed
-        )
+        old, new = self.masked(change.old), self.masked(change.new)
+        return msgspec.structs.replace(change, old=old, new=new, changed=changed)
 
     def masked(self, row: Row | None) -> Row | None:
         """A row without values that may not be seen. NULL stays NULL."""
@@ -429,10 +454,11 @@ class _Compiler:
             if len(spec.changed) > 1 and {"*", "unclaimed"} & set(spec.changed):
                 raise ValueError('"*" and "unclaimed" stand alone in "changed"')
         with within():
-            if hidden := sorted({*spec.from_, *spec.to, *spec.delta} & table.masked.keys()):
+            compared_with = {_real(table, column) for column in (*spec.from_, *spec.to, *spec.delta)}
+            if hidden := sorted(compared_with & table.masked.keys()):
                 raise ValueError(f"the values of {', '.join(hidden)} are masked, and can't be compared")
         # What this rule uses beside what it shares with others.
-        own = replace(names, operation=operation, values={**table.values, **spec.values}, used=set())
+        own = replace(names, operation=operation, values={**table.values, **spec.values}, used=set(), named=[])
         bare = replace(own, found=False)
         tests: list[Test] = []
         for of, key, matchers in (("old", "from", spec.from_), ("new", "to", spec.to)):
@@ -505,8 +531,12 @@ class _Compiler:
         found: list[str] = []
 
         def add(name: str, within: tuple[str, ...]) -> None:
+            if name in found:
+                return
             if name in within:
                 raise ValueError(f"lookup.{name} is found by itself")
+            if len(within) >= templates.MAX_DEPTH:
+                raise ValueError(f"lookup.{name}: too many lookups start from what another has found")
             for ours in table.lookups[name].match.values():
                 other = _other_lookup(ours)
                 if other is not None:
@@ -516,8 +546,7 @@ class _Compiler:
                     add(other, (*within, name))
                 else:
                     own.used.add(("row", ours))
-            if name not in found:
-                found.append(name)
+            found.append(name)
 
         for name in sorted(wanted):
             add(name, ())
@@ -543,11 +572,18 @@ class _Compiler:
         for table, spec in self._specs.items():
             for name, lookup in spec.lookups.items():
                 where = f"tables.{table[1]}.lookups.{name}"
+                place = ("tables", self._keys[table], "lookups", name)
+                masked = self._specs[of].masked if (of := qualified(lookup.table)) in self._specs else {}
+                hidden = masked.keys() & {*lookup.match, *lookup.where}
                 for ours in lookup.match.values():
                     other = _other_lookup(ours)
-                    if other is not None and other not in spec.lookups:
-                        place = ("tables", self._keys[table], "lookups", name)
+                    if other is None:
+                        hidden |= {_real(spec, ours)} & spec.masked.keys()
+                    elif other not in spec.lookups:
                         self._wrong(place, f'{where}: there is no lookup "{other}" here')
+                if hidden:
+                    described = ", ".join(sorted(hidden))
+                    self._wrong(place, f"{where}: the values of {described} are masked, and nothing is found by them")
 
     def _facts(self, table: tuple[str, str]) -> dict[str, Fact]:
         return {
@@ -624,6 +660,11 @@ _NO_RULES: Final[Mapping[Operation, tuple[Rule, ...]]] = {"insert": (), "update"
 
 def _sought(spec: LookupSpec) -> tuple[tuple[str, str], tuple[str, ...], tuple[tuple[str, Value], ...]]:
     return qualified(spec.table), tuple(spec.match), tuple(spec.where.items())
+
+
+def _real(table: TableSpec, column: str) -> str:
+    """The real column behind one that may be mapped."""
+    return table.mapped[column].column if column in table.mapped else column
 
 
 def _other_lookup(ours: str) -> str | None:

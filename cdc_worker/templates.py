@@ -108,6 +108,8 @@ class Expression:
 
 Piece = str | Expression
 
+_OR: Final = re.compile(r"(?<!\s)\s+or\s+")
+
 
 def parse(template: str) -> list[Piece]:
     """The literals and expressions of a template. Raises ValueError for what is none."""
@@ -119,7 +121,7 @@ def parse(template: str) -> list[Piece]:
             continue
         if conversion or "{" in (spec or ""):
             raise ValueError(f"{template!r}: conversions and nested braces have no meaning here")
-        *paths, last = re.split(r"\s+or\s+", name.strip())
+        *paths, last = _OR.split(name.strip())
         if any("'" in path for path in paths) or last.count("'") % 2:
             raise ValueError(f"{template!r}: a text in quotes stands last, and without ' : or ! in it")
         quoted = re.fullmatch(r"'([^']*)'", last)
@@ -132,11 +134,19 @@ def parse(template: str) -> list[Piece]:
     return pieces
 
 
+MAX_DEPTH: Final = 8
+"""So many values may be made of each other in turn, and so many lookups start from what another has found."""
+
+MAX_NAMED: Final = 1_000
+"""So often a rule may use values that have a name, those that they are made of included."""
+
+
 @dataclass(frozen=True, slots=True)
 class Names:
     """The names that a table's templates may use in rules on an operation; remembers which they `used`.
 
-    `lookups` are those of the table. Without `found` looked-up rows and named values are out of reach.
+    `lookups` are those of the table. Without `found` looked-up rows and named values are out of reach. `named` are the
+    values that were used, as often as they were.
     """
 
     table: profile.Table
@@ -146,6 +156,7 @@ class Names:
     found: bool = True
     used: set[tuple[str, str]] = field(default_factory=set)
     within: tuple[str, ...] = ()
+    named: list[str] = field(default_factory=list)
 
     def getter(self, path: str) -> Getter:
         """A function that reads `old.status`, `columns` and the like. ValueError for a name that isn't there."""
@@ -202,6 +213,9 @@ class Names:
             raise ValueError(f"{{values.{name}}}: it is made of itself")
         if name not in self.values:
             raise ValueError(f'{{values.{name}}}: there is no value "{name}" here')
+        self.named.append(name)
+        if len(self.within) >= MAX_DEPTH or len(self.named) > MAX_NAMED:
+            raise ValueError(f"{{values.{name}}}: values are made of each other in too many ways")
         return value(self.values[name], replace(self, within=(*self.within, name)))
 
     def _changes(self, event: Event) -> dict[str, dict[str, changes.Value]]:
@@ -275,7 +289,12 @@ def _expression(expression: Expression, names: Names) -> Getter:
 
 _CUT: Final = re.compile(r"cut (\d+)(?: (.*))?", re.DOTALL)
 
+# Python's, but for the type c, which makes any character of a number; and no width or precision fills the memory.
+_SPEC: Final = re.compile(r"(?:.?[<>=^])?[-+ ]?z?#?0?\d{0,3}[,_]?(?:\.\d{1,3})?[bdeEfFgGnosxX%]?", re.DOTALL)
+
 _NUMERIC: Final = frozenset("deEfFgGn%")
+
+_FRACTIONAL: Final = _NUMERIC - {"d", "n"}
 
 
 def _formatted(getter: Getter, spec: str) -> Getter:
@@ -283,6 +302,8 @@ def _formatted(getter: Getter, spec: str) -> Getter:
         return lambda event: found if type(found := getter(event)) is str else text(found)
     if (cut := _CUT.fullmatch(spec)) is not None:
         return _cut(getter, int(cut[1]), cut[2] or "…")
+    if _SPEC.fullmatch(spec) is None:
+        raise ValueError(f"{spec!r} is no format for values, or one with more than 999 characters or digits")
     # Without a presentation type, Decimal would take to exponents.
     decimal_spec = spec if spec[-1:] in _NUMERIC else spec + "f"
 
@@ -294,6 +315,8 @@ def _formatted(getter: Getter, spec: str) -> Getter:
             return format(text(found), spec)
         if isinstance(found, str) and spec[-1:] in _NUMERIC and (number_ := number(found)) is not None:
             found = number_  # a domain over numeric comes as text
+        elif isinstance(found, int) and spec[-1:] in _FRACTIONAL:
+            found = Decimal(found)  # Python would make a float of it
         return format(found, decimal_spec if isinstance(found, Decimal) else spec)
 
     return part
@@ -330,15 +353,19 @@ def _part(source: str | Part, names: Names) -> Getter:
 # Conditions. Whatever a value is, they say yes or no.
 
 
+MAX_EXPONENT: Final = 131_072
+"""A numeric of Postgres has no more digits. A text could name numbers that no memory can hold."""
+
+
 def number(value: Any) -> Decimal | None:
-    """A number exactly; None for what is none, and for what isn't finite."""
+    """A number exactly; None for what is none, isn't finite, or is none that Postgres could hold."""
     if value is None or isinstance(value, bool):
         return None
     try:
         found = Decimal(repr(value) if isinstance(value, float) else value)
     except (ArithmeticError, ValueError, TypeError):
         return None
-    return found if found.is_finite() else None
+    return found if found.is_finite() and abs(found.adjusted()) <= MAX_EXPONENT else None
 
 
 def condition(source: Condition, names: Names) -> Test:
