@@ -135,8 +135,8 @@ class Transformer:
     `feed`, the rows that are `wanted` are to be told with `tell`, and `rest` has more as long as `ready`: until all of
     that is done the commit isn't. `given` are the erased persons whose keys were given to somebody else meanwhile.
     `missing` are columns, by table, that changes didn't carry, so that the metadata had to do without; `refused` is
-    what messages asked for that the `policy` doesn't allow. `worker` and `system_identifier` are part of every change
-    key.
+    what messages asked for that the `policy` doesn't allow, and `untrusted` whether any so far was a mere claim.
+    `worker` and `system_identifier` are part of every change key.
     """
 
     def __init__(
@@ -154,6 +154,7 @@ class Transformer:
         self._excluded: frozenset[tuple[str, str]] = frozenset()
         self.given: list[Person] = []
         self.refused: frozenset[str] = frozenset()
+        self.untrusted = False
         self.missing: set[tuple[str, str, str]] = set()
         self._erased: dict[Person, list[Stretch]] = {person: [*found] for person, found in scope.erased.items()}
         self._erased_fields = {name: name for name, _ in scope.erased}
@@ -266,6 +267,7 @@ class Transformer:
         if context != self._context:
             self._sum_up()
             self.refused |= context.refused - self._context.refused
+            self.untrusted |= len(context.claimed) > 0
             self._context, self._context_number = context, self._messages
         self._messages += 1
 

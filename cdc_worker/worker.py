@@ -567,6 +567,7 @@ class _Stream:
             self._assembler = Assembler(sink.position.lsn, root_of=partitions.root_of, keys=partitions.keys)
         self._batch = Batch(sink.position)
         self._unfinished: Transaction | None = None
+        self._untrusted = False  # it was said that messages are not to be trusted: once is enough
         self._marked = False  # a cut-over may have changed what is ours: to write is to find out
         self._writing: Writing[Written] | None = None
         self._written: Batch = self._batch
@@ -663,6 +664,9 @@ class _Stream:
         transformer = self._transformer
         if transformer.refused:
             self._log.warning("context_refused", asked=sorted(transformer.refused), xid=transaction.xid)
+        if transformer.untrusted and not self._untrusted:
+            self._untrusted = True
+            self._log.warning("context_untrusted", xid=transaction.xid)
         done = transformer.done
         if transaction.commit_lsn == self._resumed.commit_lsn:
             # A part of this commit was written before we came. It is read again for its messages and facts.

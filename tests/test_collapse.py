@@ -319,6 +319,19 @@ def test_what_a_target_without_room_for_it_refuses_is_a_dead_letter(crm: Crm) ->
     assert fields["description"] == "Import"
 
 
+def test_the_worker_warns_once_of_messages_that_the_key_has_not_signed(crm: Crm) -> None:
+    with crm.worker(context_key="a key of sixteen or more") as worker:
+        for name in ("jane", "joe"):
+            with crm.connection.transaction():
+                say(crm, changed_by=name)
+                crm.add_leads(1)
+        eventually(lambda: len(crm.types()) == 2)
+        (warning,) = worker.events("context_untrusted")
+        assert warning["level"] == "warning"
+    found = [(a["created_by"], a["metadata"]["context_claimed"]) for a in crm.activities()]
+    assert found == [("system", {"changed_by": "jane"}), ("system", {"changed_by": "joe"})]
+
+
 def test_the_worker_warns_of_what_it_does_not_allow_once_a_transaction(crm: Crm) -> None:
     with crm.connection.transaction():
         say(crm, skip=True)
@@ -328,4 +341,5 @@ def test_the_worker_warns_of_what_it_does_not_allow_once_a_transaction(crm: Crm)
         eventually(lambda: len(crm.types()) == 2)
         assert (warning["level"], warning["asked"]) == ("warning", ["skip"])
         assert len(worker.events("context_refused")) == 1
+        assert worker.events("context_untrusted") == []
     assert [activity["metadata"]["context_refused"] for activity in crm.activities()] == [["skip"]] * 2
