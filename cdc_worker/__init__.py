@@ -43,7 +43,7 @@ The edges each know one thing outside:
     checks      what a check sees and says: server_, table_, target_, slot_checks
     doctor      all checks
     places      on which lines of a TOML text its keys stand
-    profile_…   for who writes a profile: checks, listing
+    profile_…   for who writes a profile: _checks, _listing, _trial, _draft
     worker      the loop over both sockets, and what keeps it going
     cli         the command line
 

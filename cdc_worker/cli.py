@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, ParamSpec
+from typing import IO, Any, ParamSpec
 
 import click
 import psycopg
@@ -305,6 +305,48 @@ def show(file: str, as_json: bool) -> None:
         found = profile.load(file)
     rows = [row.model_dump() for row in profile_listing.rows(found)]
     click.echo(json.dumps(rows, indent=2) if as_json else "\n".join(profile_listing.lines(found)))
+
+
+@profiles.command("try")
+@_file
+@click.option(
+    "--change",
+    "changes",
+    multiple=True,
+    metavar="JSON",
+    help="A change as a JSON object; several are one transaction, in this order.",
+)
+@click.option("--recording", type=click.File("rb"), help="Output of wal2json, format version 2; - is stdin.")
+@click.option("--json", "as_json", is_flag=True, help="For machines: an object a line.")
+@_settings
+def try_(settings: Settings, file: str, changes: tuple[str, ...], recording: IO[bytes] | None, as_json: bool) -> None:
+    """Print what would be written of changes. Nothing is written, be it with a DSN.
+
+    A change has the keys table, old and new (columns; those left out are NULL, or as in the old row), and if wished
+    operation (insert, update, delete, truncate), context (what the application says before it) and lookups (rows by
+    the lookup's name). Other rows are looked up in the database if there is a DSN, as they are now.
+
+    \b
+    Example: cdc-worker profile try crm.toml --change '{"table": "lead", "new": {"name": "Ada"}}'
+    """
+    from cdc_worker import profile_trial  # noqa: PLC0415  # likewise
+
+    if bool(changes) == (recording is not None):
+        raise click.UsageError("it takes --change, once or several times, or else --recording")
+    loaded = profile.load(file)
+    counts = profile_trial.Counts()
+    try:
+        if recording is not None:
+            outcomes = profile_trial.try_recording(settings, loaded, recording, counts)
+        else:
+            told = [profile_trial.told_change(change) for change in changes]
+            outcomes = profile_trial.try_changes(settings, loaded, told, counts)
+        for tried in outcomes:
+            click.echo(tried.json_line() if as_json else "\n".join(profile_trial.lines(tried)))
+    except profile_trial.ChangeError as error:
+        raise click.BadParameter(str(error), param_hint="--change") from error
+    for line in profile_trial.summary(counts):
+        click.echo(line, err=as_json)
 
 
 @profiles.command("schema")

@@ -32,6 +32,8 @@ EDGES = [
         "places",
         "profile_checks",
         "profile_listing",
+        "profile_trial",
+        "profile_draft",
         "worker",
         "binaries",
         "cluster",

@@ -14,7 +14,7 @@ import pytest
 from click.testing import CliRunner, Result
 from hypothesis import example, given
 from hypothesis import strategies as st
-from support import Crm, crm_on
+from support import Crm, crm_on, role
 
 from cdc_worker import config, profile, profile_checks
 from cdc_worker.cli import main
@@ -204,7 +204,7 @@ def test_what_is_no_toml_is_told_with_its_line(tmp_path: Path) -> None:
     assert fault.startswith("2: ")
 
 
-@pytest.mark.parametrize("command", ["check", "show"])
+@pytest.mark.parametrize("command", ["check", "show", "try"])
 def test_a_file_that_cannot_be_read_is_told(command: str, tmp_path: Path) -> None:
     (tmp_path / "latin.toml").write_bytes(b'name = "caf\xe9"')
     for path, reason in [("no_such.toml", "No such file"), (".", "Is a directory"), ("latin.toml", "UTF-8")]:
@@ -400,7 +400,7 @@ def test_faults_of_the_text_do_not_hide_those_of_the_catalog(shared: Crm, tmp_pa
     assert "9: tables.customer.key: Input should be a valid list" in found
 
 
-@pytest.mark.parametrize("command", ["check"])
+@pytest.mark.parametrize("command", ["check", "try"])
 def test_a_server_that_is_not_there_is_told(command: str) -> None:
     more = ["--change", '{"table": "lead", "new": {}}'] if command == "try" else []
     done = cdc(command, "leadfi", *more, dsn="host=127.0.0.1 port=1 dbname=crm")
@@ -512,3 +512,185 @@ def test_the_json_schema_describes_every_field() -> None:
     }
     undescribed = {"Match.at_least", "Match.under", "Match.at_most", "Delta.at_least", "Delta.at_least_ratio"}
     assert {field for field, description in fields.items() if not description} <= undescribed
+
+
+# try
+
+
+def tried(file: str, *changes: dict[str, Any] | str, crm: Crm | None = None) -> list[dict[str, Any]]:
+    """What a profile would write of changes."""
+    given = [change if isinstance(change, str) else json.dumps(change) for change in changes]
+    done = cdc("try", file, "--json", *(word for change in given for word in ("--change", change)), crm=crm)
+    assert done.exit_code == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def test_a_change_that_is_told_becomes_what_the_worker_would_write() -> None:
+    old = {"lead_id": 7, "full_name": "Ada", "company_name": "Engines", "bd_in_charge": "jane", "status": "a"}
+    (only,) = tried("leadfi", {"table": "lead", "old": old, "new": {"status": "b"}, "context": {"changed_by": "joe"}})
+    columns = only.pop("columns")
+    metadata = {"lead_id": 7, "lead_name": "Ada", "company_name": "Engines", "old_status": "a", "new_status": "b"}
+    metadata |= {"changed_by": "joe", "context_source": "message"}
+    assert only == {
+        "outcome": "activity",
+        "table": "public.lead",
+        "operation": "update",
+        "type": "status_changed",
+        "description": 'Lead status changed from "a" to "b"',
+        "metadata": metadata,
+        "reason": None,
+    }
+    assert json.loads(columns.pop("metadata")) == metadata
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d .*\+00:00", columns.pop("date_created"))
+    assert columns == {
+        "activity_type": "status_changed",
+        "description": 'Lead status changed from "a" to "b"',
+        "bd_in_charge": "jane",
+        "created_by": "joe",
+        "lead_id": "7",
+        "customer_uid": None,
+        "change_key": "cdc_worker/0/0000000000000001/public.lead/0/status_changed",
+        "activity_category": "system",
+        "is_visible_to_bd": "t",
+    }
+
+
+def test_changes_that_are_told_are_one_transaction() -> None:
+    found = tried(
+        "leadfi",
+        {"table": "lead", "old": {"lead_id": 7, "is_converted": False}, "new": {"is_converted": True}},
+        {"table": "contact", "new": {"lead_id": 7, "customer_uid": 42}},
+        {"table": "customer", "operation": "truncate"},
+        {"table": "public.lead", "old": {"lead_id": 7, "full_name": "Ada"}},
+    )
+    assert [(one["operation"], one["type"], one["columns"]["customer_uid"]) for one in found] == [
+        ("update", "lead_converted", "42"),
+        ("truncate", "customer_deleted", None),
+        ("delete", "lead_deleted", None),
+    ]
+
+
+def test_numbers_keep_every_digit() -> None:
+    (only,) = tried(
+        "sales_cookbook", '{"table": "core_quote", "new": {"created_by_id": 1, "total_price": 12345678901234567890.10}}'
+    )
+    assert only["description"] == "Quote created:  for $12,345,678,901,234,567,890.10"
+
+
+def test_rows_that_are_looked_up_can_be_told_and_their_absence_is() -> None:
+    lead = {"table": "core_lead", "new": {"name": "Ada", "company": "", "assigned_to_id": 3, "organization_id": 9}}
+    (told_,) = tried("sales_cookbook", {**lead, "lookups": {"user": {"organization_id": 5}}})
+    assert told_["columns"]["organization_id"] == "5"
+    done = cdc("try", "sales_cookbook", "--change", json.dumps(lead))
+    assert re.search("organization_id +9\n", done.stdout)
+    assert done.stdout.endswith(
+        "not looked up, for want of a DSN: rows of public.core_user\n"
+        "1 changes: 1 activities, 0 dead letters; nothing was written\n"
+    )
+
+
+def test_what_would_be_a_dead_letter_is_told_with_its_reason(tmp_path: Path) -> None:
+    rules = 'rules = [{ on = "insert", type = "x", description = "{new.amount:,.2f}" }]'
+    path = written(tmp_path, f"{TARGET}[tables.deal]\n{rules}\n")
+    (only,) = tried(path, {"table": "deal", "new": {"amount": "much"}})
+    assert (only["outcome"], only["columns"]) == ("dead_letter", None)
+    assert only["reason"].startswith("rule_failed: ")
+    done = cdc("try", path, "--change", '{"table": "deal", "new": {"amount": "much"}}')
+    assert done.stdout.startswith("public.deal, insert: dead letter, rule_failed: ")
+
+
+def test_a_masked_value_is_not_shown(tmp_path: Path) -> None:
+    rules = 'masked = ["email"]\nrules = [{ on = "insert", type = "x", description = "{new.email}" }]'
+    path = written(tmp_path, f"{TARGET}[tables.deal]\n{rules}\n")
+    assert tried(path, {"table": "deal", "new": {"email": "a@b"}})[0]["description"] == "***"
+
+
+def test_a_recording_becomes_what_the_worker_would_write() -> None:
+    recordings = Path(__file__).parent / "recordings"
+    done = cdc("try", "leadfi", "--json", "--recording", str(recordings / "leadfi.jsonl"))
+    expected = json.loads((recordings / "leadfi.activities.json").read_text())
+    assert [json.loads(line)["metadata"] for line in done.stdout.splitlines()] == [one["metadata"] for one in expected]
+    assert done.stderr == f"24 changes: {len(expected)} activities, 0 dead letters; nothing was written\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ('{"a": 1}\n', "line 1: wal2json sent 9 bytes that can't be read"),
+        ("\n\n\0\n", "line 3: wal2json sent"),
+        ('{"action":"C","nextlsn":"0/1"}', "a commit came outside a transaction"),
+        (
+            '{"action":"B","timestamp":"2026-01-01 00:00:00+00","lsn":"0/1","nextlsn":"0/2"}\n',
+            "the recording ends within a transaction",
+        ),
+    ],
+)
+def test_a_recording_that_is_none_is_told_with_its_line(text: str, reason: str, tmp_path: Path) -> None:
+    (tmp_path / "x.jsonl").write_text(text)
+    done = cdc("try", "leadfi", "--recording", str(tmp_path / "x.jsonl"))
+    assert (done.exit_code, done.stdout) == (1, "")
+    assert reason in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ("{", "it can't be read as JSON"),
+        ("[" * 100_000, "it can't be read as JSON"),
+        ('{"table": "lead", "new": {"lead_id": NaN}}', "NaN is no number that a column has"),
+        ('{"table": "lead", "new": {"lead_id": 1e999999999999999999999}}', "is no number that a column has"),
+        (
+            '{"table": "lead", "new": {"lead_id": [1]}}',
+            "new.lead_id: a value is null, true, false, a number, or a text",
+        ),
+        ('{"table": "lead", "new": {"lead_id": "\\u0000n"}}', "new.lead_id: a value is null"),
+        ("[]", "Input should be a valid dictionary"),
+        ('{"new": {}}', "table: Field required"),
+        ('{"table": "lead", "new": {}, "colour": 1}', "colour: Extra inputs are not permitted"),
+        ('{"table": "lead"}', 'it has neither "old" nor "new"'),
+        ('{"table": "deal", "new": {}}', 'table "deal" isn\'t captured; these are: public.contact'),
+        ('{"table": "lead", "new": {}, "lookups": {"contact": {}}}', "tell its row as a change of its own"),
+        ('{"table": "lead", "new": {}, "lookups": {"user": {}}}', 'table public.lead has no lookup "user"'),
+    ],
+)
+def test_a_change_that_is_none_is_a_misuse(change: str, reason: str) -> None:
+    done = cdc("try", "leadfi", "--change", change)
+    assert (done.exit_code, done.stdout) == (2, "")
+    assert reason in done.stderr
+
+
+def test_try_wants_changes_or_a_recording() -> None:
+    for arguments in [
+        [],
+        ["--change", "{}", "--recording", __file__],
+        ["--recording", "/no/such"],
+        ["--recording", "/"],
+    ]:
+        assert cdc("try", "leadfi", *arguments).exit_code == 2
+
+
+def test_with_a_dsn_a_row_has_all_columns_and_texts_are_cut_as_the_target_wants_them(shared: Crm) -> None:
+    change: dict[str, Any] = {"table": "lead", "old": {"bd_in_charge": "jane"}, "new": {"country": "Malta"}}
+    (only,) = tried("leadfi", change, crm=shared)
+    assert only["description"] == 'Lead "" updated: country'
+    (only,) = tried("leadfi", {"table": "lead", "new": {}, "context": {"changed_by": "x" * 60}}, crm=shared)
+    assert only["columns"]["created_by"] == "x" * 49 + "…"
+    assert "+" not in only["columns"]["date_created"]
+    done = cdc("try", "leadfi", "--change", '{"table": "lead", "new": {"nickname": "A"}}', crm=shared)
+    assert (done.exit_code, "table public.lead has no column nickname" in done.stderr) == (2, True)
+
+
+def test_nothing_is_written_and_a_role_that_may_only_connect_is_enough(shared: Crm) -> None:
+    recording = str(Path(__file__).parent / "recordings" / "leadfi.jsonl")
+    commands = [
+        ["check", "leadfi"],
+        ["try", "leadfi", "--change", '{"table": "lead", "new": {}}'],
+        ["try", "leadfi", "--recording", recording],
+    ]
+    with role(shared, granted=False):
+        for dsn in (shared.settings["dsn"], shared.dsn):
+            for command in commands:
+                done = cdc(*command, dsn=dsn)
+                assert (done.exit_code, done.stderr) == (0, "")
+    for table in ("activity", "cdc_worker.dead_letter", "cdc_worker.tally", "cdc_worker.process"):
+        assert shared.connection.execute(f"SELECT count(*) FROM {table}".encode()).fetchone() == (0,)
