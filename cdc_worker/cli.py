@@ -349,6 +349,25 @@ def try_(settings: Settings, file: str, changes: tuple[str, ...], recording: IO[
         click.echo(line, err=as_json)
 
 
+@profiles.command("init")
+@click.option(
+    "--table", "tables", multiple=True, metavar="NAME", help="Table to capture; all of the schema if none is."
+)
+@click.option("--target", metavar="NAME", help="Table to write activities to; the likeliest if not given.")
+@click.option("--schema", metavar="NAME", default="public", show_default=True, help="Schema of the tables.")
+@_settings
+def init(settings: Settings, tables: tuple[str, ...], target: str | None, schema: str) -> None:
+    """Print a commented profile to begin with, drawn from the database's tables, keys and foreign keys.
+
+    \b
+    Example: cdc-worker profile init --table lead --target activity > crm.toml
+    """
+    from cdc_worker import profile_draft  # noqa: PLC0415  # likewise
+
+    lines = profile_draft.draft(settings, tables=tables, target=target, schema=schema)
+    click.echo(profile_draft.joined(lines), nl=False)
+
+
 @profiles.command("schema")
 def json_schema() -> None:
     """Print the JSON Schema of profiles, by which editors complete and check them.

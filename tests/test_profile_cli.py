@@ -366,7 +366,7 @@ description = "x"
 
 def test_a_target_column_that_must_have_a_value_is_a_fault_where_there_is_none(shared: Crm, tmp_path: Path) -> None:
     shared.execute(
-        "CREATE TABLE IF NOT EXISTS note (note_id serial PRIMARY KEY, kind varchar(10) NOT NULL CHECK (kind <> 'bad'),"
+        "CREATE TABLE note (note_id serial PRIMARY KEY, kind varchar(10) NOT NULL CHECK (kind <> 'bad'),"
         " body text NOT NULL, lead_id int NOT NULL, author text NOT NULL, change_key text UNIQUE)"
     )
     text = """\
@@ -382,6 +382,7 @@ rules = [
 ]
 """
     found = [line for line in told(tmp_path, text, crm=shared) if not line.startswith("  fix: ")]
+    shared.execute("DROP TABLE note")
     assert found == [
         '2: CHECK "note_kind_check" refuses all that these rules write, which becomes dead letters: bad of public.lead',
         "2: column author must have a value, has no default, and isn't in the profile: no row is taken",
@@ -400,14 +401,13 @@ def test_faults_of_the_text_do_not_hide_those_of_the_catalog(shared: Crm, tmp_pa
     assert "9: tables.customer.key: Input should be a valid list" in found
 
 
-@pytest.mark.parametrize("command", ["check", "try"])
+@pytest.mark.parametrize("command", ["check", "try", "init"])
 def test_a_server_that_is_not_there_is_told(command: str) -> None:
     more = ["--change", '{"table": "lead", "new": {}}'] if command == "try" else []
-    done = cdc(command, "leadfi", *more, dsn="host=127.0.0.1 port=1 dbname=crm")
+    file = [] if command == "init" else ["leadfi"]
+    done = cdc(command, *file, *more, dsn="host=127.0.0.1 port=1 dbname=crm")
     assert done.exit_code == 1
     assert re.search(r"^error: .*(refused|failed)", done.stderr)
-    done = cdc(command, "leadfi", *more, dsn="host=")
-    assert "Traceback" not in done.stderr
 
 
 # show and schema
@@ -694,3 +694,152 @@ def test_nothing_is_written_and_a_role_that_may_only_connect_is_enough(shared: C
                 assert (done.exit_code, done.stderr) == (0, "")
     for table in ("activity", "cdc_worker.dead_letter", "cdc_worker.tally", "cdc_worker.process"):
         assert shared.connection.execute(f"SELECT count(*) FROM {table}".encode()).fetchone() == (0,)
+
+
+# init
+
+
+def drafted(crm: Crm, directory: Path, *arguments: str) -> str:
+    """A draft, which check finds nothing wrong with, nor with all that it has in comments."""
+    done = cdc("init", *arguments, crm=crm)
+    assert (done.exit_code, done.stderr) == (0, "")
+    path = written(directory, done.stdout)
+    checked = cdc("check", path, crm=crm)
+    assert checked.exit_code == 0, checked.stdout + done.stdout
+    (directory / "all.toml").write_text(re.sub(r"^#(?![ :])", "", done.stdout, flags=re.M))
+    all_ = [*profile_checks.check(config.load(), str(directory / "all.toml"))]
+    assert {told_.message.split('"')[1] for told_ in all_} <= {"crm_rules:told"}, all_
+    return done.stdout
+
+
+def test_a_draft_for_leadfi(shared: Crm, tmp_path: Path) -> None:
+    found = profile.parse(drafted(shared, tmp_path), source="draft")
+    assert found.target.table == "activity"
+    assert found.target.columns == {
+        "activity_type": "type",
+        "description": "description",
+        "metadata": "metadata",
+        "date_created": "occurred_at",
+        "created_by": "created_by",
+        "lead_id": "lead",
+        "customer_uid": "customer",
+        "change_key": "change_key",
+    }
+    assert found.target.constants == {"activity_category": "system"}
+    assert [*found.tables] == ["contact", "customer", "lead"]
+    assert found.tables["contact"].lookups["lead"].match == {"lead_id": "lead_id"}
+    assert found.tables["contact"].fields == {"lead": "{row.lead_id}", "customer": "{row.customer_uid}"}
+    assert [rule.label for rule in found.tables["lead"].rules] == [
+        "lead_created",
+        "lead_status_changed",
+        "lead_updated",
+        "lead_deleted",
+    ]
+
+
+def test_a_draft_for_the_sales_cookbook_and_for_what_cannot_be_written_there(bare_crm: Crm, tmp_path: Path) -> None:
+    bare_crm.connection.execute((Path(__file__).parent / "sales_cookbook.sql").read_bytes())
+    text = drafted(bare_crm, tmp_path)
+    found = profile.parse(text, source="draft")
+    assert found.target.columns == {
+        "type": "type",
+        "summary": "description",
+        "timestamp": "occurred_at",
+        "user_id": "user",
+        "lead_id": "lead",
+        "contact_id": "contact",
+        "opportunity_id": "opportunity",
+        "organization_id": "organization",
+    }
+    assert "# Nothing of lead says user_id, which must have a value: it isn't captured." in text
+    assert [*found.tables] == ["core_lead", "core_opportunity", "core_quote", "core_task", "core_user"]
+    assert found.tables["core_user"].masked == {"password": "hidden"}
+    assert found.tables["core_opportunity"].lookups["owner"].table == "core_user"
+    (created, *_) = found.tables["core_opportunity"].rules
+    # Not of 25 characters, as the type is 20 long, and not without the user that each row must have.
+    assert (created.name, created.type, created.skip_unless) == (
+        "core_opportunity_created",
+        "created",
+        ["row.owner_id"],
+    )
+    text = drafted(bare_crm, tmp_path, "--table", "core_lead", "--table", "core_quote")
+    assert [rule.type for rule in profile.parse(text, source="draft").tables["core_quote"].rules] == [
+        "quote_created",
+        "quote_updated",
+        "quote_deleted",
+    ]
+
+
+def test_a_draft_without_a_target_has_one_to_be_made(bare_crm: Crm, tmp_path: Path) -> None:
+    done = cdc("init", crm=bare_crm)
+    path = written(tmp_path, done.stdout)
+    assert cdc("check", path).exit_code == 0
+    assert "target table public.activity does not exist" in cdc("check", path, crm=bare_crm).stdout
+    statement = re.findall(r"^#   (.*)", done.stdout, re.M)
+    bare_crm.connection.execute("\n".join(statement).encode())
+    checked = cdc("check", path, crm=bare_crm)
+    assert (checked.exit_code, checked.stdout) == (0, f"{path}: 0 faults, 0 warnings\n")
+
+
+def test_a_draft_for_odd_names(bare_crm: Crm, tmp_path: Path) -> None:
+    bare_crm.connection.execute(
+        """
+        CREATE SCHEMA "Odd One";
+        SET search_path = "Odd One";
+        CREATE TABLE "Re\"\"gion" ("or" int PRIMARY KEY, "Na{me" text);
+        CREATE TABLE "select" (
+            "or" int, "a or b" text, " " text, "x:y" text, "don't" text, "Quoted \"\"Name\"\"" text, "Größe" numeric,
+            "lookup.x.y" text, "*" text, "newline
+            " text, "PASSWORD" text, "Region Id" int REFERENCES "Re\"\"gion", "self" int, status varchar(3),
+            updated_at timestamptz, PRIMARY KEY ("or", " "));
+        CREATE TABLE "dot.ted" (id int PRIMARY KEY);
+        CREATE TABLE parted (id int PRIMARY KEY, name text, boss int REFERENCES parted) PARTITION BY RANGE (id);
+        CREATE TABLE parted_1 PARTITION OF parted DEFAULT;
+        CREATE TABLE "123" (id uuid PRIMARY KEY);
+        CREATE UNLOGGED TABLE fleeting (id int PRIMARY KEY);
+        CREATE TABLE nothing ();
+        CREATE VIEW looks AS SELECT 1 AS id;
+        CREATE TABLE "Activity {Log}" (
+            id serial PRIMARY KEY, "TYPE" varchar(7) NOT NULL CHECK ("TYPE" IN ('call', 'no''te')),
+            "the text" text, body text NOT NULL, at date NOT NULL, flag boolean NOT NULL, n int NOT NULL, parted_id int)
+        """.encode()
+    )
+    text = drafted(bare_crm, tmp_path, "--schema", "Odd One", "--target", "Odd One.Activity {Log}")
+    found = profile.parse(text, source="draft")
+    assert found.target.table == "Odd One.Activity {Log}"
+    assert found.target.constants == {"flag": False, "n": 0}
+    assert [*found.tables] == ["Odd One.123", 'Odd One.Re"gion', "Odd One.parted", "Odd One.select"]
+    select = found.tables["Odd One.select"]
+    assert (select.key, select.ignored, [*select.masked]) == (["or", " "], ["updated_at"], ["PASSWORD"])
+    assert select.lookups["region_id"].match == {"or": "Region Id"}
+    assert {rule.type for rule in select.rules} == {"call"}
+
+
+def test_a_draft_reads_only(shared: Crm) -> None:
+    with role(shared, granted=False):
+        assert cdc("init", dsn=shared.settings["dsn"]).stdout == cdc("init", crm=shared).stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["--table", "no such"], 'there is no table "no such"'),
+        (["--target", "a.b.c"], 'there is no table "a.b.c"'),
+        (["--table", "lead\0"], "there is no table"),
+        (["--schema", "no such"], 'there is no table with a primary key in the schema "no such"'),
+    ],
+)
+def test_what_no_draft_can_be_made_of_is_told(arguments: list[str], reason: str, shared: Crm) -> None:
+    done = cdc("init", *arguments, crm=shared)
+    assert (done.exit_code, done.stdout) == (1, "")
+    assert done.stderr.startswith(f"error: {reason}")
+
+
+def test_a_target_that_asks_for_what_no_table_has_is_told(bare_crm: Crm) -> None:
+    bare_crm.execute("CREATE TABLE person (id int PRIMARY KEY)")
+    bare_crm.execute(
+        "CREATE TABLE log (body text, lead_id int NOT NULL REFERENCES lead, who int NOT NULL REFERENCES person)"
+    )
+    done = cdc("init", "--table", "lead", "--table", "person", crm=bare_crm)
+    assert (done.exit_code, done.stdout) == (1, "")
+    assert done.stderr.startswith("error: nothing of these tables can be written to public.log: lead_id, who must have")
