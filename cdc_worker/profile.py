@@ -120,8 +120,11 @@ class Match(_Model):
     over: Decimal | None = None
     """A number greater than this; NULL and what is no number are none."""
     at_least: Decimal | None = None
+    """A number of this or more."""
     under: Decimal | None = None
+    """A number less than this."""
     at_most: Decimal | None = None
+    """A number of this or less."""
 
 
 _Match = Annotated[Match, Tag("<table>")]
@@ -136,9 +139,11 @@ class Delta(_Model):
     over: Annotated[Decimal, Field(ge=0)] | None = None
     """By more than this."""
     at_least: Annotated[Decimal, Field(ge=0)] | None = None
+    """By this or more."""
     over_ratio: Annotated[Decimal, Field(ge=0)] | None = None
     """By more than this part of the old value: 0.1 is ten per cent."""
     at_least_ratio: Annotated[Decimal, Field(ge=0)] | None = None
+    """By this part or more."""
     grows: bool | None = None
     """Whether it must have grown, or shrunk."""
 
@@ -231,7 +236,7 @@ class Mapped(_Model):
     map: dict[str, str]
     """What it is for each of its values, as text."""
     default: str | None = None
-    """What it is for any other."""
+    """What it is for any other, and for NULL; NULL if not given."""
 
 
 class Lookup(_Model):
@@ -279,7 +284,7 @@ class Rule(_Model):
     fields: dict[Name, Value] = {}
     """Further fields of the activity."""
     rule: Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")] | None = None
-    """A Python function `package.module:function` in place of type, description, metadata and fields."""
+    """A Python function `package.module:function` in place of type, description, values, metadata and fields."""
 
     @property
     def label(self) -> str:
