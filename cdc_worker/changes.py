@@ -15,6 +15,9 @@ from cdc_worker.lsn import INVALID, LSN
 Value = None | bool | int | float | Decimal | str
 """A column's value: integers are int, numeric is exact, everything else is text as Postgres prints it."""
 
+MAX_DIGITS: Final = 131_072
+"""So many a numeric has before its point, and fewer behind it: no memory could hold all that a Decimal can name."""
+
 Row = dict[str, Value]
 """Column name to value, in the table's order. A column that is absent is *unknown*, which is not NULL."""
 

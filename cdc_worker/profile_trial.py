@@ -17,7 +17,7 @@ from pydantic import AfterValidator, BaseModel, Field, ValidationError
 from cdc_worker import catalog, context, postgres, wal2json
 from cdc_worker.activities import Activity
 from cdc_worker.catalog import TargetTable
-from cdc_worker.changes import Assembler, Change, Message, Operation, Row, Transaction, update
+from cdc_worker.changes import MAX_DIGITS, Assembler, Change, Message, Operation, Row, Transaction, update
 from cdc_worker.config import Settings, known_time_zone
 from cdc_worker.errors import MessageUnreadableError, ProfileError
 from cdc_worker.lsn import LSN
@@ -104,14 +104,10 @@ def told_change(text: str) -> ToldChange:
         raise ChangeError(f"it can't be read as JSON: {error}") from None
 
 
-_MAX_DIGITS: Final = 131_072
-"""So many a numeric has before its point."""
-
-
 def _number(digits: str) -> Decimal:
     try:
         number = Decimal(digits)
-        if number.is_finite() and abs(number.adjusted()) <= _MAX_DIGITS:
+        if number.is_finite() and abs(number.adjusted()) <= MAX_DIGITS:
             return number
     except ArithmeticError:
         pass

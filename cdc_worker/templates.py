@@ -353,10 +353,6 @@ def _part(source: str | Part, names: Names) -> Getter:
 # Conditions. Whatever a value is, they say yes or no.
 
 
-MAX_EXPONENT: Final = 131_072
-"""A numeric of Postgres has no more digits. A text could name numbers that no memory can hold."""
-
-
 def number(value: Any) -> Decimal | None:
     """A number exactly; None for what is none, isn't finite, or is none that Postgres could hold."""
     if value is None or isinstance(value, bool):
@@ -365,7 +361,7 @@ def number(value: Any) -> Decimal | None:
         found = Decimal(repr(value) if isinstance(value, float) else value)
     except (ArithmeticError, ValueError, TypeError):
         return None
-    return found if found.is_finite() and abs(found.adjusted()) <= MAX_EXPONENT else None
+    return found if found.is_finite() and abs(found.adjusted()) <= changes.MAX_DIGITS else None
 
 
 def condition(source: Condition, names: Names) -> Test:

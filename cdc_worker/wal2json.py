@@ -13,7 +13,7 @@ from typing import Any, Final
 
 import msgspec
 
-from cdc_worker.changes import Begin, Change, Commit, Message, Row, Value, update
+from cdc_worker.changes import MAX_DIGITS, Begin, Change, Commit, Message, Row, Value, update
 from cdc_worker.errors import MessageUnreadableError
 from cdc_worker.lsn import LSN
 
@@ -131,6 +131,8 @@ _FLOAT_OIDS: Final = frozenset((700, 701))
 def _number(column: _Column) -> Value:
     # float4 and float8 print an exponent where numeric prints every digit: a float prints it as Postgres does.
     value: Decimal = column.value
+    if abs(value.adjusted()) > MAX_DIGITS:
+        raise ValueError("a number has more digits than a numeric can have")
     return float(value) if column.typeoid in _FLOAT_OIDS else value
 
 

@@ -233,6 +233,13 @@ def test_any_text_is_untouched(text: str) -> None:
     assert value(25, json.dumps(text, ensure_ascii=False)) == text
 
 
+@pytest.mark.parametrize("number", ["1e999999999", "-1e-999999999"])
+def test_a_number_that_no_numeric_can_be_fills_no_memory(number: str) -> None:
+    """In a recording from elsewhere it would have, as soon as it was printed."""
+    with pytest.raises(MessageUnreadableError, match="more digits than a numeric can have"):
+        value(1700, number)
+
+
 def test_text_that_looks_like_a_number_stays_text() -> None:
     assert value(25, '"1.10"') == "1.10"
     assert value(1043, '"007"') == "007"
