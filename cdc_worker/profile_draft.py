@@ -100,8 +100,7 @@ class _Table:
     @property
     def called(self) -> str | None:
         """The column that a person would call a row by."""
-        is_text = self.first("name|full_?name|display_?name|user_?name|title|subject|label|.*_name|.*name|email|code", _is_text)
-        return is_text or next((column for column in self.key if self.usable(column)), None)
+        return self.first(_CALLED, _is_text) or next((column for column in self.key if self.usable(column)), None)
 
     @property
     def status(self) -> str | None:
@@ -122,7 +121,11 @@ _TARGETS: Final = (
     "activity|activities|.*activity|.*activities|.*interaction.*|.*timeline.*|.*history|.*events?|.*log|.*notes?"
 )
 _OWNER: Final = "owner(_id)?|.*in_charge|assigned_to(_id)?|.*owner.*|.*assign.*|user_id|created_by_id|(.*_)?user(_id)?"
-_IGNORED: Final = r"(last_)?(updated|modified|changed|touched)(_at|_on)?|(date|time)_(updated|modified)|.*_updated_at|last_(login|seen)(_at)?"
+_CALLED: Final = "name|full_?name|display_?name|user_?name|title|subject|label|.*_name|.*name|email|code"
+_IGNORED: Final = (
+    r"(last_)?(updated|modified|changed|touched)(_at|_on)?|(date|time)_(updated|modified)|.*_updated_at"
+    r"|last_(login|seen)(_at)?"
+)
 _MASKED: Final = r".*(password|passwd|secret|token|api_?key).*"
 _OF_FRAMEWORKS: Final = (
     r"django_.*|auth_(group|permission|user_).*|alembic_version|schema_migrations|ar_internal_.*|flyway_.*"
@@ -184,10 +187,11 @@ def _find(found: Mapping[Name, _Table], name: str) -> _Table:
 
 
 def _likeliest_target(found: Mapping[Name, _Table], schema: str) -> _Table | None:
-    for pattern in _TARGETS.split("|"):
-        for (of, name), table in found.items():
-            if of == schema and re.fullmatch(pattern, name.lower()) and table.first(_DESCRIPTION, _is_text):
-                return table
+    for wanted in dict.fromkeys((schema, "public")):
+        for pattern in _TARGETS.split("|"):
+            for (of, name), table in found.items():
+                if of == wanted and re.fullmatch(pattern, name.lower()) and table.first(_DESCRIPTION, _is_text):
+                    return table
     return None
 
 
@@ -357,6 +361,11 @@ class _Draft:
 
     def lines(self, settings: Settings) -> list[str]:
         """All of it."""
+        if self._target is not None and not self._into.columns:
+            raise CatalogMismatchError(
+                f"no column of {'.'.join(self._target.name)} is named for what activities have",
+                hint="name the table that activities are written to with --target",
+            )
         sections = {table.name: self._section(table) for table in self._tables}
         return [
             *self._head(sections),

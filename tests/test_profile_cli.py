@@ -835,6 +835,14 @@ def test_what_no_draft_can_be_made_of_is_told(arguments: list[str], reason: str,
     assert done.stderr.startswith(f"error: {reason}")
 
 
+def test_a_target_without_columns_for_activities_is_told(shared: Crm) -> None:
+    shared.execute("CREATE TABLE bare (id int PRIMARY KEY)")
+    done = cdc("init", "--table", "lead", "--target", "bare", crm=shared)
+    shared.execute("DROP TABLE bare")
+    assert done.exit_code == 1
+    assert "no column of public.bare is named for what activities have" in done.stderr
+
+
 def test_a_target_that_asks_for_what_no_table_has_is_told(bare_crm: Crm) -> None:
     bare_crm.execute("CREATE TABLE person (id int PRIMARY KEY)")
     bare_crm.execute(
