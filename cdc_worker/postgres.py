@@ -103,6 +103,12 @@ def connect_briefly(dsn: str, worker: str) -> Connection:
     return _connect(dsn, worker, {**_WRITING, **brief}, client_encoding="UTF8", connect_timeout=2)
 
 
+def connect_reading(dsn: str, worker: str) -> Connection:
+    """A connection that only reads, and to which values print as they do in the stream."""
+    reading = {**_PINNED, "timezone": "UTC", "default_transaction_read_only": "on"}
+    return _connect(dsn, worker, reading, client_encoding="UTF8")
+
+
 def connect_replication(dsn: str, worker: str) -> Connection:
     """A connection that speaks the replication protocol."""
     # From a database in SQL_ASCII even its own names would come as bytes, until the stream asks for them.

@@ -35,6 +35,9 @@ MAX_OUTCOMES: Final = 500
 MAX_ROWS: Final = 10_000
 """So many looked-up rows are remembered of each lookup."""
 
+MAX_UNSEEN: Final = 1_000
+"""So many transactions later one that wrote a looked-up table is surely to be seen in it."""
+
 ERASED: Final = "the person was erased"
 """The reason of a dead letter of which nothing else may be told."""
 
@@ -175,6 +178,8 @@ class Transformer:
         self._rows: defaultdict[Lookup, OrderedDict[tuple[Value, ...], Row | None]] = defaultdict(OrderedDict)
         self._asking: deque[_Held] = deque()  # those of the held for which rows are looked up
         self._wanted: dict[Wanted, None] = {}
+        self._unseen: OrderedDict[int, None] = OrderedDict()
+        self._xid = 0
         self._out: list[Outcome] = []
         self._index = 0
 
@@ -223,9 +228,15 @@ class Transformer:
         """Rows to look for, without which nothing more is certain."""
         return self._wanted.keys()
 
+    @property
+    def unseen(self) -> Collection[int]:
+        """The transactions, by their numbers, that must be to be seen in the database where rows are looked for."""
+        return self._unseen.keys() | {self._xid} if self._xid else ()
+
     def tell(self, found: Mapping[Wanted, Row | None]) -> None:
         """Take rows that were looked for, as they are now; None for those that aren't there."""
         self._wanted = {}
+        self._unseen.clear()
         for (lookup, values), row in found.items():
             known = self._rows[lookup]
             if row is not None or known.get(values) is None:  # what is gone by now was there then
@@ -249,6 +260,7 @@ class Transformer:
         self._ordinals.clear()
         self._index = 0
         self._commit_lsn = transaction.commit_lsn
+        self._xid = transaction.xid
         self._given_at.clear()
         self._excluded = self._scope.excludes(transaction.commit_lsn)
         if self._facts or self._held:
@@ -496,6 +508,10 @@ class Transformer:
 
     def _observe(self, change: Change, table: Table) -> None:
         """Keep what is remembered of a table true, as far as a change tells; forget the rest."""
+        if self._xid:
+            self._unseen[self._xid] = None
+            if len(self._unseen) > MAX_UNSEEN:
+                self._unseen.popitem(last=False)
         for lookup in table.looked_up:
             known = self._rows[lookup]
             before, after = lookup.sought(change.old), lookup.sought(change.new)

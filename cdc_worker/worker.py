@@ -35,6 +35,7 @@ from cdc_worker.changes import CUTOVER_PREFIX, Assembler, Change, Transaction
 from cdc_worker.checkpoint import Checkpoint
 from cdc_worker.config import Settings
 from cdc_worker.log import Logger
+from cdc_worker.lookups import Found, Lookups
 from cdc_worker.lsn import INVALID, LSN
 from cdc_worker.partitions import Partitions
 from cdc_worker.process import Process
@@ -355,6 +356,11 @@ class Worker:
                 checkpoint=found,
                 decode=wal2json.decode,
             )
+            lookups = None
+            if any(table.looked_up for table in self._rules.values()):
+                reading = postgres.connect_reading(settings.dsn.get_secret_value(), worker)
+                stack.callback(reading.close)
+                lookups = Lookups(reading, self._rules, on_failure=self._warn_of_lookup)
         self._started = True
         log.info("replication_started", lsn=str(position.lsn), plugin=replica.plugin, time_zone=time_zone)
         transformer = Transformer(
@@ -368,6 +374,7 @@ class Worker:
             replication,
             sink,
             transformer,
+            lookups,
             settings=settings,
             totals=self.totals,
             stop=self._stop,
@@ -375,6 +382,7 @@ class Worker:
             watch=self._watch,
             partitions=partitions,
             on_unknown=self._warn_of_unknown,
+            on_missing=self._warn_of_missing,
             status_interval=min(STATUS_INTERVAL, timeout / 4) if timeout else STATUS_INTERVAL,
             until=self._until,
         )
@@ -522,6 +530,20 @@ class Worker:
             )
             self._log.warning("old_values_unknown", table=name, mend=mend)
 
+    def _warn_of_missing(self, schema: str, table: str, column: str) -> None:
+        """Raise an alarm: a column that metadata is drawn from is gone, and the rest is recorded without it."""
+        if self._alarm(f"column_missing {column}", (schema, table)):
+            name = sql.Identifier(schema, table).as_string()
+            self._process.failure = f"changes of {name} don't carry the column {column}: metadata lacks it"
+            self._log.warning("column_missing", table=name, column=column, mend="the profile, then SIGHUP")
+
+    def _warn_of_lookup(self, table: tuple[str, str], sqlstate: str) -> None:
+        """Raise an alarm: a table can't be looked into as the profile has it, and its rows are taken as missing."""
+        if self._alarm("lookup_failed", table):
+            name = sql.Identifier(*table).as_string()
+            self._process.failure = f"rows of {name} can't be looked up (SQLSTATE {sqlstate})"
+            self._log.error("lookup_failed", table=name, sqlstate=sqlstate, mend="the profile, then SIGHUP")
+
     def _warn_of_lost(self, partition: tuple[str, str], root: tuple[str, str]) -> None:
         """Raise an alarm: a table that nobody has seen is gone, and looked like a part of one that is captured."""
         if self._alarm("partition_unknown", partition):
@@ -538,6 +560,7 @@ class _Stream:
         replication: Replication,
         sink: Sink,
         transformer: Transformer,
+        lookups: Lookups | None,
         *,
         settings: Settings,
         totals: Totals,
@@ -546,12 +569,16 @@ class _Stream:
         watch: Watch,
         partitions: Partitions,
         on_unknown: Callable[[Change], None],
+        on_missing: Callable[[str, str, str], None],
         status_interval: float,
         until: LSN | None,
     ) -> None:
         self._replication = replication
         self._sink = sink
         self._transformer = transformer
+        self._lookups = lookups
+        self._fetching: Writing[Found] | None = None
+        self._fetch_wants = Wait.R
         self._settings = settings
         self._totals = totals
         self._stop = stop
@@ -561,6 +588,7 @@ class _Stream:
         self._until = until
         self._resumed = sink.position
         self._on_unknown = on_unknown
+        self._on_missing = on_missing
         self._assembler = Assembler(sink.position.lsn)
         self._partitions = partitions
         if partitions:
@@ -637,6 +665,8 @@ class _Stream:
         while self._unfinished is not None:
             if batch.full:
                 return False
+            if self._transformer.wanted and not self._fetched(None):
+                return True
             self._take(self._unfinished, self._transformer.rest())
         for _ in range(TURN):
             message = replication.receive()
@@ -675,9 +705,27 @@ class _Stream:
         if any(message.prefix == CUTOVER_PREFIX for _, message in transaction.messages):
             self._marked = True
         lines = [self._line(o, transaction) if isinstance(o, Activity) else o for o in outcomes]
-        complete = transaction.last and not transformer.ready
-        self._batch.add(lines, transaction, done=done, complete=complete, given=transformer.given)
-        self._unfinished = transaction if transformer.ready else None
+        more = transformer.ready or bool(transformer.wanted)
+        self._batch.add(lines, transaction, done=done, complete=transaction.last and not more, given=transformer.given)
+        self._unfinished = transaction if more else None
+        while transformer.missing:
+            self._on_missing(*transformer.missing.pop())
+
+    def _fetched(self, ready: Ready | None) -> bool:
+        """Go on looking rows up that the transformer wants; returns whether it has been told."""
+        transformer = self._transformer
+        assert self._lookups is not None
+        if self._fetching is None:
+            self._fetching = self._lookups.fetch(transformer.wanted, transformer.unseen)
+        elif ready is None:
+            return False
+        try:
+            self._fetch_wants = self._fetching.send(ready)  # type: ignore[arg-type]  # None starts it
+        except StopIteration as stop:
+            self._fetching = None
+            transformer.tell(stop.value)
+            return True
+        return False
 
     def _line(self, activity: Activity, transaction: Transaction) -> Line:
         place = activity.index - transaction.index
@@ -821,13 +869,16 @@ class _Stream:
 
     def _wait(self, timeout: float) -> None:
         """Wait for one of the sockets, and let the sink use its own."""
-        reading: list[Stop | Sink | Replication] = [self._stop]
-        writing: list[Sink] = []
+        reading: list[Stop | Sink | Replication | Lookups] = [self._stop]
+        writing: list[Sink | Lookups] = []
         if self._writing is not None and time.monotonic() < self._began_at + WRITING_USUAL:
             # What arrives now can't be written yet: let it come together, instead of waking up for each row of it.
             timeout = min(timeout, WRITING_INTERVAL)
-        elif not self._batch.full and not self._stop.is_set() and not self._reloading:
+        elif not (self._batch.full or self._stop.is_set() or self._reloading or self._fetching):
             reading.append(self._replication)
+        if self._fetching is not None and self._lookups is not None:
+            reading.append(self._lookups)
+            writing += [self._lookups] if self._fetch_wants & Wait.W else []
         if self._writing is None or self._wants & Wait.R:
             reading.append(self._sink)
         if self._writing is not None and self._wants & Wait.W:
@@ -835,12 +886,17 @@ class _Stream:
         readable, writable, _ = select.select(reading, writing, [], max(timeout, 0))
         if self._stop in readable:
             self._stop.clear()
-        ready = (Ready.R if self._sink in readable else 0) | (Ready.W if writable else 0)
+
+        def ready(socket: Sink | Lookups | None) -> int:
+            return (Ready.R if socket in readable else 0) | (Ready.W if socket in writable else 0)
+
+        if self._fetching is not None and (fetch := ready(self._lookups)):
+            self._fetched(Ready(fetch))
         if self._writing is None:
-            if ready:
+            if ready(self._sink):
                 self._sink.read()
-        elif ready:
-            self._step(Ready(ready))
+        elif write := ready(self._sink):
+            self._step(Ready(write))
 
 
 def _summary(totals: Totals) -> dict[str, int]:

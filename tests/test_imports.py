@@ -16,7 +16,7 @@ CORE = [
 
 EDGES = [
     *("config", "log", "metrics", "postgres", "partitions", "catalog", "ddl", "checkpoint", "slot"),
-    *("process", "watch", "replication", "backfill", "replay", "sink"),
+    *("process", "watch", "replication", "backfill", "replay", "sink", "lookups"),
     *(
         "cutover",
         "setup",

@@ -1,0 +1,204 @@
+"""Rows of other tables that rules look up, fetched from the database as the stream would show them."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Collection, Mapping, Sequence
+from decimal import Decimal
+from typing import Final
+
+import psycopg
+from psycopg import pq, sql
+from psycopg.pq.abc import PGresult
+from psycopg.waiting import Wait, wait
+
+from cdc_worker import catalog, postgres
+from cdc_worker.catalog import Column
+from cdc_worker.changes import Row, Value
+from cdc_worker.postgres import Connection
+from cdc_worker.rules import Lookup, Rules
+from cdc_worker.sink import Writing
+from cdc_worker.templates import text
+from cdc_worker.transform import Wanted
+
+_CHANGED: Final = (
+    psycopg.errors.UndefinedColumn,
+    psycopg.errors.UndefinedTable,
+    psycopg.errors.InvalidSchemaName,
+    psycopg.errors.UndefinedFunction,
+)
+
+Found = dict[Wanted, Row | None]
+
+XIDS: Final = 1 << 32
+"""The stream knows transactions by so many numbers, which the server uses again and again."""
+
+WAIT: Final = 0.005
+"""Seconds between two looks whether a commit that the stream has told is to be seen."""
+
+
+class Lookups:
+    """Fetches rows through a connection that does nothing else. Nothing here waits: see `Sink`.
+
+    `on_failure(table, sqlstate)` is told when a table is no longer as the profile has it: its rows are then missing.
+    """
+
+    def __init__(
+        self,
+        connection: Connection,
+        rules: Rules,
+        *,
+        on_failure: Callable[[tuple[str, str], str], None] = lambda table, sqlstate: None,
+    ) -> None:
+        self._on_failure = on_failure
+        self._connection = connection
+        self._pgconn = connection.pgconn
+        tables = [lookup.table for table in rules.values() for lookup in table.looked_up]
+        self._columns = catalog.columns(connection, *tables)
+        self._pgconn.nonblocking = 1
+
+    def fileno(self) -> int:
+        """The socket, for select."""
+        return self._pgconn.socket
+
+    def fetch(self, wanted: Collection[Wanted], xids: Collection[int] = ()) -> Writing[Found]:
+        """What is there of the rows that are `wanted`, as of when all of these transactions are to be seen.
+
+        The stream may be faster than the commit that it tells of is visible to others.
+        """
+        while xids and not (yield from self._visible(xids)):
+            pass
+        found: Found = {}
+        by_lookup: dict[Lookup, list[tuple[Value, ...]]] = {}
+        for lookup, values in wanted:
+            by_lookup.setdefault(lookup, []).append(values)
+        for lookup, sought in by_lookup.items():
+            rows: dict[tuple[Value, ...], Row] = {}
+            try:
+                rows = yield from self._rows(lookup, sought)
+            except _CHANGED as error:
+                self._on_failure(lookup.table, error.sqlstate or "")
+            except psycopg.DataError:  # a value that the column can't have: whose, is found out one by one
+                for values in sought:
+                    with contextlib.suppress(psycopg.DataError):
+                        rows |= yield from self._rows(lookup, [values])
+            found |= {(lookup, values): rows.get(values) for values in sought}
+        return found
+
+    def _visible(self, xids: Collection[int]) -> Writing[bool]:
+        result = yield from self._query(_SNAPSHOT, [str(WAIT).encode()])
+        return visible((result.get_value(0, 0) or b"").decode(), xids)
+
+    def _rows(self, lookup: Lookup, sought: Sequence[tuple[Value, ...]]) -> Writing[dict[tuple[Value, ...], Row]]:
+        columns = self._columns[lookup.table]
+        if {*lookup.theirs, *(column for column, _ in lookup.where)} - columns.keys():
+            raise postgres.error("42703", "a column is gone")
+        kept = [column for column in lookup.columns if column in columns]
+        arrays = [_array([text(values[place]) for values in sought]) for place in range(len(lookup.theirs))]
+        result = yield from self._query(_select(lookup, columns, kept).as_bytes(self._connection), arrays)
+        rows: dict[tuple[Value, ...], Row] = {}
+        for row in range(result.ntuples):
+            place, *values = (result.get_value(row, column) for column in range(result.nfields))
+            assert place is not None
+            rows[sought[int(place) - 1]] = {
+                column: _value(None if value is None else value.decode(), columns[column])
+                for column, value in zip(kept, values, strict=True)
+            }
+        return rows
+
+    def _query(self, query: bytes, parameters: Sequence[bytes]) -> Writing[PGresult]:
+        self._pgconn.send_query_params(query, parameters)
+        while self._pgconn.flush():
+            yield Wait.RW
+            self._pgconn.consume_input()
+        found: PGresult | None = None
+        while True:
+            while self._pgconn.is_busy():
+                yield Wait.R
+                self._pgconn.consume_input()
+            result = self._pgconn.get_result()
+            if result is None:
+                break
+            found = found or result
+        if found is None or self._pgconn.status == pq.ConnStatus.BAD:
+            raise psycopg.OperationalError("the server ended the connection that looks rows up")
+        if found.status != pq.ExecStatus.TUPLES_OK:
+            sqlstate = (found.error_field(pq.DiagnosticField.SQLSTATE) or b"").decode()
+            raise postgres.error(sqlstate, "looking rows up failed")
+        return found
+
+
+def fetch(connection: Connection, rules: Rules, wanted: Collection[Wanted]) -> Found:
+    """What is there of the rows that are `wanted`."""
+    lookups = Lookups(connection, rules)
+    return wait(lookups.fetch(wanted), lookups.fileno())  # type: ignore[arg-type]  # it may send plain numbers
+
+
+_SNAPSHOT: Final = b"SELECT pg_current_snapshot()::text FROM pg_sleep($1::float8)"
+
+
+def visible(snapshot: str, xids: Collection[int]) -> bool:
+    """Whether all these transactions, by their last 32 bits, have ended before a snapshot as Postgres prints it.
+
+    Manual: "System Information Functions", Snapshot Components. They are no older than half of all numbers.
+    """
+    _, ahead, running = snapshot.split(":")
+    xmax = int(ahead)
+    in_progress = {int(xid) % XIDS for xid in running.split(",") if xid}
+    return not any(xid in in_progress or 0 <= (xid - xmax) % XIDS < XIDS // 2 for xid in xids)
+
+
+def _select(lookup: Lookup, columns: Mapping[str, Column], kept: Sequence[str]) -> sql.Composed:
+    """A query for rows by arrays of values: the number of the values, from 1, and the columns of the row."""
+    names = [sql.Identifier(f"value_{number}") for number in range(len(lookup.theirs))]
+    arrays = sql.SQL(", ").join(sql.SQL(f"${number}::text[]") for number in range(1, len(names) + 1))
+    conditions = [
+        sql.SQL("{} = asked.{}::{}").format(sql.Identifier(column), name, sql.SQL(columns[column].type))
+        for column, name in zip(lookup.theirs, names, strict=True)
+    ]
+    conditions += [
+        sql.SQL("{} = {}::{}").format(sql.Identifier(c), sql.Literal(text(v)), sql.SQL(columns[c].type))
+        for c, v in lookup.where
+    ]
+    order = [column for column in lookup.key if column in columns] or ["ctid"]
+    return sql.SQL(
+        "SELECT asked.number, found.* FROM unnest({arrays}) WITH ORDINALITY AS asked ({names}, number)"
+        " CROSS JOIN LATERAL (SELECT {columns} FROM {table} WHERE {conditions} ORDER BY {order} LIMIT 1) AS found"
+    ).format(
+        arrays=arrays,
+        names=sql.SQL(", ").join(names),
+        columns=sql.SQL(", ").join(map(sql.Identifier, kept)),
+        table=sql.Identifier(*lookup.table),
+        conditions=sql.SQL(" AND ").join(conditions),
+        order=sql.SQL(", ").join(map(sql.Identifier, order)),
+    )
+
+
+def _array(values: Sequence[str]) -> bytes:
+    """An array as Postgres reads it. Manual: "Arrays", Array Input and Output Syntax."""
+    quoted = ('"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"' for value in values)
+    return ("{" + ",".join(quoted) + "}").encode()
+
+
+_INTEGERS: Final = ("smallint", "integer", "bigint", "oid")
+_FLOATS: Final = ("real", "double precision")
+
+
+def _value(printed: str | None, column: Column) -> Value:
+    """A value as the stream has it, from how Postgres prints it. What is of a domain comes as text there."""
+    if printed is None:
+        return None
+    match column.type:
+        case "boolean":
+            return printed == "t"
+        case kind if kind in _INTEGERS:
+            return int(printed)
+        case "numeric":
+            number = Decimal(printed)
+            return number if number.is_finite() else None
+        case kind if kind in _FLOATS:
+            inexact = float(printed)
+            return inexact if abs(inexact) < float("inf") else None
+        case "bytea":
+            return printed.removeprefix("\\x")
+    return printed

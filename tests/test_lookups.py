@@ -1,0 +1,333 @@
+"""Rows of other tables that rules look up: from the stream where it has told them, from the database else."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from decimal import Decimal
+from pathlib import Path
+from typing import LiteralString
+
+import psycopg
+import pytest
+from support import Crm, eventually, having, role
+
+from cdc_worker.cluster import Cluster
+from cdc_worker.config import load
+from cdc_worker.lookups import fetch, visible
+from cdc_worker.postgres import connect_reading
+from cdc_worker.profile import load as load_profile
+from cdc_worker.rules import Lookup
+
+PROFILE = """
+name = "test"
+
+[target]
+table = "activity"
+columns.activity_type = "type"
+columns.description = "description"
+columns.metadata = "metadata"
+columns.date_created = "occurred_at"
+columns.change_key = "change_key"
+constants = { activity_category = "system" }
+
+[tables.task]
+key = "task_id"
+lookups.person = { table = "person", match = { person_id = "person_id" } }
+lookups.team = { table = "team", match = { team_id = "lookup.person.team_id" } }
+lookups.head = { table = "person", match = { team_id = "lookup.person.team_id" }, where = { is_head = true } }
+
+[[tables.task.rules]]
+on = ["insert", "delete"]
+type = "task"
+description = [
+    "{row.title} for {lookup.person.name or 'nobody'} of {lookup.team.name or 'no team'}",
+    " under {lookup.head.name or 'no head'}",
+]
+metadata = { team = "{lookup.team.team_id}", rate = "{lookup.person.rate}" }
+
+[tables.person]
+key = "person_id"
+"""
+
+TABLES: LiteralString = """
+CREATE TABLE team (team_id bigint PRIMARY KEY, name text NOT NULL);
+CREATE TABLE person (
+    person_id integer PRIMARY KEY, name text NOT NULL, team_id bigint, is_head boolean NOT NULL DEFAULT false,
+    rate numeric(10,2), since timestamptz DEFAULT '2001-02-03 04:05:06+09');
+CREATE TABLE task (
+    task_id serial PRIMARY KEY, title text NOT NULL,
+    person_id integer REFERENCES person DEFERRABLE INITIALLY DEFERRED);
+ALTER TABLE task REPLICA IDENTITY FULL;
+ALTER TABLE person REPLICA IDENTITY FULL;
+INSERT INTO team VALUES (1, 'sales'), (2, 'support');
+INSERT INTO person VALUES (1, 'jane', 1, true, 10.50), (2, 'joe', 1, false, NULL), (3, 'ann', 2, true, NULL),
+    (4, 'bob', NULL, false, NULL);
+"""
+
+
+def looking_crm(crm: Crm, tmp_path: Path) -> Crm:
+    """A database whose profile looks rows up."""
+    crm.execute(TABLES)
+    path = tmp_path / "profile.toml"
+    path.write_text(PROFILE, "utf-8")
+    crm.settings["profile"] = str(path)
+    crm.setup()
+    return crm
+
+
+@pytest.fixture
+def looking(crm: Crm, tmp_path: Path) -> Crm:
+    return looking_crm(crm, tmp_path)
+
+
+def told(crm: Crm) -> list[str]:
+    """What the activities say."""
+    return [activity["description"] for activity in crm.activities()]
+
+
+def add(crm: Crm, title: str, person: int | None) -> None:
+    crm.execute("INSERT INTO task (title, person_id) VALUES (%s, %s)", title, person)
+
+
+def test_a_lookup_follows_keys_through_tables(looking: Crm) -> None:
+    for title, person in (("a", 1), ("b", 2), ("c", 3), ("d", 4), ("e", None)):
+        add(looking, title, person)
+    looking.record()
+    assert told(looking) == [
+        "a for jane of sales under jane",
+        "b for joe of sales under jane",
+        "c for ann of support under ann",
+        "d for bob of no team under no head",
+        "e for nobody of no team under no head",
+    ]
+    assert [a["metadata"].get("team") for a in looking.activities()] == [1, 1, 2, None, None]
+    assert looking.value("SELECT metadata ->> 'rate' FROM activity WHERE description LIKE 'a for%%'") == "10.50"
+
+
+def test_what_is_remembered_is_kept_true_by_the_stream(looking: Crm) -> None:
+    with looking.worker() as worker:
+        add(looking, "a", 2)
+        eventually(lambda: len(told(looking)) == 1)
+        looking.execute("UPDATE person SET name = 'jo' WHERE person_id = 2")
+        looking.execute("UPDATE person SET is_head = person_id = 2 WHERE team_id = 1")
+        add(looking, "b", 2)
+        eventually(lambda: len(told(looking)) == 2)
+        looking.execute("UPDATE person SET team_id = 2, is_head = false WHERE person_id = 2")
+        add(looking, "c", 2)
+        eventually(lambda: len(told(looking)) == 3)
+        looking.execute("UPDATE team SET name = 'help' WHERE team_id = 2")
+        add(looking, "d", 2)
+        eventually(lambda: len(told(looking)) == 4)
+        assert worker.terminate() == 0
+    assert told(looking) == [
+        "a for joe of sales under jane",
+        "b for jo of sales under jo",
+        "c for jo of support under ann",
+        "d for jo of help under ann",
+    ]
+
+
+def test_a_row_of_the_same_transaction_is_found_before_and_after_the_change(looking: Crm) -> None:
+    with looking.connection.transaction():
+        add(looking, "before", 5)
+        looking.execute("INSERT INTO person (person_id, name, team_id) VALUES (5, 'eve', 2)")
+        add(looking, "after", 5)
+    looking.record()
+    assert told(looking) == ["before for eve of support under ann", "after for eve of support under ann"]
+
+
+def test_a_commit_that_the_stream_has_and_the_database_does_not_show_is_waited_for(
+    own_server: Cluster, own_crm: Crm, tmp_path: Path
+) -> None:
+    """It waits for a standby, and so does the worker: what it looks up would else be as it was before."""
+    crm = looking_crm(own_crm, tmp_path)
+    with crm.worker() as worker, psycopg.connect(crm.dsn) as other:
+        add(crm, "a", 1)
+        eventually(lambda: len(told(crm)) == 1)
+        with having(own_server, synchronous_standby_names="nobody"):
+            commit = threading.Thread(
+                target=lambda: other.execute(
+                    "UPDATE person SET name = 'mary' WHERE person_id = 3;"
+                    " INSERT INTO task (title, person_id) VALUES ('b', 3); COMMIT"
+                )
+            )
+            commit.start()
+            slow = "SELECT count(*) FROM pg_stat_activity WHERE application_name = %s AND query LIKE '%%pg_sleep%%'"
+            eventually(lambda: crm.value(slow, f"cdc-worker {crm.slot}") == 1, what="it waits to see it")
+            assert len(told(crm)) == 1
+        commit.join()
+        eventually(lambda: len(told(crm)) == 2)
+        assert worker.terminate() == 0
+    assert told(crm)[1] == "b for mary of support under mary"
+
+
+def test_a_row_that_is_gone_is_found_if_the_stream_has_told_it(looking: Crm) -> None:
+    with looking.connection.transaction():
+        looking.execute("INSERT INTO person (person_id, name, team_id) VALUES (5, 'eve', 2)")
+        add(looking, "a", 5)
+    looking.execute("DELETE FROM task")
+    looking.execute("DELETE FROM person WHERE person_id IN (4, 5)")
+    looking.record()
+    assert told(looking) == ["a for eve of support under ann", "a for eve of support under ann"]
+
+
+def test_a_truncate_forgets_what_is_remembered(looking: Crm) -> None:
+    with looking.worker() as worker:
+        add(looking, "a", 1)
+        eventually(lambda: len(told(looking)) == 1)
+        looking.execute("TRUNCATE person, task; INSERT INTO person VALUES (1, 'mary', 2)")
+        add(looking, "b", 1)
+        eventually(lambda: len(told(looking)) == 2)
+        assert worker.terminate() == 0
+    assert told(looking)[1] == "b for mary of support under no head"
+
+
+def test_keepalives_are_answered_while_a_table_is_locked_that_is_looked_into(looking: Crm) -> None:
+    with looking.worker() as worker, psycopg.connect(looking.dsn) as other:
+        worker.wait_for("replication_started")
+        other.execute("LOCK TABLE team")
+        add(looking, "a", 1)
+        name = f"cdc-worker {looking.slot}"
+        waits = "SELECT count(*) FROM pg_stat_activity WHERE application_name = %s AND wait_event_type = 'Lock'"
+        eventually(lambda: looking.value(waits, name) == 1)
+        sent = "SELECT reply_time FROM pg_stat_replication WHERE application_name = %s"
+        before = looking.value(sent, name)
+        eventually(lambda: looking.value(sent, name) != before, what="it goes on telling where it is")
+        assert told(looking) == []
+        other.rollback()
+        eventually(lambda: len(told(looking)) == 1)
+        assert worker.terminate() == 0
+
+
+def test_a_shutdown_does_not_wait_for_a_lookup(looking: Crm) -> None:
+    with looking.worker() as worker, psycopg.connect(looking.dsn) as other:
+        worker.wait_for("replication_started")
+        other.execute("LOCK TABLE team")
+        add(looking, "a", 1)
+        waits = "SELECT count(*) FROM pg_stat_activity WHERE application_name = %s AND wait_event_type = 'Lock'"
+        eventually(lambda: looking.value(waits, f"cdc-worker {looking.slot}") == 1)
+        worker.process.send_signal(signal.SIGTERM)
+        assert worker.wait() == 0
+        other.rollback()
+    looking.record()
+    assert told(looking) == ["a for jane of sales under jane"]
+
+
+def test_a_connection_that_looks_up_and_is_ended_is_made_anew(looking: Crm) -> None:
+    with looking.worker() as worker:
+        add(looking, "a", 1)
+        eventually(lambda: len(told(looking)) == 1)
+        looking.execute(
+            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+            " WHERE application_name = %s AND query LIKE '%%asked.number%%'",
+            f"cdc-worker {looking.slot}",
+        )
+        add(looking, "b", 3)
+        eventually(lambda: len(told(looking)) == 2)
+        assert worker.terminate() == 0
+    assert told(looking)[1] == "b for ann of support under ann"
+
+
+def test_many_lookups_of_one_transaction_are_all_answered(looking: Crm) -> None:
+    looking.execute("INSERT INTO person SELECT n, 'p' || n, n %% 2 + 1 FROM generate_series(100, 2999) n")
+    looking.execute("INSERT INTO task (title, person_id) SELECT 't' || n, n FROM generate_series(100, 2999) n")
+    looking.record()
+    team = ("sales under jane", "support under ann")
+    assert told(looking) == [f"t{n} for p{n} of {team[n % 2]}" for n in range(100, 3000)]
+
+
+def test_kills_lose_and_double_nothing_where_rows_are_looked_up(looking: Crm, seed: int) -> None:
+    count = 0
+    for _ in range(4):
+        with looking.worker() as worker:
+            worker.wait_for("replication_started")
+            looking.execute(
+                "INSERT INTO task (title, person_id) SELECT 't' || n, n %% 4 + 1 FROM generate_series(1, 300) n"
+            )
+            count += 300
+            threading.Event().wait(0.05)
+            worker.kill()
+    looking.record()
+    assert len(told(looking)) == count
+    assert len({a["change_key"] for a in looking.activities()}) == count
+
+
+def test_a_table_that_changes_while_it_is_looked_into_ends_nothing(looking: Crm) -> None:
+    with looking.worker() as worker:
+        add(looking, "a", 1)
+        eventually(lambda: len(told(looking)) == 1)
+        looking.execute("ALTER TABLE team RENAME name TO title")
+        add(looking, "b", 3)
+        eventually(lambda: len(told(looking)) == 2)
+        assert worker.wait_for("lookup_failed")["table"] == '"public"."team"'
+        assert worker.terminate() == 0
+    assert told(looking)[1] == "b for ann of no team under ann"
+
+
+def test_the_role_needs_to_read_what_is_looked_up_and_no_more(looking: Crm) -> None:
+    with role(looking):
+        refused = looking.command("run", "--once")
+        assert refused.returncode == 21
+        assert "lacks SELECT" in refused.stderr
+        hint = refused.stderr.rpartition("hint: as the owner: ")[2].strip()
+        looking.connection.execute(hint.encode())
+        add(looking, "a", 1)
+        looking.record()
+    assert told(looking) == ["a for jane of sales under jane"]
+
+
+SEEN: list[tuple[LiteralString, LiteralString, object]] = [
+    ("boolean", "true", True),
+    ("smallint", "-7", -7),
+    ("bigint", str(2**63 - 1), 2**63 - 1),
+    ("oid", "4294967295", 4294967295),
+    ("numeric", "1.10", Decimal("1.10")),
+    ("numeric", "'NaN'", None),
+    ("double precision", "0.1", 0.1),
+    ("double precision", "'Infinity'", None),
+    ("real", "1.5", 1.5),
+    ("text", "'a\\b\"c{}'", 'a\\b"c{}'),
+    ("bytea", "'\\x00ff'", "00ff"),
+    ("timestamptz", "'2001-02-03 04:05:06+09'", "2001-02-02 19:05:06+00"),
+    ("timestamp", "'infinity'", "infinity"),
+    ("interval", "'1 day 2 hours'", "1 day 02:00:00"),
+    ("jsonb", "'{\"a\": 1}'", '{"a": 1}'),
+    ("integer[]", "'{1,NULL}'", "{1,NULL}"),
+    ("char(4)", "'x'", "x   "),
+    ("text", "NULL", None),
+]
+
+
+def test_a_value_from_the_database_is_what_the_stream_would_have_told(looking: Crm) -> None:
+    for number, (declared, value, _) in enumerate(SEEN):
+        looking.connection.execute(f"ALTER TABLE person ADD COLUMN c{number} {declared}".encode())
+        looking.connection.execute(f"UPDATE person SET c{number} = {value} WHERE person_id = 1".encode())
+    names = tuple(f"c{number}" for number in range(len(SEEN)))
+    lookup = Lookup(("public", "person"), ("person_id",), (), names, ("person_id",))
+    settings = load(flags={"dsn": looking.dsn, **looking.settings})
+    rules = settings.rules(load_profile(settings.profile))
+    with connect_reading(looking.dsn, "w") as connection:
+        found = fetch(connection, rules, [(lookup, (1,)), (lookup, (99,)), (lookup, (2**40,))])
+    row = found.pop((lookup, (1,)))
+    assert row is not None
+    assert [(type(row[name]), row[name]) for name in names] == [(type(seen), seen) for _, _, seen in SEEN]
+    assert found == {(lookup, (99,)): None, (lookup, (2**40,)): None}
+
+
+@pytest.mark.parametrize(
+    ("snapshot", "xid", "seen"),
+    [
+        ("100:100:", 99, True),
+        ("100:100:", 100, False),
+        ("90:100:90,95", 95, False),
+        ("90:100:90,95", 96, True),
+        (f"{2**32 + 5}:{2**32 + 5}:", 4, True),
+        (f"{2**32 + 5}:{2**32 + 5}:", 5, False),
+        (f"{2**32 + 5}:{2**32 + 5}:", 2**32 - 3, True),
+        (f"{2**32 - 3}:{2**32 - 3}:", 4, False),
+        (f"{2**32 - 9}:{2**32 + 5}:{2**32 - 9},{2**32 + 1}", 1, False),
+    ],
+)
+def test_a_transaction_is_seen_once_it_has_ended_before_the_snapshot(snapshot: str, xid: int, seen: bool) -> None:
+    assert visible(snapshot, [xid]) is seen
