@@ -118,7 +118,8 @@ _DESCRIPTION: Final = "description|summary|body|text|message|content|notes?|deta
 _OCCURRED_AT: Final = "occurred_at|happened_at|date_created|created_at|timestamp|created|time|date|.*_at|.*date.*"
 _CREATED_BY: Final = "created_by|author|actor|changed_by|performed_by"
 _TARGETS: Final = (
-    "activity|activities|.*activity|.*activities|.*interaction.*|.*timeline.*|.*history|.*events?|.*log|.*notes?"
+    "activity|activities|.*activity|.*activities|.*interaction.*|.*timeline.*|.*diary|.*journal|.*history|.*events?|.*log"
+    "|.*notes?"
 )
 _OWNER: Final = "owner(_id)?|.*in_charge|assigned_to(_id)?|.*owner.*|.*assign.*|user_id|created_by_id|(.*_)?user(_id)?"
 _CALLED: Final = "name|full_?name|display_?name|user_?name|title|subject|label|.*_name|.*name|email|code"

@@ -14,7 +14,7 @@ from zoneinfo import ZoneInfo
 import msgspec
 from pydantic import AfterValidator, BaseModel, Field, ValidationError
 
-from cdc_worker import catalog, context, postgres, wal2json
+from cdc_worker import catalog, context, lookups, postgres, wal2json
 from cdc_worker.activities import Activity
 from cdc_worker.catalog import TargetTable
 from cdc_worker.changes import MAX_DIGITS, Assembler, Change, Message, Operation, Row, Transaction, update
@@ -164,6 +164,7 @@ class _Trial:
             self._columns = catalog.columns(connection, *self._rules)
             zone = postgres.server(connection).time_zone
             table = catalog.target_table(connection, target)
+            self._ask = lambda wanted: lookups.fetch(connection, self._rules, wanted)
         table.columns.update({column: "text" for column in names if column not in table.columns})
         try:
             known = known_time_zone(settings.time_zone or target.time_zone or zone)

@@ -680,6 +680,32 @@ def test_with_a_dsn_a_row_has_all_columns_and_texts_are_cut_as_the_target_wants_
     assert (done.exit_code, "table public.lead has no column nickname" in done.stderr) == (2, True)
 
 
+def test_with_a_dsn_rows_are_looked_up(shared: Crm, tmp_path: Path) -> None:
+    text = """\
+[tables.contact]
+lookups.lead = { table = "lead", match = { lead_id = "lead_id" } }
+lookups.peer = { table = "lead", match = { bd_in_charge = "lookup.lead.bd_in_charge" }, where = { status = "x" } }
+rules = [{ on = "insert", type = "a", description = "{lookup.lead.full_name or 'nobody'}, {lookup.peer.full_name}" }]
+"""
+    shared.execute(
+        "INSERT INTO lead (lead_id, full_name, source, bd_in_charge, type, status)"
+        " VALUES (1007, 'Ada', 's', 'jane', 't', 'y'), (1008, 'Bea', 's', 'jane', 't', 'x')"
+    )
+    try:
+        path = written(tmp_path, TARGET + text)
+        changes = [{"table": "contact", "new": {"lead_id": number}} for number in (1007, 1009)]
+        assert [one["description"] for one in tried(path, *changes, crm=shared)] == ["Ada, Bea", "nobody, "]
+        told_ = {**changes[0], "lookups": {"lead": {"full_name": "Eve"}}}
+        assert [one["description"] for one in tried(path, told_, crm=shared)] == ["Eve, "]
+        with role(shared, granted=False):
+            done = cdc("try", path, "--change", json.dumps(changes[0]), dsn=shared.settings["dsn"])
+        assert (done.exit_code, done.stdout) == (1, "")
+        assert done.stderr.startswith("error: ")
+        assert "42501" in done.stderr
+    finally:
+        shared.execute("DELETE FROM lead WHERE lead_id > 1000")
+
+
 def test_nothing_is_written_and_a_role_that_may_only_connect_is_enough(shared: Crm) -> None:
     recording = str(Path(__file__).parent / "recordings" / "leadfi.jsonl")
     commands = [
