@@ -16,6 +16,7 @@ HOSTILE = "x'y\"z; DROP TABLE victim; --\\N $1 %s {0} $$"
 """What a schema, a table, a column, a rule and a value are called."""
 
 CAPTURED = f"{HOSTILE}.{HOSTILE}"
+LOOKED_UP = f"{HOSTILE}.looked"
 
 NOTHING_ELSE = "SELECT nspname, relname FROM pg_class c JOIN pg_namespace n ON n.oid = relnamespace WHERE relkind = 'r'"
 
@@ -27,6 +28,8 @@ def prepared(crm: Crm, *, key: bool) -> Crm:
         sql.SQL("CREATE TABLE victim (id int)"),
         sql.SQL("CREATE SCHEMA {0}").format(name),
         sql.SQL("CREATE TABLE {0}.{0} (id int PRIMARY KEY, {0} text, other text, secret text)").format(name),
+        sql.SQL("CREATE TABLE {0}.looked ({0} text PRIMARY KEY, note text, secret text)").format(name),
+        sql.SQL("INSERT INTO {0}.looked VALUES ({1}, {1}, 's3cr3t')").format(name, HOSTILE),
         sql.SQL(
             "CREATE TABLE {0}.target (id serial PRIMARY KEY, {0} text, kind text CHECK (kind <> 'refused'),"
             " constant text, details jsonb, key text UNIQUE)"
@@ -47,6 +50,7 @@ def prepared(crm: Crm, *, key: bool) -> Crm:
                     "masked": ["secret"],
                     "identity": {HOSTILE: "{row.id}"},
                     "mapped": {"kind": {"column": HOSTILE, "map": {HOSTILE: HOSTILE}, "default": "none"}},
+                    "lookups": {"by": {"table": LOOKED_UP, "match": {HOSTILE: "other"}}},
                     "rules": [
                         {**rule, "description": "{new.kind}", "metadata": {"changes": "{changes}"}},
                         {
@@ -54,9 +58,11 @@ def prepared(crm: Crm, *, key: bool) -> Crm:
                             "type": escaped,
                             "name": "there\n\t\\N",
                             "description": "{row.other}",
+                            "metadata": {"note": "{lookup.by.note}", "secret": "{lookup.by.secret}"},
                         },
                     ],
-                }
+                },
+                LOOKED_UP: {"key": HOSTILE, "masked": ["secret"]},
             },
         }
     )
@@ -103,6 +109,8 @@ def test_hostile_names_and_values_are_written_as_they_are_and_nowhere_else(bare_
         (HOSTILE, HOSTILE, HOSTILE, "1"),
         (HOSTILE, HOSTILE, HOSTILE, "3"),
     ]
+    told = sql.SQL("SELECT DISTINCT details ->> 'note', details ->> 'secret' FROM {0}.target WHERE {0} = {1}")
+    assert (HOSTILE, "***") in crm.connection.execute(told.format(name, HOSTILE)).fetchall()
     ((kind, constraint),) = crm.execute("SELECT kind, constraint_name FROM cdc_worker.dead_letter")
     assert (kind, constraint) == ("refused", "target_kind_check")
     assert set(crm.execute(NOTHING_ELSE)) == tables
