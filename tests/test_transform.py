@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Container, Iterator
 from contextlib import contextmanager
 from typing import Any
 from unittest import mock
@@ -28,10 +28,19 @@ from hypothesis import strategies as st
 
 from cdc_worker import transform as module
 from cdc_worker.activities import Activity, DeadLetter, Scope, Stretch
-from cdc_worker.changes import Change, Message, Transaction, update
+from cdc_worker.changes import Change, Message, Row, Transaction, update
 from cdc_worker.lsn import LSN
 from cdc_worker.rules import Rules
-from cdc_worker.transform import ERASED, FACT_DISTANCE, Outcome, Transformer, transform
+from cdc_worker.transform import (
+    ERASED,
+    FACT_DISTANCE,
+    MAX_ROWS,
+    Fetch,
+    Outcome,
+    Transformer,
+    Wanted,
+    transform,
+)
 
 
 def keys(came: list[Outcome]) -> list[str]:
@@ -823,3 +832,202 @@ def test_a_commit_in_which_keys_are_given_may_be_resumed(
         resumed = [outcome for part in slices for outcome in second.feed(part)]
         done = first.done if survived else 0
         assert written + [o for o in resumed if o.index >= done] == whole
+
+
+# Lookups
+
+
+LOOKUPS = """
+[tables.task]
+key = "id"
+lookups.person = { table = "person", match = { id = "person_id" } }
+lookups.team = { table = "team", match = { id = "lookup.person.team_id" } }
+lookups.head = { table = "person", match = { team_id = "lookup.person.team_id" }, where = { head = true } }
+[[tables.task.rules]]
+on = ["insert", "delete"]
+type = "task"
+description = "{row.id} {lookup.person.name or '-'} {lookup.team.name or '-'} {lookup.head.name or '-'}"
+metadata = { team = "{lookup.team.id}" }
+[[tables.task.rules]]
+on = "insert"
+name = "required"
+type = "required"
+description = "required {row.id}"
+skip_unless = "lookup.person"
+
+[tables.person]
+key = "id"
+rules = [{ on = "insert", type = "person", description = "{new.name}" }]
+
+[tables.other]
+rules = [{ on = "insert", type = "other", description = "{new.id}" }]
+"""
+
+DATABASE: dict[str, list[Row]] = {
+    "person": [
+        {"id": 1, "name": "jane", "team_id": 1, "head": True},
+        {"id": 2, "name": "joe", "team_id": 1, "head": False},
+        {"id": 3, "name": "bob", "team_id": None, "head": False},
+        {"id": 4, "name": "eve", "team_id": 9, "head": False},
+    ],
+    "team": [{"id": 1, "name": "sales"}, {"id": 2, "name": "support"}],
+}
+
+
+def looked_for(database: dict[str, list[Row]], asked: list[Wanted] | None = None) -> Fetch:
+    """Lookups in a database of lists of rows; notes what it was asked."""
+
+    def fetch(wanted: Collection[Wanted]) -> dict[Wanted, Row | None]:
+        found: dict[Wanted, Row | None] = {}
+        for lookup, values in wanted:
+            rows = (row for row in database[lookup.table[1]] if lookup.sought(row) == values)
+            found[lookup, values] = next((kept for row in rows if (kept := lookup.kept(row)) is not None), None)
+            if asked is not None:
+                asked.append((lookup, values))
+        return found
+
+    return fetch
+
+
+def task(number: int, person: int | None) -> Change:
+    return inserted("task", {"id": number, "person_id": person})
+
+
+def looked_up(
+    *messages: Change | Message, fetch: Fetch | None = None, cuts: Container[int] = ()
+) -> list[tuple[str, str]]:
+    """Types and descriptions of what one commit comes to."""
+    came = transform(
+        rules(LOOKUPS),
+        assembled(messages, cuts=cuts),
+        worker="w",
+        system_identifier="1",
+        fetch=fetch or looked_for(DATABASE),
+    )
+    return [
+        (outcome.fields["type"], outcome.fields["description"]) for outcome in came if isinstance(outcome, Activity)
+    ]
+
+
+def test_one_lookup_starts_from_what_another_has_found() -> None:
+    assert looked_up(task(1, 2), task(2, 3), task(3, 4), task(4, None), task(5, 77)) == [
+        ("task", "1 joe sales jane"),
+        ("required", "required 1"),
+        ("task", "2 bob - -"),
+        ("required", "required 2"),
+        ("task", "3 eve - -"),
+        ("required", "required 3"),
+        ("task", "4 - - -"),
+        ("task", "5 - - -"),
+    ]
+
+
+def test_what_waits_for_a_lookup_keeps_its_place() -> None:
+    other = inserted("other", {"id": 1})
+    assert [kind for kind, _ in looked_up(other, task(1, 1), other, task(2, None), other)] == [
+        *("other", "task", "required", "other", "task", "other"),
+    ]
+
+
+def test_nothing_is_asked_twice_and_what_the_stream_tells_is_not_asked() -> None:
+    asked: list[Wanted] = []
+    looked_up(*[task(n, 1) for n in range(50)], fetch=looked_for(DATABASE, asked))
+    assert [(lookup.table[1], values) for lookup, values in asked] == [
+        ("person", (1,)),
+        ("team", (1,)),
+        ("person", (1,)),
+    ]
+    asked.clear()
+    new = inserted("person", {"id": 8, "name": "ann", "team_id": None, "head": False})
+    assert looked_up(new, task(1, 8), fetch=looked_for(DATABASE, asked))[1] == ("task", "1 ann - -")
+    assert asked == []
+
+
+def test_a_row_that_the_stream_tells_later_is_found_though_the_database_has_lost_it() -> None:
+    new = inserted("person", {"id": 8, "name": "ann", "team_id": None, "head": False})
+    assert looked_up(task(1, 8), new)[0] == ("task", "1 ann - -")
+
+
+def test_the_stream_keeps_true_what_is_remembered() -> None:
+    joe = DATABASE["person"][1]
+    script = [
+        task(1, 2),
+        updated("person", joe, name="jo"),
+        task(2, 2),
+        updated("person", {**joe, "name": "jo"}, id=5),
+        task(3, 2),
+        task(4, 5),
+        deleted("person", {**joe, "name": "jo", "id": 5}),
+        task(5, 5),
+    ]
+    by_now = looked_for({**DATABASE, "person": [row for row in DATABASE["person"] if row["id"] != 2]})
+    for cuts in (range(9), (), (0,), (1, 3, 5)):
+        told = [text for kind, text in looked_up(*script, cuts=cuts, fetch=by_now) if kind == "task"]
+        assert told[1:] == ["2 jo sales jane", "3 - - -", "4 jo sales jane", "5 - - -"]
+
+
+SCRIPTS = st.lists(
+    st.one_of(
+        st.builds(task, st.integers(0, 9), st.none() | st.integers(1, 6)),
+        st.builds(lambda n: inserted("other", {"id": n}), st.integers(0, 9)),
+    ),
+    max_size=12,
+)
+
+
+@given(SCRIPTS, st.sets(st.integers(0, 11)))
+def test_what_is_looked_up_does_not_depend_on_slices(script: list[Change], cuts: set[int]) -> None:
+    assert looked_up(*script, cuts=cuts) == looked_up(*script)
+
+
+@given(SCRIPTS, st.sets(st.integers(0, 11)), st.integers(0, 12))
+def test_what_is_done_while_rows_are_looked_up_can_be_resumed(script: list[Change], cuts: set[int], stop: int) -> None:
+    """Nothing that is before the position is missing, nothing behind it is there."""
+    whole = transform(rules(LOOKUPS), assembled(script), worker="w", system_identifier="1", fetch=looked_for(DATABASE))
+    transformer = Transformer(rules(LOOKUPS), worker="w", system_identifier="1")
+    came: list[Outcome] = []
+    steps = 0
+    for transaction in assembled(script, cuts=cuts):
+        came += transformer.feed(transaction)
+        while transformer.wanted or transformer.ready:
+            steps += 1
+            if steps == stop:
+                break
+            if transformer.wanted:
+                transformer.tell(looked_for(DATABASE)(transformer.wanted))
+            came += transformer.rest()
+        if steps == stop:
+            break
+    assert came == whole[: len(came)]
+    assert all(outcome.index < transformer.done for outcome in came)
+    assert all(outcome.index >= transformer.done for outcome in whole[len(came) :])
+
+
+def test_a_lookup_and_a_fact_of_the_same_transaction_complete_one_activity() -> None:
+    both = rules(
+        """
+        [tables.lead]
+        lookups.contact = { table = "contact", match = { lead_id = "id" }, same_transaction = true }
+        lookups.owner = { table = "person", match = { id = "owner_id" } }
+        rules = [{ on = "insert", type = "t", description = "{lookup.contact.name or '-'} {lookup.owner.name or '-'}" }]
+        """
+    )
+    lead, contact = inserted("lead", {"id": 1, "owner_id": 1}), inserted("contact", {"lead_id": 1, "name": "ann"})
+    for script in ([lead, contact], [contact, lead]):
+        for cuts in ((), (0,)):
+            came = transform(
+                both,
+                assembled(script, cuts=cuts),
+                worker="w",
+                system_identifier="1",
+                fetch=looked_for(DATABASE),
+            )
+            assert [o.fields["description"] for o in came if isinstance(o, Activity)] == ["ann jane"]
+
+
+def test_looked_up_rows_are_remembered_in_bounded_memory() -> None:
+    transformer = Transformer(rules(LOOKUPS), worker="w", system_identifier="1")
+    people = [inserted("person", {"id": n, "name": "x", "team_id": None, "head": False}) for n in range(MAX_ROWS + 500)]
+    for transaction in assembled(people):
+        transformer.feed(transaction)
+    assert max(map(len, transformer._rows.values())) == MAX_ROWS
