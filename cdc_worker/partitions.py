@@ -136,9 +136,9 @@ class Partitions:
                 hint="run: cdc-worker setup",
             ) from error
         at = _now(connection)
-        for schema, name, *root in connection.execute(_PARTITIONS, _pairs(self._columns)).fetchall():
-            if (schema, name) not in self._found:
-                self._note(connection, (schema, name), (root[0], root[1]), FOREVER)
+        for partition, root in roots(connection, self._columns).items():
+            if partition not in self._found:
+                self._note(connection, partition, root, FOREVER)
         for table, (root, until) in [*self._kept.items()]:
             if table not in self._found:
                 self._note(connection, table, root, min(until, at))
@@ -196,17 +196,23 @@ class Partitions:
         """See whether anything has become ours that was not asked for: partitions of a captured table that had none, or
         what could not become one by its columns.
         """
-        roots = [(row[0], row[1]) for row in connection.execute(_PARTITIONED, _pairs(self._captured))]
-        if roots:
+        partitioned = [(row[0], row[1]) for row in connection.execute(_PARTITIONED, _pairs(self._captured))]
+        if partitioned:
             nobodys = {*(self.others or ()), *(t for t, found in self._found.items() if found == (None, FOREVER))}
-            for schema, name, *root in connection.execute(_PARTITIONS, _pairs(roots)):
-                if (root[0], root[1]) not in self._columns or (schema, name) in nobodys:
-                    self.overlooked.append((schema, name))
+            for partition, root in roots(connection, partitioned).items():
+                if root not in self._columns or partition in nobodys:
+                    self.overlooked.append(partition)
 
     def close(self) -> None:
         """End the connection, if there is one."""
         if self._connection is not None:
             self._connection.close()
+
+
+def roots(connection: Connection, tables: Iterable[Table]) -> dict[Table, Table]:
+    """Which of these tables each partition is a part of now."""
+    found = connection.execute(_PARTITIONS, _pairs(tables))
+    return {(schema, name): (root_schema, root) for schema, name, root_schema, root in found}
 
 
 def _now(connection: Connection) -> LSN:

@@ -14,7 +14,7 @@ from zoneinfo import ZoneInfo
 import msgspec
 from pydantic import AfterValidator, BaseModel, Field, ValidationError
 
-from cdc_worker import catalog, context, lookups, postgres, wal2json
+from cdc_worker import catalog, context, lookups, partitions, postgres, wal2json
 from cdc_worker.activities import Activity
 from cdc_worker.catalog import TargetTable
 from cdc_worker.changes import MAX_DIGITS, Assembler, Change, Message, Operation, Row, Transaction, update
@@ -124,11 +124,11 @@ def try_changes(settings: Settings, profile: Profile, changes: Sequence[ToldChan
 def try_recording(settings: Settings, profile: Profile, payloads: Iterable[bytes], counts: Counts) -> Iterator[Tried]:
     """What would be written of what wal2json has sent, line by line."""
     with ExitStack() as stack:
-        yield from _Trial(settings, profile, counts, stack).of(_transactions(payloads))
+        trial = _Trial(settings, profile, counts, stack)
+        yield from trial.of(_transactions(payloads, trial.assembler()))
 
 
-def _transactions(payloads: Iterable[bytes]) -> Iterator[Transaction]:
-    assembler = Assembler()
+def _transactions(payloads: Iterable[bytes], assembler: Assembler) -> Iterator[Transaction]:
     for number, payload in enumerate(payloads, 1):
         if not payload.strip():
             continue
@@ -154,6 +154,7 @@ class _Trial:
         self._key = settings.policy(profile).key
         self._given: dict[Lookup, Row | None] = {}
         self._columns: catalog.Columns = {}
+        self._partitions: Mapping[tuple[str, str], tuple[str, str]] = {}
         self._ask: Callable[[Collection[Wanted]], Mapping[Wanted, Row | None]] | None = None
         target, zone = profile.target, "UTC"
         names = (*target.columns, *target.constants)
@@ -162,6 +163,7 @@ class _Trial:
             connection = stack.enter_context(postgres.connect(dsn, settings.worker, name=PROFILE))
             connection.execute(READ_ONLY)
             self._columns = catalog.columns(connection, *self._rules)
+            self._partitions = partitions.roots(connection, self._rules)
             zone = postgres.server(connection).time_zone
             table = catalog.target_table(connection, target)
             self._ask = lambda wanted: lookups.fetch(connection, self._rules, wanted)
@@ -175,6 +177,12 @@ class _Trial:
         self._transformer = Transformer(
             self._rules, worker=settings.worker, system_identifier="0", policy=settings.policy(profile)
         )
+
+    def assembler(self) -> Assembler:
+        """One that knows which partitions there are now."""
+        tables = {**self._partitions, **{name: name for name in self._rules}}
+        keys = {name: table.key for name, table in self._rules.items()}
+        return Assembler(root_of=lambda change, _: tables.get((change.schema, change.table)), keys=keys)
 
     def of(self, transactions: Iterable[Transaction]) -> Iterator[Tried]:
         """What would be written of transactions, or of their slices."""

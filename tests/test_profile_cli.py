@@ -706,6 +706,29 @@ rules = [{ on = "insert", type = "a", description = "{lookup.lead.full_name or '
         shared.execute("DELETE FROM lead WHERE lead_id > 1000")
 
 
+def test_with_a_dsn_recorded_changes_of_partitions_are_their_roots(shared: Crm, tmp_path: Path) -> None:
+    shared.execute("CREATE TABLE deal (id int, state text) PARTITION BY LIST (state)")
+    shared.execute("CREATE TABLE deal_open PARTITION OF deal FOR VALUES IN ('open')")
+    shared.execute("CREATE TABLE deal_won PARTITION OF deal FOR VALUES IN ('won')")
+    text = """\
+[tables.deal]
+key = "id"
+rules = [{ on = "update", changed = "state", type = "moved", description = "{old.state} to {new.state}" }]
+"""
+    row = '[{"name":"id","value":1},{"name":"state","value":"%s"}]'
+    recorded = [
+        '{"action":"B","timestamp":"2026-01-01 00:00:00+00","lsn":"0/1","nextlsn":"0/2"}',
+        f'{{"action":"D","schema":"public","table":"deal_open","identity":{row % "open"}}}',
+        f'{{"action":"I","schema":"public","table":"deal_won","columns":{row % "won"}}}',
+        '{"action":"C","nextlsn":"0/2"}',
+    ]
+    (tmp_path / "moved.jsonl").write_text("\n".join(recorded))
+    done = cdc("try", written(tmp_path, TARGET + text), "--recording", str(tmp_path / "moved.jsonl"), crm=shared)
+    shared.execute("DROP TABLE deal")
+    assert "public.deal, update: moved\n" in done.stdout
+    assert done.stdout.endswith("1 changes: 1 activities, 0 dead letters; nothing was written\n")
+
+
 def test_nothing_is_written_and_a_role_that_may_only_connect_is_enough(shared: Crm) -> None:
     recording = str(Path(__file__).parent / "recordings" / "leadfi.jsonl")
     commands = [
