@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from decimal import Decimal
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +101,11 @@ FROM core_interactionlog ORDER BY id
 def logged(crm: Crm) -> list[Any]:
     """The rows of the log, in order: type, summary, user, lead, contact, opportunity, organization."""
     return crm.execute(LOGGED)
+
+
+def has_logged(crm: Crm, count: int) -> bool:
+    """Whether there are so many rows."""
+    return len(logged(crm)) >= count
 
 
 def summaries(crm: Crm) -> list[str]:
@@ -463,6 +469,16 @@ def business(crm: Crm, seed: int) -> Callable[[Connection, int, int], None]:
     return work
 
 
+def as_signals_would(crm: Crm) -> int:
+    """How many rows signals would have written, which are those that there are."""
+    expected = Counter(crm.execute("SELECT * FROM signal"))
+    found = Counter(logged(crm))
+    assert (expected - found, found - expected) == (Counter(), Counter())
+    assert not_logged(crm) == 0
+    assert crm.value("SELECT count(*) FROM cdc_worker.written_key") == expected.total()
+    return expected.total()
+
+
 @storm(3, chaos=30)
 def test_kills_under_business_leave_the_log_as_signals_would_have_written_it(
     cookbook: Crm, seed: int, rounds: int
@@ -478,12 +494,38 @@ def test_kills_under_business_leave_the_log_as_signals_would_have_written_it(
                 application.go_on(dice.randint(1, 30))
                 worker.kill()
     cookbook.record()
-    expected = Counter(cookbook.execute("SELECT * FROM signal"))
-    found = Counter(logged(cookbook))
-    assert (expected - found, found - expected) == (Counter(), Counter())
-    assert expected.total() > 100
-    assert not_logged(cookbook) == 0
-    assert cookbook.value("SELECT count(*) FROM cdc_worker.written_key") == expected.total()
+    assert as_signals_would(cookbook) > 100
+
+
+IN_ONE_TRANSACTION = [
+    "INSERT INTO core_opportunity (name, amount, stage, close_date, created_at, account_id, owner_id, organization_id)"
+    " SELECT n, n, 'won', now(), now(), 1, CASE WHEN n %% 3 > 0 THEN n %% 400 + 100 END, n %% 2 + 1"
+    " FROM generate_series(1, 1200) n",
+    "INSERT INTO core_quote (title, total_price, created_at, notes, created_by_id, opportunity_id)"
+    " SELECT n, n, now(), '', n %% 400 + 100, 1201 - n FROM generate_series(1, 1200) n",
+    "INSERT INTO core_task (title, type, due_date, status, notes, owner_id, related_opportunity_id)"
+    " SELECT n, 'call', now(), 'pending', '', 2, n FROM generate_series(1, 1200) n",
+    "UPDATE core_task SET status = 'completed'",
+    "INSERT INTO core_user (id, password, is_superuser, username, first_name, last_name, email, is_staff, is_active,"
+    " date_joined, organization_id) SELECT n, '', false, n, '', '', '', false, true, now(), NULL"
+    " FROM generate_series(100, 499) n",
+]
+
+
+@storm(2, chaos=20)
+def test_kills_within_one_large_transaction_that_looks_up_its_own_rows(cookbook: Crm, seed: int, rounds: int) -> None:
+    cookbook.connection.execute(SIGNALS)
+    with cookbook.connection.transaction():
+        for statement in IN_ONE_TRANSACTION:
+            cookbook.execute(statement)
+    dice = random.Random(seed)
+    for _ in range(rounds):
+        with cookbook.worker() as worker:
+            goal = len(logged(cookbook)) + dice.randint(1, 2000 // rounds)
+            eventually(partial(has_logged, cookbook, goal))
+            worker.kill()
+    cookbook.record()
+    assert as_signals_would(cookbook) == 800 + 1200 + 1200
 
 
 # The commands
