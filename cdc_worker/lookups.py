@@ -94,7 +94,7 @@ class Lookups:
         if {*lookup.theirs, *(column for column, _ in lookup.where)} - columns.keys():
             raise postgres.error("42703", "a column is gone")
         kept = [column for column in lookup.columns if column in columns]
-        arrays = [_array([text(values[place]) for values in sought]) for place in range(len(lookup.theirs))]
+        arrays = [postgres.array(map(text, values)).encode() for values in zip(*sought, strict=True)]
         result = yield from self._query(_select(lookup, columns, kept).as_bytes(self._connection), arrays)
         rows: dict[tuple[Value, ...], Row] = {}
         for row in range(result.ntuples):
@@ -172,12 +172,6 @@ def _select(lookup: Lookup, columns: Mapping[str, Column], kept: Sequence[str]) 
         conditions=sql.SQL(" AND ").join(conditions),
         order=sql.SQL(", ").join(map(sql.Identifier, order)),
     )
-
-
-def _array(values: Sequence[str]) -> bytes:
-    """An array as Postgres reads it. Manual: "Arrays", Array Input and Output Syntax."""
-    quoted = ('"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"' for value in values)
-    return ("{" + ",".join(quoted) + "}").encode()
 
 
 _INTEGERS: Final = ("smallint", "integer", "bigint", "oid")

@@ -6,7 +6,7 @@ import hashlib
 import os
 import re
 import shlex
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Any, Final, LiteralString
 
@@ -477,6 +477,12 @@ def _standbys(setting: str) -> tuple[str, int, list[str]]:
     if counted is None:
         return "FIRST", 1, listed(setting)
     return (counted[1] or "FIRST").upper(), int(counted[2]), listed(counted[3])
+
+
+def array(values: Iterable[str]) -> str:
+    """An array as Postgres reads it. Manual: "Arrays", Array Input and Output Syntax."""
+    quoted = ('"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"' for value in values)
+    return "{" + ",".join(quoted) + "}"
 
 
 def listed(setting: str) -> list[str]:

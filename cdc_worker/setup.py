@@ -126,8 +126,10 @@ def grantee(profile: Profile, rules: Rules, role: str) -> dict[str, str]:
         "role": role,
         "target": sql.Identifier(*target).as_string(),
         "key": catalog.key_column(profile.target) or "",
-        "schemas": ",".join(sorted({target[0], *(schema for schema, _ in rules)})),
-        "lookups": ",".join(sql.Identifier(*name).as_string() for name, table in rules.items() if table.looked_up),
+        "schemas": postgres.array(sorted({target[0], *(schema for schema, _ in rules)}))[1:-1],
+        "lookups": postgres.array(
+            sql.Identifier(*name).as_string() for name, table in rules.items() if table.looked_up
+        )[1:-1],
     }
 
 

@@ -380,8 +380,7 @@ class Sink:
 
     def _find_existing(self, lines: Sequence[Line]) -> Writing[set[str]]:
         """The keys of those that have been written already."""
-        quoted = (line.change_key.replace("\\", "\\\\").replace('"', '\\"') for line in lines)
-        keys = "{" + ",".join(f'"{key}"' for key in quoted) + "}"
+        keys = postgres.array(line.change_key for line in lines)
         self._pgconn.send_query_params(self._existing.encode(), [keys.encode()])
         (result,) = yield from self._results()
         return {(result.get_value(row, 0) or b"").decode() for row in range(result.ntuples)}

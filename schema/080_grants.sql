@@ -1,7 +1,8 @@
 -- What the role of the worker needs, and no more: it makes no tables and is no superuser.
 --
 -- For psql: -v role=cdc -v target=public.activity -v key=change_key -v schemas=public -v lookups=''.
--- The key is '' where the target has no column for it; lookups are tables that rules look into, with commas between them.
+-- The key is '' where the target has no column for it; lookups are tables that rules look into, with commas between them,
+-- and these as well as the schemas are quoted as elements of an array are.
 -- That it may read a slot is an administrator's to give: ALTER ROLE cdc REPLICATION.
 
 -- the worker's role has its grants on the worker's own tables
@@ -65,10 +66,10 @@ FROM (SELECT (SELECT oid FROM pg_roles WHERE rolname = :'role'), to_regclass(:'t
             AND d.refobjid = target AND d.deptype = 'i' -- an identity's, whose numbers are drawn beforehand
         UNION ALL
         SELECT 'SELECT', name, has_table_privilege(role.oid, to_regclass(name)::oid, 'SELECT')
-        FROM unnest(string_to_array(:'lookups', ',')) AS name
+        FROM unnest(('{' || :'lookups' || '}')::text[]) AS name
         UNION ALL
         SELECT 'USAGE', format('SCHEMA %I', name), has_schema_privilege(role.oid, to_regnamespace(quote_ident(name))::oid, 'USAGE')
-        FROM unnest(string_to_array(:'schemas', ',')) AS name
+        FROM unnest(('{' || :'schemas' || '}')::text[]) AS name
     ) AS needed (privilege, object, granted)
 WHERE granted IS NOT TRUE
 \gexec

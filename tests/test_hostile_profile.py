@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 from doctoring import report
 from psycopg import sql
+from psycopg.conninfo import make_conninfo
 from support import Crm
 
 from cdc_worker import profile
 
-HOSTILE = "x'y\"z; DROP TABLE victim; --\\N $1 %s {0} $$"
+HOSTILE = "x'y\"z; DROP TABLE victim; --\\N $1 %s {0}, $$"
 """What a schema, a table, a column, a rule and a value are called."""
 
 CAPTURED = f"{HOSTILE}.{HOSTILE}"
@@ -89,9 +90,14 @@ def toml(value: dict[str, Any]) -> str:
 
 
 @pytest.mark.parametrize("key", [True, False], ids=["with a column for keys", "without"])
-def test_hostile_names_and_values_are_written_as_they_are_and_nowhere_else(bare_crm: Crm, key: bool) -> None:
+def test_hostile_names_and_values_are_written_as_they_are_and_nowhere_else(
+    bare_crm: Crm, request: pytest.FixtureRequest, key: bool
+) -> None:
     crm = prepared(bare_crm, key=key)
-    crm.setup()
+    crm.succeed("setup", "--role", "cdc")
+    request.addfinalizer(lambda: [crm.execute(drop) for drop in ("DROP OWNED BY cdc CASCADE", "DROP ROLE cdc")])
+    crm.execute("ALTER ROLE cdc LOGIN")
+    crm.settings["dsn"] = make_conninfo(crm.dsn, user="cdc")
     assert [(f.check, f.message) for f in report(crm) if f.outcome == "failed"] == []
     tables = set(crm.execute(NOTHING_ELSE))
     name = sql.Identifier(HOSTILE)
