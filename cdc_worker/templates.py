@@ -81,6 +81,8 @@ _WITHOUT: Final[Mapping[str, tuple[Operation, ...]]] = {"old": ("insert", "trunc
 
 def text(value: Any) -> str:
     """A value as it stands in a description: as Postgres prints it, NULL as nothing."""
+    if type(value) is str:  # as nearly all are
+        return value
     if value is None or value is ABSENT:
         return ""
     if isinstance(value, bool):

@@ -16,7 +16,7 @@ from cdc_worker.changes import CUTOVER_PREFIX, Change, Message, Row, Transaction
 from cdc_worker.context import NOTHING, Collapse, Context, Policy, hear
 from cdc_worker.context import PREFIX as CONTEXT_PREFIX
 from cdc_worker.errors import UnknownValueError
-from cdc_worker.lsn import INVALID
+from cdc_worker.lsn import INVALID, LSN
 from cdc_worker.rules import Lookup, Rule, Rules, Table, credited
 from cdc_worker.templates import Event, event_of, text
 
@@ -155,6 +155,8 @@ class Transformer:
         self._scope = scope
         self._policy = policy
         self._excluded: frozenset[tuple[str, str]] = frozenset()
+        ends = [end for of in (scope.excluded, scope.marked) for found in of.values() for _, end in found]
+        self._excluded_until = LSN(2**64) if None in ends else max(filter(None, ends), default=INVALID)
         self.given: list[Person] = []
         self.refused: frozenset[str] = frozenset()
         self.untrusted = False
@@ -262,7 +264,10 @@ class Transformer:
         self._commit_lsn = transaction.commit_lsn
         self._xid = transaction.xid
         self._given_at.clear()
-        self._excluded = self._scope.excludes(transaction.commit_lsn)
+        if transaction.commit_lsn < self._excluded_until:
+            self._excluded = self._scope.excludes(transaction.commit_lsn)
+        else:
+            self._excluded = frozenset()
         if self._facts or self._held:
             self._facts.clear()
             self._waiting.clear()
@@ -274,7 +279,8 @@ class Transformer:
     def _hear(self, message: Message, xid: int) -> None:
         if message.prefix != CONTEXT_PREFIX:
             return
-        self._excluded = self._scope.excludes(self._commit_lsn, heard=True)
+        if self._excluded:
+            self._excluded = self._scope.excludes(self._commit_lsn, heard=True)
         context = hear(self._context, message.content, xid=xid, policy=self._policy)
         if context != self._context:
             self._sum_up()
