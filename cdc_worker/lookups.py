@@ -153,11 +153,11 @@ def _select(lookup: Lookup, columns: Mapping[str, Column], kept: Sequence[str]) 
     names = [sql.Identifier(f"value_{number}") for number in range(len(lookup.theirs))]
     arrays = sql.SQL(", ").join(sql.SQL(f"${number}::text[]") for number in range(1, len(names) + 1))
     conditions = [
-        sql.SQL("{} = asked.{}::{}").format(sql.Identifier(column), name, sql.SQL(columns[column].type))
+        sql.SQL("{} = asked.{}::{}").format(sql.Identifier(column), name, _cast(columns[column]))
         for column, name in zip(lookup.theirs, names, strict=True)
     ]
     conditions += [
-        sql.SQL("{} = {}::{}").format(sql.Identifier(c), sql.Literal(text(v)), sql.SQL(columns[c].type))
+        sql.SQL("{} = {}::{}").format(sql.Identifier(c), sql.Literal(text(v)), _cast(columns[c]))
         for c, v in lookup.where
     ]
     order = [column for column in lookup.key if column in columns] or ["ctid"]
@@ -172,6 +172,15 @@ def _select(lookup: Lookup, columns: Mapping[str, Column], kept: Sequence[str]) 
         conditions=sql.SQL(" AND ").join(conditions),
         order=sql.SQL(", ").join(map(sql.Identifier, order)),
     )
+
+
+# By these names types are of the length one.
+_UNBOUNDED: Final = {"character": "bpchar", "bit": "varbit"}
+
+
+def _cast(column: Column) -> sql.SQL:
+    """The type that a value is read as which a column is compared with: one that cuts nothing off."""
+    return sql.SQL(_UNBOUNDED.get(column.base, column.base))
 
 
 _INTEGERS: Final = ("smallint", "integer", "bigint", "oid")

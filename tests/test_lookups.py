@@ -17,7 +17,8 @@ from cdc_worker.config import load
 from cdc_worker.lookups import fetch, visible
 from cdc_worker.postgres import connect_reading
 from cdc_worker.profile import load as load_profile
-from cdc_worker.rules import Lookup
+from cdc_worker.profile import parse
+from cdc_worker.rules import Lookup, compile_rules
 
 PROFILE = """
 name = "test"
@@ -313,6 +314,29 @@ def test_a_value_from_the_database_is_what_the_stream_would_have_told(looking: C
     assert row is not None
     assert [(type(row[name]), row[name]) for name in names] == [(type(seen), seen) for _, _, seen in SEEN]
     assert found == {(lookup, (99,)): None, (lookup, (2**40,)): None}
+
+
+def test_a_row_is_found_by_a_value_of_any_type_and_by_all_of_it(looking: Crm) -> None:
+    looking.execute("CREATE DOMAIN code AS char(3)")
+    keys = {"char(3)": "b  ", "code": "b  ", "bit(2)": "10", "varchar(3)": "b", "numeric(4,1)": "7", "enumerated": "b"}
+    looking.execute("CREATE TYPE enumerated AS ENUM ('b')")
+    profile, names = PROFILE, [f"kept_{number}" for number in range(len(keys))]
+    for name, (declared, key) in zip(names, keys.items(), strict=True):
+        looking.connection.execute(f"CREATE TABLE {name} (a {declared}, b {declared})".encode())
+        looking.connection.execute(f"INSERT INTO {name} VALUES ('{key}', '{key}')".encode())
+        profile += (
+            f'[tables.task.lookups.{name}]\ntable = "{name}"\nmatch = {{ a = "title" }}\nwhere = {{ b = "{key}" }}\n'
+        )
+    rules = compile_rules(parse(profile, source="test"))
+    of = rules["public", "task"].references
+    wanted = [
+        (of[name].lookup, (f"{key}{more}",))
+        for name, key in zip(names, keys.values(), strict=True)
+        for more in ("", "1")
+    ]
+    with connect_reading(looking.dsn, "w") as connection:
+        found = fetch(connection, rules, wanted)
+    assert [found[one] is not None for one in wanted] == [True, False] * len(keys)
 
 
 @pytest.mark.parametrize(
