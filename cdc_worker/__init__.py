@@ -17,7 +17,8 @@ In reading order. The core takes values and returns values:
     activities  what it meant: activities, dead letters, batches, positions, keys
     context     who did it, as applications say it
     profile     what a CRM's tables mean, as read from TOML
-    rules       a profile compiled into functions
+    templates   its values, templates and conditions, compiled
+    rules       its rules, compiled
     written     what its rules write to each column
     transform   transactions to activities
 
@@ -35,6 +36,7 @@ The edges each know one thing outside:
     watch       does it harm the server, is it held up
     replication the replication connection
     sink        the writing connection
+    lookups     the connection that fetches rows of other tables
     cutover     from triggers or the application's own code to the worker, and back
     setup       tables, identities, grants, slot, cut-over
     teardown    the slot, and all that setup made
@@ -44,7 +46,7 @@ The edges each know one thing outside:
     doctor      all checks
     places      on which lines of a TOML text its keys stand
     profile_…   for who writes a profile: _checks, _listing, _trial, _draft
-    worker      the loop over both sockets, and what keeps it going
+    worker      the loop over the sockets, and what keeps it going
     cli         the command line
 
 And for a look without a CRM: binaries and cluster (a private PostgreSQL), shadow (a second witness), sales_day,
