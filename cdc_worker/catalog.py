@@ -14,8 +14,8 @@ from cdc_worker import errors
 from cdc_worker.config import known_time_zone
 from cdc_worker.errors import Place
 from cdc_worker.postgres import Connection, fetch_one
-from cdc_worker.profile import Condition, Constant, Match, Matcher, Profile, Rule, Target
-from cdc_worker.rules import Rules, qualified
+from cdc_worker.profile import Condition, Constant, Match, Matcher, Profile, Rule, Table, Target
+from cdc_worker.rules import Rules, other_lookup, qualified
 from cdc_worker.templates import text
 from cdc_worker.written import Source, written
 
@@ -252,6 +252,7 @@ def faults(connection: Connection, profile: Profile, rules: Rules) -> Iterator[F
             described = f"captured table {name}" if whole else f"partition {part} of captured table {name}"
             yield Fault(f"{described} is {fate}", fix, certain=whole, captured=True, place=place)
     yield from _never_told(connection, profile, captured)
+    yield from _never_found(connection, profile, captured)
     yield from _target_faults(connection, profile, captured)
 
 
@@ -281,7 +282,7 @@ def _never_told(connection: Connection, profile: Profile, captured: Columns) -> 
                 what = " or ".join(f'"{text(constant)}"' for constant in constants)
                 yield Fault(
                     f"{described} is about {column} = {what}, which a {of.declared} is never",
-                    f"write a value of {of.declared} there, as PostgreSQL prints it",
+                    _writable(of),
                     captured=True,
                     place=place,
                 )
@@ -294,6 +295,52 @@ def _never_told(connection: Connection, profile: Profile, captured: Columns) -> 
                         captured=True,
                         place=(*place, "delta", column),
                     )
+
+
+def _never_found(connection: Connection, profile: Profile, captured: Columns) -> Iterator[Fault]:
+    """Lookups by values that their columns can't have, or that the stream tells in another way than ours."""
+    for name, table in profile.tables.items():
+        for of, lookup in table.lookups.items():
+            described, place = f"lookup {of} of {'.'.join(qualified(name))}", ("tables", name, "lookups", of)
+            their_table = ".".join(qualified(lookup.table))
+            found = captured[qualified(lookup.table)]
+            for column, constant in lookup.where.items():
+                if column in found and not _can_be(connection, found[column], constant):
+                    yield Fault(
+                        f'{described} is about {column} = "{text(constant)}" of {their_table},'
+                        f" which a {found[column].declared} is never",
+                        _writable(found[column]),
+                        captured=True,
+                        place=place,
+                    )
+            for theirs, ours in lookup.match.items():
+                own = _own(table, captured, qualified(name), ours)
+                if own is not None and theirs in found and _printed_as(own) != _printed_as(found[theirs]):
+                    yield Fault(
+                        f"{described} finds {theirs} of {their_table}, of the type {found[theirs].declared}, by {ours},"
+                        f" of the type {own.declared}: what the stream tells of both is never the same",
+                        "match columns of one type",
+                        captured=True,
+                        place=place,
+                    )
+
+
+def _own(table: Table, captured: Columns, name: tuple[str, str], ours: str) -> Column | None:
+    """The column from which a lookup starts, if there is one."""
+    other = other_lookup(ours)
+    if other is not None:
+        return captured[qualified(table.lookups[other[0]].table)].get(other[1])
+    return None if ours in table.mapped else captured[name].get(ours)
+
+
+def _printed_as(column: Column) -> str:
+    """What the values have in common of columns whose equal values are the same to the stream."""
+    if column.type in _EXACT_NUMBERS:
+        return "a number"
+    if column.base in ("text", "character varying"):
+        return "a text"
+    # Numbers and booleans of a domain come as text, which has its own ways to be equal.
+    return column.base if column.base not in (*_NUMBERS, "boolean") else column.type
 
 
 def _awaited(rule: Rule) -> Iterator[tuple[str, list[Constant]]]:
@@ -314,15 +361,24 @@ def _all_compared(condition: Condition) -> list[tuple[str, Matcher]]:
     return own + [pair for one in condition.all for pair in _all_compared(one)]
 
 
+def _writable(column: Column) -> str:
+    """What to do about a constant that a column never has."""
+    if column.type == "boolean":
+        return "write true or false there, without quotes"
+    if column.type in _NUMBERS:
+        return "write a number there, without quotes"
+    return f"write a value of {column.declared} there, in quotes, as PostgreSQL prints it"
+
+
 _PRINTED: Final = "SELECT format('%%s', %s::{})"
 
 
 def _can_be(connection: Connection, column: Column, value: Constant) -> bool:
     """Whether a decoded value of the column can equal a constant of a profile."""
     if column.type == "boolean":
-        return value in (True, False)
+        return isinstance(value, bool)
     if column.type in _NUMBERS:
-        return not isinstance(value, str)
+        return not isinstance(value, (bool, str))
     if not isinstance(value, str):
         return False
     try:
@@ -339,7 +395,8 @@ def _can_be(connection: Connection, column: Column, value: Constant) -> bool:
     return column.category not in ("S", "E") or printed == value
 
 
-_NUMBERS: Final = ("smallint", "integer", "bigint", "oid", "numeric", "real", "double precision")
+_EXACT_NUMBERS: Final = ("smallint", "integer", "bigint", "oid", "numeric")
+_NUMBERS: Final = (*_EXACT_NUMBERS, "real", "double precision")
 
 _SAMPLES: Final = {
     "smallint": ("1", "32767"),

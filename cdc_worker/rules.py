@@ -538,12 +538,12 @@ class _Compiler:
             if len(within) >= templates.MAX_DEPTH:
                 raise ValueError(f"lookup.{name}: too many lookups start from what another has found")
             for ours in table.lookups[name].match.values():
-                other = _other_lookup(ours)
+                other = other_lookup(ours)
                 if other is not None:
                     own.getter(ours)
-                    if table.lookups[name].same_transaction or table.lookups[other].same_transaction:
+                    if table.lookups[name].same_transaction or table.lookups[other[0]].same_transaction:
                         raise ValueError(f"lookup.{name}: what is of the same transaction is found by columns alone")
-                    add(other, (*within, name))
+                    add(other[0], (*within, name))
                 else:
                     own.used.add(("row", ours))
             found.append(name)
@@ -576,11 +576,11 @@ class _Compiler:
                 masked = self._specs[of].masked if (of := qualified(lookup.table)) in self._specs else {}
                 hidden = masked.keys() & {*lookup.match, *lookup.where}
                 for ours in lookup.match.values():
-                    other = _other_lookup(ours)
+                    other = other_lookup(ours)
                     if other is None:
                         hidden |= {_real(spec, ours)} & spec.masked.keys()
-                    elif other not in spec.lookups:
-                        self._wrong(place, f'{where}: there is no lookup "{other}" here')
+                    elif other[0] not in spec.lookups:
+                        self._wrong(place, f'{where}: there is no lookup "{other[0]}" here')
                 if hidden:
                     described = ", ".join(sorted(hidden))
                     self._wrong(place, f"{where}: the values of {described} are masked, and nothing is found by them")
@@ -667,14 +667,14 @@ def _real(table: TableSpec, column: str) -> str:
     return table.mapped[column].column if column in table.mapped else column
 
 
-def _other_lookup(ours: str) -> str | None:
-    """The lookup that a value for another one comes from."""
-    found = re.fullmatch(r"lookup\.([^.]+)\..+", ours)
-    return None if found is None else found[1]
+def other_lookup(ours: str) -> tuple[str, str] | None:
+    """The lookup that a value for another one comes from, and its column there."""
+    found = re.fullmatch(r"lookup\.([^.]+)\.(.+)", ours)
+    return None if found is None else (found[1], found[2])
 
 
 def _ours(ours: str, names: Names) -> Getter:
-    return names.getter(ours) if _other_lookup(ours) is not None else names.column("row", ours)
+    return names.getter(ours) if other_lookup(ours) is not None else names.column("row", ours)
 
 
 def _links(table: TableSpec) -> dict[str, str]:

@@ -364,6 +364,44 @@ description = "x"
     ]
 
 
+def test_lookups_and_constants_are_held_against_the_types_of_columns(bare_crm: Crm, tmp_path: Path) -> None:
+    bare_crm.execute(
+        "CREATE DOMAIN number AS bigint;"
+        "CREATE TABLE firm (id bigint PRIMARY KEY, code char(3), name varchar(9), active boolean, rank int);"
+        "CREATE TABLE deal (a number, b numeric(9), c varchar(20), d char(3), e text, flag boolean, count int)"
+    )
+    text = f"""\
+{TARGET}
+[tables.deal]
+lookups.a = {{ table = "firm", match = {{ id = "a" }} }}
+lookups.b = {{ table = "firm", match = {{ id = "b" }}, where = {{ active = true, rank = 1.0, code = "x  " }} }}
+lookups.c = {{ table = "firm", match = {{ id = "c" }}, where = {{ active = 1 }} }}
+lookups.d = {{ table = "firm", match = {{ code = "d" }}, where = {{ rank = true }} }}
+lookups.e = {{ table = "firm", match = {{ name = "e" }}, where = {{ rank = "1" }} }}
+lookups.f = {{ table = "firm", match = {{ code = "lookup.b.name" }} }}
+rules = [
+  {{ on = "update", changed = ["flag", "count"], to = {{ flag = 1 }}, type = "x", description = "x" }},
+  {{ on = "update", changed = "*", when = {{ new = {{ flag = true, count = true }} }}, type = "y", description = "x" }},
+  {{ on = "update", changed = "*", from = {{ count = [true, 1] }}, type = "z", description = "x" }},
+]
+"""
+    first = TARGET.count("\n") + 2
+    found = [line for line in told(tmp_path, text, crm=bare_crm) if " is about " in line or " finds " in line]
+    assert found == [
+        f"{first + 1}: lookup a of public.deal finds id of public.firm, of the type bigint, by a, of the type number:"
+        " what the stream tells of both is never the same",
+        f"{first + 3}: lookup c of public.deal finds id of public.firm, of the type bigint, by c,"
+        " of the type character varying(20): what the stream tells of both is never the same",
+        f'{first + 3}: lookup c of public.deal is about active = "1" of public.firm, which a boolean is never',
+        f'{first + 4}: lookup d of public.deal is about rank = "true" of public.firm, which a integer is never',
+        f'{first + 5}: lookup e of public.deal is about rank = "1" of public.firm, which a integer is never',
+        f"{first + 6}: lookup f of public.deal finds code of public.firm, of the type character(3), by lookup.b.name,"
+        " of the type character varying(9): what the stream tells of both is never the same",
+        f'{first + 8}: rule x of public.deal is about flag = "1", which a boolean is never',
+        f'{first + 9}: rule y of public.deal is about count = "true", which a integer is never',
+    ]
+
+
 def test_a_target_column_that_must_have_a_value_is_a_fault_where_there_is_none(shared: Crm, tmp_path: Path) -> None:
     shared.execute(
         "CREATE TABLE note (note_id serial PRIMARY KEY, kind varchar(10) NOT NULL CHECK (kind <> 'bad'),"
