@@ -447,10 +447,15 @@ def _matcher(source: Matcher) -> Callable[[Any], bool]:
 
 
 def _equals(constant: Constant) -> Callable[[Any], bool]:
-    if isinstance(constant, Decimal):
-        inexact = float(constant)
-        return lambda value: bool(value == (inexact if type(value) is float else constant))
-    return lambda value: bool(value == constant)
+    # To Python, true is 1 and 0.1 is a float that is more than that.
+    if isinstance(constant, bool):
+        return lambda value: value is constant
+    if isinstance(constant, str):
+        return lambda value: bool(value == constant)
+    inexact = float(constant)
+    return lambda value: (
+        value is not True and value is not False and bool(value == (inexact if type(value) is float else constant))
+    )
 
 
 def _matched(source: Match) -> list[Callable[[Any], bool]]:

@@ -232,6 +232,19 @@ def test_null_is_a_value_like_any_other_when_columns_are_compared() -> None:
     assert activities(updated("lead", old, a=None), rules=compiled) == []
 
 
+@pytest.mark.parametrize(
+    ("constant", "values"),
+    [("true", [True]), ("false", [False]), ("1", [1, Decimal("1.00"), 1.0]), ("0.1", [Decimal("0.10"), 0.1])],
+)
+def test_a_constant_equals_values_of_its_kind(constant: str, values: list[Value]) -> None:
+    compiled = rules(
+        f"[tables.lead]\nrules = [{{ on = 'insert', type = 'x', description = '', when.new.a = {constant} }}]"
+    )
+    every: list[Value] = [True, False, 0, 1, Decimal("1.00"), 1.0, Decimal("0.10"), 0.1, "1", "true", "0.1", "", None]
+    came = [value for value in every if activities(inserted("lead", {"a": value}), rules=compiled)]
+    assert [(type(value), value) for value in came] == [(type(value), value) for value in values]
+
+
 MAPPED = """
 [tables.customer]
 [tables.customer.mapped.state]
