@@ -230,10 +230,20 @@ def doctor(settings: Settings, as_json: bool) -> None:
 @main.command()
 @click.option("--lead", metavar="ID", help="Key of a lead.")
 @click.option("--customer", metavar="ID", help="Key of a customer.")
+@click.option(
+    "--person",
+    "others",
+    type=(str, str),
+    multiple=True,
+    metavar="FIELD ID",
+    help="Key of anybody, in the profile's field for them.",
+)
 @click.option("--yes", is_flag=True, help="Don't ask.")
 @click.option("--json", "as_json", is_flag=True, help="For machines.")
 @_settings
-def forget(settings: Settings, yes: bool, as_json: bool, **named: str | None) -> None:
+def forget(
+    settings: Settings, others: tuple[tuple[str, str], ...], yes: bool, as_json: bool, **named: str | None
+) -> None:
     """Forget a person: blank what was recorded, and what will be, until the key is given to somebody else.
 
     It takes the rights of the tables' owner, and says what it can't reach.
@@ -241,9 +251,12 @@ def forget(settings: Settings, yes: bool, as_json: bool, **named: str | None) ->
     \b
     Example: cdc-worker forget --lead 7
     """
-    persons = {field: key for field, key in named.items() if key is not None}
+    given = [(field, key) for field, key in named.items() if key is not None] + [*others]
+    persons = dict(given)
     if not persons:
-        raise click.UsageError("it takes --lead or --customer, or both, to say who")
+        raise click.UsageError("it takes --lead, --customer or --person to say who")
+    if len(persons) < len(given):
+        raise click.UsageError("it takes one key of a field at a time")
     if not yes:
         who = " and ".join(f"{field} {key}" for field, key in persons.items())
         _confirm(f"Blank all that was recorded of {who}? It can't be undone.", otherwise="--yes does it")

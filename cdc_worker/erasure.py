@@ -54,7 +54,7 @@ def lines(done: Erasure) -> Iterator[str]:
     yield f"{done.application_activities:,} of their activities are the application's, and left to it"
     for field, keys in done.linked.items():
         for key in keys:
-            yield f"an activity of theirs links to {field} {key} as well: cdc-worker forget --{field} {key}"
+            yield f"an activity of theirs links to {field} {key} as well: cdc-worker forget --person {field} {key}"
     yield "out of reach:"
     for what in done.out_of_reach:
         yield f"  {what}"

@@ -563,7 +563,7 @@ def test_it_says_what_it_did_and_what_it_cannot_reach(crm: Crm) -> None:
         "forgotten: lead 7",
         "2 of their activities and 0 of their dead letters were blanked",
         "0 of their activities are the application's, and left to it",
-        "an activity of theirs links to customer 42 as well: cdc-worker forget --customer 42",
+        "an activity of theirs links to customer 42 as well: cdc-worker forget --person customer 42",
         "out of reach:",
         *(f"  {what}" for what in OUT_OF_REACH),
     ]
@@ -611,7 +611,9 @@ def test_it_asks_before_it_does_what_cannot_be_undone(crm: Crm) -> None:
     ("arguments", "told_off"),
     [
         (["--lead", "7"], "there is no terminal to ask on: --yes does it"),
-        (["--yes"], "it takes --lead or --customer, or both, to say who"),
+        (["--yes"], "it takes --lead, --customer or --person to say who"),
+        (["--yes", "--lead", "7", "--person", "lead", "8"], "it takes one key of a field at a time"),
+        (["--yes", "--person", "deal", "7"], 'the profile "leadfi" has no persons "deal"\nhint: those it has:'),
         (["--yes", "--lead", "Ada"], '"Ada" can\'t be the key of a lead, which is of type integer'),
         (["--yes", "--lead", ""], '"" can\'t be the key of a lead, which is of type integer'),
         (["--yes", "--lead", "99999999999"], '"99999999999" can\'t be the key of a lead, which is of type integer'),
@@ -630,6 +632,28 @@ def test_a_key_is_read_as_the_database_reads_it(crm: Crm) -> None:
     assert forget(crm, "--lead", " 007").persons == {"lead": "7"}
     crm.execute("UPDATE lead SET title = 'CTO'")
     crm.record()
+    assert told(crm) == 0
+
+
+def test_persons_are_whoever_the_profile_has(crm: Crm, tmp_path: Path) -> None:
+    path = tmp_path / "profile.toml"
+    path.write_text(
+        """
+        name = "some"
+        [target]
+        table = "activity"
+        columns = { activity_type = "type", description = "description", lead_id = "keeper", change_key = "change_key" }
+        [tables.lead]
+        identity = { id = "{row.lead_id}" }
+        fields = { keeper = "{row.lead_id}" }
+        rules = [{ on = "insert", type = "made", description = "{row.full_name}" }]
+        """
+    )
+    crm.settings["profile"] = str(path)
+    crm.setup()
+    add_lead(crm)
+    crm.record()
+    assert forget(crm, "--person", "keeper", "7").activities == 1
     assert told(crm) == 0
 
 
