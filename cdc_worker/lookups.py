@@ -33,14 +33,15 @@ Found = dict[Wanted, Row | None]
 XIDS: Final = 1 << 32
 """The stream knows transactions by so many numbers, which the server uses again and again."""
 
-WAIT: Final = 0.005
-"""Seconds between two looks whether a commit that the stream has told is to be seen."""
+WAIT: Final = 0.1
+"""Seconds, at most, between two looks whether a commit that the stream has told is to be seen."""
 
 
 class Lookups:
     """Fetches rows through a connection that does nothing else. Nothing here waits: see `Sink`.
 
-    `on_failure(table, sqlstate)` is told when a table is no longer as the profile has it: its rows are then missing.
+    `on_failure(table, sqlstate)` is told when a table is no longer as the profile has it: its rows, or some of their
+    columns, are then missing. `failed` are the lookups of the last `fetch` for which that is so.
     """
 
     def __init__(
@@ -53,9 +54,10 @@ class Lookups:
         self._on_failure = on_failure
         self._connection = connection
         self._pgconn = connection.pgconn
-        tables = [lookup.table for table in rules.values() for lookup in table.looked_up]
-        self._columns = catalog.columns(connection, *tables)
+        self._tables = {lookup.table for table in rules.values() for lookup in table.looked_up}
+        self._columns = catalog.columns(connection, *self._tables)
         self._pgconn.nonblocking = 1
+        self.failed: set[Lookup] = set()
 
     def fileno(self) -> int:
         """The socket, for select."""
@@ -66,8 +68,10 @@ class Lookups:
 
         The stream may be faster than the commit that it tells of is visible to others.
         """
-        while xids and not (yield from self._visible(xids)):
-            pass
+        pause = 0.0
+        while xids and not (yield from self._visible(xids, pause)):
+            pause = min(WAIT, 2 * pause or 0.001)
+        self.failed = set()
         found: Found = {}
         by_lookup: dict[Lookup, list[tuple[Value, ...]]] = {}
         for lookup, values in wanted:
@@ -75,9 +79,9 @@ class Lookups:
         for lookup, sought in by_lookup.items():
             rows: dict[tuple[Value, ...], Row] = {}
             try:
-                rows = yield from self._rows(lookup, sought)
+                rows = yield from self._rows_by_now(lookup, sought)
             except _CHANGED as error:
-                self._on_failure(lookup.table, error.sqlstate or "")
+                self._failed(lookup, error.sqlstate or "")
             except psycopg.DataError:  # a value that the column can't have: whose, is found out one by one
                 for values in sought:
                     with contextlib.suppress(psycopg.DataError):
@@ -85,15 +89,39 @@ class Lookups:
             found |= {(lookup, values): rows.get(values) for values in sought}
         return found
 
-    def _visible(self, xids: Collection[int]) -> Writing[bool]:
-        result = yield from self._query(_SNAPSHOT, [str(WAIT).encode()])
+    def cancel(self) -> None:
+        """End what is being fetched: a query that waits for a lock would go on waiting without us. Brief."""
+        if self._pgconn.transaction_status == pq.TransactionStatus.ACTIVE:
+            with contextlib.suppress(psycopg.Error):
+                self._connection.cancel_safe(timeout=0.1)
+
+    def _failed(self, lookup: Lookup, sqlstate: str) -> None:
+        self.failed.add(lookup)
+        self._on_failure(lookup.table, sqlstate)
+
+    def _visible(self, xids: Collection[int], pause: float) -> Writing[bool]:
+        result = yield from self._query(_SNAPSHOT, [str(pause).encode()])
         return visible((result.get_value(0, 0) or b"").decode(), xids)
+
+    def _rows_by_now(
+        self, lookup: Lookup, sought: Sequence[tuple[Value, ...]]
+    ) -> Writing[dict[tuple[Value, ...], Row]]:
+        """Rows of a table that may have been altered since we looked at its columns."""
+        try:
+            return (yield from self._rows(lookup, sought))
+        except (*_CHANGED, psycopg.DataError):
+            before, self._columns = self._columns, catalog.columns(self._connection, *self._tables)
+            if self._columns == before:
+                raise
+            return (yield from self._rows(lookup, sought))
 
     def _rows(self, lookup: Lookup, sought: Sequence[tuple[Value, ...]]) -> Writing[dict[tuple[Value, ...], Row]]:
         columns = self._columns[lookup.table]
         if {*lookup.theirs, *(column for column, _ in lookup.where)} - columns.keys():
             raise postgres.error("42703", "a column is gone")
         kept = [column for column in lookup.columns if column in columns]
+        if len(kept) < len(lookup.columns):
+            self._failed(lookup, "42703")
         arrays = [postgres.array(map(text, values)).encode() for values in zip(*sought, strict=True)]
         result = yield from self._query(_select(lookup, columns, kept).as_bytes(self._connection), arrays)
         rows: dict[tuple[Value, ...], Row] = {}

@@ -90,7 +90,10 @@ def connect(dsn: str, worker: str, *, name: str | None = None) -> Connection:
 
     It has the worker's `name`, if it is given none.
     """
-    connection = _connect(dsn, worker, _WRITING, name=name, client_encoding="UTF8")
+    return _unlimited(_connect(dsn, worker, _WRITING, name=name, client_encoding="UTF8"))
+
+
+def _unlimited(connection: Connection) -> Connection:
     connection.execute(
         "SELECT set_config(name, '0', false) FROM pg_settings WHERE name = ANY (%s)", (list(_UNLIMITED),)
     )
@@ -106,7 +109,7 @@ def connect_briefly(dsn: str, worker: str) -> Connection:
 def connect_reading(dsn: str, worker: str) -> Connection:
     """A connection that only reads, and to which values print as they do in the stream."""
     reading = {**_PINNED, "timezone": "UTC", "default_transaction_read_only": "on"}
-    return _connect(dsn, worker, reading, client_encoding="UTF8")
+    return _unlimited(_connect(dsn, worker, reading, client_encoding="UTF8"))
 
 
 def connect_replication(dsn: str, worker: str) -> Connection:

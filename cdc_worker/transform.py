@@ -11,7 +11,7 @@ from typing import Any, Final
 
 import msgspec
 
-from cdc_worker.activities import Activity, DeadLetter, Person, Scope, Stretch, change_key, key_prefix
+from cdc_worker.activities import Activity, DeadLetter, Person, Position, Scope, Stretch, change_key, key_prefix
 from cdc_worker.changes import CUTOVER_PREFIX, Change, Message, Row, Transaction, Value
 from cdc_worker.context import NOTHING, Collapse, Context, Policy, hear
 from cdc_worker.context import PREFIX as CONTEXT_PREFIX
@@ -129,6 +129,7 @@ class _Summary(msgspec.Struct, eq=False):
 
 _EVERYTHING: Final = Scope()
 _BELIEVING: Final = Policy()
+_NOWHERE: Final = Position(INVALID)
 
 
 class Transformer:
@@ -139,7 +140,8 @@ class Transformer:
     that is done the commit isn't. `given` are the erased persons whose keys were given to somebody else meanwhile.
     `missing` are columns, by table, that changes didn't carry, so that the metadata had to do without; `refused` is
     what messages asked for that the `policy` doesn't allow, and `untrusted` whether any so far was a mere claim.
-    `worker` and `system_identifier` are part of every change key.
+    `worker` and `system_identifier` are part of every change key. Of a commit that is `resumed` the first changes were
+    written before, perhaps by another policy: no summary tells them again.
     """
 
     def __init__(
@@ -150,8 +152,10 @@ class Transformer:
         system_identifier: str,
         scope: Scope = _EVERYTHING,
         policy: Policy = _BELIEVING,
+        resumed: Position = _NOWHERE,
     ) -> None:
         self._rules = rules
+        self._resumed = resumed
         self._scope = scope
         self._policy = policy
         self._excluded: frozenset[tuple[str, str]] = frozenset()
@@ -235,8 +239,11 @@ class Transformer:
         """The transactions, by their numbers, that must be to be seen in the database where rows are looked for."""
         return self._unseen.keys() | {self._xid} if self._xid else ()
 
-    def tell(self, found: Mapping[Wanted, Row | None]) -> None:
-        """Take rows that were looked for, as they are now; None for those that aren't there."""
+    def tell(self, found: Mapping[Wanted, Row | None], *, failed: Collection[Lookup] = ()) -> None:
+        """Take rows that were looked for, as they are now; None for those that aren't there.
+
+        What is found by lookups that `failed` is not remembered: they may succeed again.
+        """
         self._wanted = {}
         self._unseen.clear()
         for (lookup, values), row in found.items():
@@ -246,6 +253,9 @@ class Transformer:
         asking, self._asking = self._asking, deque()
         for held in asking:
             self._seek(held)
+        for lookup, values in found:
+            if lookup in failed:
+                self._rows[lookup].pop(values, None)
 
     def _seen(self, lookup: Lookup, row: Row | None) -> Row | None:
         return self._rules[lookup.table].masked(row)
@@ -318,6 +328,8 @@ class Transformer:
         if change.operation == "update" and not change.changed:
             return
         if self._context.collapse is not None:
+            if self._commit_lsn == self._resumed.commit_lsn and index < self._resumed.changes:
+                return
             if self._summary is None:
                 self._summary = _Summary(self._context, self._context_number, change, index, committed_at)
             self._summary.count(change)
@@ -489,10 +501,8 @@ class Transformer:
             reference = references[name]
             try:
                 values = reference.sought(event)
-            except KeyError:  # of a row that is asked for itself, or that has no such column any more
-                if asked:
-                    continue
-                values = None
+            except KeyError:  # of a row that is asked for itself, or of a column that isn't carried: that is no miss
+                continue
             known = self._rows[reference.lookup]
             if values is None:
                 event.found[name] = None

@@ -290,7 +290,8 @@ class Worker:
             rules = self._settings.rules(found)
             with closing(self._connect()) as connection:
                 catalog.check(connection, found, rules)
-        except (errors.ProfileError, errors.CatalogMismatchError) as error:
+                setup.check_grants(connection, found, rules, postgres.server(connection).role)
+        except (errors.ProfileError, errors.CatalogMismatchError, errors.TargetUnusableError) as error:
             self._log.error("profile_refused", reason=str(error))
         except psycopg.errors.InsufficientPrivilege as error:
             self._log.error("profile_refused", reason=str(postgres.failure(error)))
@@ -361,6 +362,7 @@ class Worker:
                 reading = postgres.connect_reading(settings.dsn.get_secret_value(), worker)
                 stack.callback(reading.close)
                 lookups = Lookups(reading, self._rules, on_failure=self._warn_of_lookup)
+                stack.callback(lookups.cancel)
         self._started = True
         log.info("replication_started", lsn=str(position.lsn), plugin=replica.plugin, time_zone=time_zone)
         transformer = Transformer(
@@ -369,6 +371,7 @@ class Worker:
             system_identifier=found.system_identifier,
             scope=scope,
             policy=settings.policy(self._profile),
+            resumed=position,
         )
         return _Stream(
             replication,
@@ -602,7 +605,7 @@ class _Stream:
         self._wants = Wait.R
         self._wal_end = self._told = sink.position.lsn
         now = time.monotonic()
-        self._heard_at = self._status_at = self._advanced_at = self._began_at = now
+        self._heard_at = self._status_at = self._advanced_at = self._began_at = self._asked_at = now
         self._looked_at = now - WATCH_INTERVAL
         self._looked_until, self._looked_after = sink.position.lsn, totals.batches
         self._progress_at = now
@@ -717,13 +720,14 @@ class _Stream:
         assert self._lookups is not None
         if self._fetching is None:
             self._fetching = self._lookups.fetch(transformer.wanted, transformer.unseen)
+            self._asked_at = time.monotonic()
         elif ready is None:
             return False
         try:
             self._fetch_wants = self._fetching.send(ready)  # type: ignore[arg-type]  # None starts it
         except StopIteration as stop:
             self._fetching = None
-            transformer.tell(stop.value)
+            transformer.tell(stop.value, failed=self._lookups.failed)
             return True
         return False
 
@@ -821,8 +825,10 @@ class _Stream:
 
     def _tick(self, now: float) -> None:
         if now >= self._status_due:
+            if self._batch.full or self._unfinished is not None:
+                self._heard_at = now  # nothing is read: it isn't the server that is silent
             silent = now - self._heard_at
-            if silent > SILENCE and not self._batch.full:
+            if silent > SILENCE:
                 raise psycopg.OperationalError(f"nothing was heard from the server for {silent:.0f} s")
             self._send_status(reply_requested=silent > self._status_interval)
         if self._to_look_at and now >= self._looked_at + WATCH_INTERVAL:
@@ -848,8 +854,11 @@ class _Stream:
 
     @property
     def _held_up(self) -> bool:
-        """Whether a batch is not written for so long that somebody should look why."""
-        return self._writing is not None and time.monotonic() > self._began_at + WATCH_INTERVAL
+        """Whether a batch is not written, or a row not found, for so long that somebody should look why."""
+        long_ago = time.monotonic() - WATCH_INTERVAL
+        return (self._writing is not None and self._began_at < long_ago) or (
+            self._fetching is not None and self._asked_at < long_ago
+        )
 
     @property
     def _to_look_at(self) -> bool:
@@ -858,6 +867,7 @@ class _Stream:
             self._totals.batches > self._looked_after
             or self._received - self._looked_until > MOVED
             or self._writing is not None
+            or self._fetching is not None
             or self._watch.pending
         )
 

@@ -28,7 +28,7 @@ from hypothesis import strategies as st
 from psycopg.types.json import Jsonb
 from support import Crm, eventually, storm
 
-from cdc_worker.activities import Activity, Scope
+from cdc_worker.activities import Activity, Position, Scope
 from cdc_worker.changes import Change, Message, Transaction, update
 from cdc_worker.context import Policy
 from cdc_worker.lsn import INVALID, LSN
@@ -49,9 +49,24 @@ def fed(transformer: Transformer, slices: list[Transaction]) -> Iterator[Outcome
             yield from transformer.rest()
 
 
-def transformer(*, allowed: bool = True, scope: Scope | None = None) -> Transformer:
+def transformer(*, allowed: bool = True, scope: Scope | None = None, resumed: Position | None = None) -> Transformer:
     policy = Policy(unsigned_control=allowed, kept=("request_id",))
-    return Transformer(leadfi(), worker="w", system_identifier="1", scope=scope or Scope(), policy=policy)
+    return Transformer(
+        leadfi(),
+        worker="w",
+        system_identifier="1",
+        scope=scope or Scope(),
+        policy=policy,
+        resumed=resumed or Position(INVALID),
+    )
+
+
+def counts(outcome: Outcome) -> int:
+    """Of how many changes an outcome is the summary."""
+    if "/collapse" not in outcome.change_key:
+        return 0
+    assert isinstance(outcome, Activity)
+    return sum(sum(by.values()) for by in outcome.fields["metadata"]["changes"].values())
 
 
 def outcomes(*script: Change | Message, scope: Scope | None = None) -> list[Outcome]:
@@ -245,14 +260,25 @@ def test_a_commit_may_be_resumed_by_who_allows_no_longer_to_collapse(
     done = first.done if written else 0
     again = [outcome for outcome in fed(transformer(allowed=False), assembled(script)) if outcome.index >= done]
     whole = {outcome.index for outcome in fed(transformer(allowed=False), assembled(script))}
-    counted = sum(
-        sum(by.values())
-        for outcome in written
-        if isinstance(outcome, Activity)
-        for by in outcome.fields["metadata"].get("changes", {}).values()
-    )
-    kept = [outcome.index for outcome in written if "/collapse" not in outcome.change_key]
-    assert len({*kept, *(outcome.index for outcome in again)}) + counted == len(whole)
+    kept = [outcome.index for outcome in written if not counts(outcome)]
+    assert len({*kept, *(outcome.index for outcome in again)}) + sum(map(counts, written)) == len(whole)
+
+
+@given(st.lists(st.one_of(CHANGES, CHANGES, COLLAPSES), max_size=30), CUTS, st.data())
+def test_a_commit_may_be_resumed_by_who_allows_to_collapse_what_was_not(
+    script: list[Change | Message], cuts: set[int], data: st.DataObject
+) -> None:
+    """As where somebody stops the worker within a bulk change, to let the rest of it be told as one."""
+    slices = assembled(script, cuts=cuts)
+    first = transformer(allowed=False)
+    written = list(fed(first, slices[: data.draw(st.integers(0, len(slices)))]))
+    done = first.done if written else 0
+    second = transformer(resumed=Position(LSN(0), slices[0].commit_lsn if slices else INVALID, done))
+    again = [outcome for outcome in fed(second, assembled(script)) if outcome.index >= done]
+    whole = {outcome.index for outcome in fed(transformer(allowed=False), assembled(script))}
+    assert len({*(outcome.index for outcome in (*written, *again) if not counts(outcome))}) + sum(
+        map(counts, again)
+    ) == len(whole)
 
 
 @given(SCRIPTS)

@@ -7,10 +7,11 @@ import threading
 from decimal import Decimal
 from pathlib import Path
 from typing import LiteralString
+from unittest import mock
 
 import psycopg
 import pytest
-from support import Crm, eventually, having, role
+from support import Crm, WorkerProcess, eventually, having, role
 
 from cdc_worker.cluster import Cluster
 from cdc_worker.config import load
@@ -19,6 +20,7 @@ from cdc_worker.postgres import connect_reading
 from cdc_worker.profile import load as load_profile
 from cdc_worker.profile import parse
 from cdc_worker.rules import Lookup, compile_rules
+from cdc_worker.worker import Stop, Worker
 
 PROFILE = """
 name = "test"
@@ -201,6 +203,40 @@ def test_keepalives_are_answered_while_a_table_is_locked_that_is_looked_into(loo
         assert worker.terminate() == 0
 
 
+def test_what_keeps_a_row_from_being_found_is_told_and_not_taken_for_silence(
+    looking: Crm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is read meanwhile, and the server keeps its WAL."""
+    for name, value in {"SILENCE": 0.3, "STATUS_INTERVAL": 0.1, "WATCH_INTERVAL": 0.3, "gc": mock.Mock()}.items():
+        monkeypatch.setattr(f"cdc_worker.worker.{name}", value)
+    settings = load(
+        flags={"dsn": looking.dsn, "slot": looking.slot, "retained_alarm_bytes": "1048576", **looking.settings}
+    )
+    log, stop = mock.Mock(), Stop()
+    worker = Worker(settings, load_profile(settings.profile), stop=stop, log=log)
+    running = threading.Thread(target=worker.run)
+
+    def warned() -> set[str]:
+        return {call.args[0] for call in log.warning.mock_calls}
+
+    with psycopg.connect(looking.dsn) as other:
+        other.execute("LOCK TABLE team")
+        add(looking, "a", 1)
+        running.start()
+        looking.execute("SELECT pg_logical_emit_message(false, 'traffic', repeat('x', 1 << 20)), pg_switch_wal()")
+        waits = (
+            "SELECT min(query_start) < now() - interval '1 s' FROM pg_stat_activity"
+            " WHERE application_name = %s AND wait_event_type = 'Lock'"
+        )
+        eventually(lambda: looking.value(waits, f"cdc-worker {looking.slot}"))
+        eventually(lambda: warned() >= {"write_held_up", "wal_retained"}, what="somebody is told")
+        other.rollback()
+    eventually(lambda: len(told(looking)) == 1)
+    stop._handle(signal.SIGTERM, None)
+    running.join()
+    assert "connection_lost" not in warned()
+
+
 def test_a_shutdown_does_not_wait_for_a_lookup(looking: Crm) -> None:
     with looking.worker() as worker, psycopg.connect(looking.dsn) as other:
         worker.wait_for("replication_started")
@@ -210,6 +246,7 @@ def test_a_shutdown_does_not_wait_for_a_lookup(looking: Crm) -> None:
         eventually(lambda: looking.value(waits, f"cdc-worker {looking.slot}") == 1)
         worker.process.send_signal(signal.SIGTERM)
         assert worker.wait() == 0
+        assert looking.value(waits, f"cdc-worker {looking.slot}") == 0, "nor does its connection, for the lock"
         other.rollback()
     looking.record()
     assert told(looking) == ["a for jane of sales under jane"]
@@ -276,6 +313,64 @@ def test_the_role_needs_to_read_what_is_looked_up_and_no_more(looking: Crm) -> N
         add(looking, "a", 1)
         looking.record()
     assert told(looking) == ["a for jane of sales under jane"]
+
+
+def hang_up(crm: Crm, worker: WorkerProcess, profile: str) -> None:
+    Path(crm.settings["profile"]).write_text(profile, "utf-8")
+    worker.process.send_signal(signal.SIGHUP)
+
+
+def test_a_profile_whose_lookups_lack_grants_changes_nothing(looking: Crm) -> None:
+    before = PROFILE.replace("lookups.team =", "# lookups.team =").replace(" of {lookup.team.name or 'no team'}", "")
+    before = before.replace("{lookup.team.team_id}", "{lookup.person.team_id}")
+    Path(looking.settings["profile"]).write_text(before, "utf-8")
+    with role(looking):
+        looking.execute("GRANT SELECT ON person TO cdc")
+        with looking.worker() as worker:
+            worker.wait_for("replication_started")
+            hang_up(looking, worker, PROFILE)
+            assert 'lacks SELECT ON "public"."team"' in worker.wait_for("profile_refused")["reason"]
+            add(looking, "a", 1)
+            eventually(lambda: told(looking) == ["a for jane under jane"])
+            looking.execute("GRANT SELECT ON team TO cdc")
+            hang_up(looking, worker, PROFILE)
+            worker.wait_for("profile_reloaded")
+            add(looking, "b", 1)
+            eventually(lambda: told(looking)[1:] == ["b for jane of sales under jane"])
+            assert worker.terminate() == 0
+
+
+def test_what_could_not_be_looked_up_is_once_it_can_be(looking: Crm) -> None:
+    with looking.worker() as worker:
+        worker.wait_for("replication_started")
+        looking.execute("ALTER TABLE team RENAME TO teams")
+        add(looking, "a", 1)
+        eventually(lambda: told(looking) == ["a for jane of no team under jane"])
+        looking.execute("ALTER TABLE teams RENAME TO team")
+        add(looking, "b", 1)
+        eventually(lambda: told(looking)[1:] == ["b for jane of sales under jane"])
+        looking.execute("ALTER TABLE team ALTER team_id TYPE text; ALTER TABLE person ALTER team_id TYPE text")
+        looking.execute("INSERT INTO team VALUES ('x', 'new'); INSERT INTO person VALUES (6, 'pat', 'x')")
+        looking.execute("UPDATE person SET name = 'ann' WHERE person_id = 3")
+        add(looking, "c", 6)
+        add(looking, "d", 3)
+        eventually(lambda: told(looking)[2:] == ["c for pat of new under no head", "d for ann of support under ann"])
+        assert [event["table"] for event in worker.events("lookup_failed")] == ['"public"."team"']
+        assert worker.terminate() == 0
+
+
+def test_what_is_looked_for_by_a_column_that_is_gone_is_a_dead_letter(looking: Crm) -> None:
+    """Nobody is not who isn't known."""
+    with looking.worker() as worker:
+        add(looking, "a", 1)
+        eventually(lambda: len(told(looking)) == 1)
+        looking.execute("ALTER TABLE task RENAME person_id TO assignee_id")
+        looking.execute("INSERT INTO task (title, assignee_id) VALUES ('b', 1)")
+        eventually(lambda: looking.value("SELECT count(*) FROM cdc_worker.dead_letter") == 1)
+        assert worker.terminate() == 0
+    assert looking.execute("SELECT kind, change -> 'new' ->> 'title' FROM cdc_worker.dead_letter") == [
+        ("rule_failed", "b")
+    ]
 
 
 SEEN: list[tuple[LiteralString, LiteralString, object]] = [
