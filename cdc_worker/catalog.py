@@ -17,7 +17,7 @@ from cdc_worker.postgres import Connection, fetch_one
 from cdc_worker.profile import Condition, Constant, Match, Matcher, Profile, Rule, Table, Target
 from cdc_worker.rules import Rules, other_lookup, qualified
 from cdc_worker.templates import text
-from cdc_worker.written import Source, written
+from cdc_worker.written import Source, Written, names, written
 
 _COLUMNS: Final = """
 WITH RECURSIVE relation AS (
@@ -496,10 +496,10 @@ def _target_faults(connection: Connection, profile: Profile, captured: Columns) 
         yield Fault(f"{name} has no column for change keys, and there is no table for them", "cdc-worker setup")
     found = columns(connection, table)[table]
     rules = list(written(profile))
-    sources: dict[tuple[str, Source], list[str]] = {}
+    sources: dict[tuple[str, Source], list[Written]] = {}
     for rule in rules:
         for column, source in rule.values.items():
-            sources.setdefault((column, source), []).append(rule.described)
+            sources.setdefault((column, source), []).append(rule)
     if missing := sorted({*target.columns, *target.constants} - found.keys()):
         # Where rules differ, a column of a captured table tells most.
         told = sorted(sources, key=lambda of: of[1].column is not None)
@@ -527,7 +527,7 @@ def _target_faults(connection: Connection, profile: Profile, captured: Columns) 
             add = f"as the owner of the type: ALTER TYPE {taker.base} ADD VALUE {sql.quote(value)}"
             yield Fault(
                 f"target column {name}.{to} is of the type {taker.declared}, as which {what} {how}:"
-                f" {'all rules' if len(by) == len(rules) else ', '.join(by)}",
+                f" {'all rules' if len(by) == len(rules) else names(by)}",
                 add if value is not None and taker.labels else retype,
                 certain=certain,
                 captured=source.column is not None,

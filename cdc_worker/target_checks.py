@@ -19,7 +19,7 @@ from cdc_worker import catalog, ddl
 from cdc_worker.catalog import Column, Columns, TargetTable, quoted
 from cdc_worker.checks import Check, Finding, Look, failed, ok, unknown, warning
 from cdc_worker.rules import qualified
-from cdc_worker.written import Source, Written, longest_key, written
+from cdc_worker.written import Source, Written, longest_key, names, written
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,10 +74,6 @@ def otherwise(findings: Iterable[Finding], message: str) -> list[Finding]:
     return [*findings] or [ok(message)]
 
 
-def _names(rules: Iterable[Written]) -> str:
-    return ", ".join(dict.fromkeys(rule.described for rule in rules))
-
-
 def _query(look: Look, target: _Target, query: str, *parameters: Any) -> list[tuple[Any, ...]]:
     return look.connection.execute(query.encode(), (target.relation, *parameters)).fetchall()
 
@@ -103,7 +99,10 @@ def target(look: Look, target: _Target) -> Iterable[Finding]:
     said = f"; texts too long for {', '.join(cut)} are cut" if cut else ""
     said += ", and stand in the metadata whole" if cut and keeps else ""
     findings = [*_left_out(look, target), *_without_value(look, target), *_too_long(look, target)]
-    return otherwise(findings, f"{target.name} takes what the profile's {len(target.rules)} rules write{said}")
+    return otherwise(
+        findings,
+        f"{target.name} takes what the profile's {len({rule.described for rule in target.rules})} rules write{said}",
+    )
 
 
 def _left_out(look: Look, target: _Target) -> Iterator[Finding]:
@@ -137,13 +136,13 @@ def _without_value(look: Look, target: _Target) -> Iterator[Finding]:
         if never:
             yield failed(
                 f"column {column.name} must have a value, and these rules have none, so that their rows become dead"
-                f" letters: {_names(never)}",
+                f" letters: {names(never)}",
                 _relaxed(look, target, column),
             )
         elif at_times:
             yield warning(
                 f"column {column.name} must have a value, and these rules don't always have one; rows without become"
-                f" dead letters: {_names(at_times)}",
+                f" dead letters: {names(at_times)}",
                 _relaxed(look, target, column),
             )
 
@@ -206,13 +205,13 @@ def _too_long(look: Look, target: _Target) -> Iterator[Finding]:
         elif constant and not (keeps and column in fields):
             yield failed(
                 f"column {column} has {length} characters, too few for what these rules write; their rows become dead"
-                f" letters: {_names(constant)}",
+                f" letters: {names(constant)}",
                 widen,
             )
         elif not keeps and (longer := [r for r, s in sources.items() if _length(s, target.captured) > length]):
             yield warning(
                 f"column {column} has {length} characters, and with no metadata to keep the whole of it, what is longer"
-                f" becomes a dead letter: {_names(longer)}",
+                f" becomes a dead letter: {names(longer)}",
                 widen,
             )
 
@@ -340,7 +339,7 @@ def _refusing(look: Look, target: _Target) -> Iterator[Finding]:
                 condition = f"{quoted(target.key)} IS NOT NULL OR {expression}"
                 relaxed += f", ADD CONSTRAINT {quoted(name)} CHECK ({condition}) NOT VALID"
             yield failed(
-                f'CHECK "{name}" refuses all that these rules write, which becomes dead letters: {_names(refused)}',
+                f'CHECK "{name}" refuses all that these rules write, which becomes dead letters: {names(refused)}',
                 "cdc-worker setup" if setup_would(look, f"DROP CONSTRAINT {name}") else relaxed,
             )
 
@@ -464,7 +463,7 @@ def _clashing(look: Look, target: _Target, index: _Unique) -> Iterator[Finding]:
         fix += f"{added}{body} WHERE ({own})"
     yield warning(
         f'"{index.name}" lets equal values of {", ".join(filter(None, index.columns))} be there once only; of the rows'
-        f" that these rules write all but the first become dead letters: {_names(concerned)}",
+        f" that these rules write all but the first become dead letters: {names(concerned)}",
         fix,
     )
 

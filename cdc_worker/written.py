@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
@@ -42,6 +42,11 @@ class Written:
     def described(self) -> str:
         """The rule as messages name it."""
         return f"{self.rule} of {'.'.join(self.table)}"
+
+
+def names(rules: Iterable[Written]) -> str:
+    """The rules as messages name them, each once whatever its operations."""
+    return ", ".join(dict.fromkeys(rule.described for rule in rules))
 
 
 LONGEST_ORDINAL: Final = 10**10 - 1

@@ -402,6 +402,21 @@ rules = [
     ]
 
 
+def test_a_rule_on_several_operations_is_named_once(shared: Crm, tmp_path: Path) -> None:
+    text = """\
+name = "test"
+target = { table = "activity", columns = { activity_type = "type", customer_uid = "owner" } }
+[tables.lead]
+owner = "bd_in_charge"
+rules = [
+  { on = ["insert", "delete"], type = "x", description = "x" },
+  { on = "truncate", type = "y", description = "x" },
+]
+"""
+    (found,) = [line for line in told(tmp_path, text, crm=shared) if "as which" in line]
+    assert found.endswith("such rows become dead letters: x of public.lead")
+
+
 def test_a_target_column_that_must_have_a_value_is_a_fault_where_there_is_none(shared: Crm, tmp_path: Path) -> None:
     shared.execute(
         "CREATE TABLE note (note_id serial PRIMARY KEY, kind varchar(10) NOT NULL CHECK (kind <> 'bad'),"
