@@ -243,13 +243,18 @@ class Rule:
             raise UnknownValueError(f'the function of the rule "{self.name}" returned no dict with a "type"')
         if wrong := [str(name) for name, value in made.items() if not _can_be_written(value)]:
             raise UnknownValueError(f'the function of the rule "{self.name}" returned no value for "{wrong[0]}"')
-        metadata = {**fields["metadata"], **(made.get("metadata") or {})}
+        told = made.get("metadata") or {}
+        if not isinstance(told, dict):
+            raise UnknownValueError(f'the function of the rule "{self.name}" returned no dict for "metadata"')
+        metadata = {**fields["metadata"], **told}
         return {**fields, **made, "metadata": metadata, "occurred_at": event.committed_at}
 
 
-def _can_be_written(value: Any) -> bool:
+def _can_be_written(value: Any, depth: int = 24) -> bool:
     """Whether what a function returned is a value that a column, or metadata, can hold."""
     match value:
+        case list() | dict() if not depth:
+            return False  # it may even be within itself
         case None | bool() | float() | datetime():
             return True
         case int():
@@ -259,9 +264,12 @@ def _can_be_written(value: Any) -> bool:
         case str():
             return "\0" not in value and not _SURROGATE.search(value)
         case list():
-            return all(_can_be_written(one) for one in value)
+            return all(_can_be_written(one, depth - 1) for one in value)
         case dict():
-            return all(isinstance(key, str) and all(map(_can_be_written, (key, of))) for key, of in value.items())
+            return all(
+                isinstance(key, str) and all(_can_be_written(one, depth - 1) for one in (key, of))
+                for key, of in value.items()
+            )
         case _:
             return False
 

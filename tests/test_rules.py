@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 
 from cdc_worker.activities import Activity, DeadLetter
 from cdc_worker.changes import Row, Value
+from cdc_worker.profile import parse
+from cdc_worker.rules import compile_rules
 
 TEXT = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]))
 
@@ -390,3 +392,30 @@ def test_a_fact_that_is_there_is_a_value_everywhere() -> None:
         "created_by": "jane",
         "who": "jane",
     }
+
+
+_ENDLESS: list[Any] = []
+_ENDLESS.append(_ENDLESS)
+
+
+@pytest.mark.parametrize(
+    ("made", "reason"),
+    [
+        ({"type": "t", "metadata": {"a": _ENDLESS}}, 'returned no value for "metadata"'),
+        ({"type": "t", "x": {"a": _ENDLESS}}, 'returned no value for "x"'),
+        ({"type": "t", "metadata": ["a"]}, 'returned no dict for "metadata"'),
+        ({"type": "t", "metadata": "s3cr3t"}, 'returned no dict for "metadata"'),
+    ],
+)
+def test_what_is_wrong_with_what_a_function_returns_is_told(made: dict[str, Any], reason: str) -> None:
+    compiled = compile_rules(
+        parse(
+            "name = 'own'\ntarget = { table = 't', columns = { t = 'type' } }\n[tables.lead]\n"
+            "rules = [{ on = 'insert', name = 'x', rule = 'own:made' }]",
+            source="own",
+        ),
+        function=lambda _: lambda event: made,
+    )
+    (outcome,) = outcomes(inserted("lead", {"a": 1}), rules=compiled)
+    assert isinstance(outcome, DeadLetter)
+    assert outcome.reason == f'the function of the rule "x" {reason}'
