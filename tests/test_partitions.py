@@ -460,7 +460,8 @@ def test_killed_while_partitions_come_and_go_it_loses_and_doubles_nothing(deals:
             )
             deals.execute("INSERT INTO deal (id, region) SELECT n, 'north' FROM generate_series(1, 1500) n")
             deals.execute("UPDATE deal SET region = %s WHERE region = 'north'", f"r{n}")
-            some = sum(expected.values()) + luck.randrange(1, 2500)
+            # Of a partition that is dropped before its first change was read, nobody knows whose it was.
+            some = sum(expected.values()) + luck.randrange(1501, 3000)
             eventually(lambda some=some: len(told(deals)) >= some)  # type: ignore[misc]
             deals.execute("DELETE FROM deal")
             worker.kill()
