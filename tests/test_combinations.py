@@ -1,4 +1,4 @@
-"""A commit in which everything waits for everything: whatever is out by then, the position says what is still to come."""
+"""A commit in which everything waits for everything: whatever is out, the position says what is still to come."""
 
 from __future__ import annotations
 
