@@ -461,6 +461,8 @@ class _Compiler:
         with within("changed"):
             if len(spec.changed) > 1 and {"*", "unclaimed"} & set(spec.changed):
                 raise ValueError('"*" and "unclaimed" stand alone in "changed"')
+            if ignored := sorted({_real(table, column) for column in spec.changed} & {*table.ignored}):
+                raise ValueError(f"changes of {', '.join(ignored)} are ignored, and no rule is about them")
         with within():
             compared_with = {_real(table, column) for column in (*spec.from_, *spec.to, *spec.delta)}
             if hidden := sorted(compared_with & table.masked.keys()):

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from cdc_worker.activities import Activity, DeadLetter
 from cdc_worker.changes import Row, Value
+from cdc_worker.errors import ProfileError
 from cdc_worker.profile import parse
 from cdc_worker.rules import compile_rules
 
@@ -392,6 +393,15 @@ def test_a_fact_that_is_there_is_a_value_everywhere() -> None:
         "created_by": "jane",
         "who": "jane",
     }
+
+
+@pytest.mark.parametrize("changed", ["'at'", "['a', 'at']", "'since'"])
+def test_no_rule_is_about_what_is_ignored(changed: str) -> None:
+    with pytest.raises(ProfileError, match="changes of at are ignored, and no rule is about them"):
+        rules(
+            "[tables.lead]\nignored = 'at'\nmapped.since = { column = 'at', map = { x = 'y' } }\n"
+            f"rules = [{{ on = 'update', changed = {changed}, type = 't', description = '' }}]"
+        )
 
 
 _ENDLESS: list[Any] = []
