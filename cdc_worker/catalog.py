@@ -286,7 +286,7 @@ def _never_told(connection: Connection, profile: Profile, captured: Columns) -> 
                     captured=True,
                     place=place,
                 )
-            for column in {**rule.delta, **(rule.when.delta if rule.when else {})}:
+            for column in dict.fromkeys([*rule.delta, *(_moving(rule.when) if rule.when else ())]):
                 of = captured[qualified(name)].get(column)
                 if of is not None and of.base not in _NUMBERS:
                     yield Fault(
@@ -368,6 +368,13 @@ def _writable(column: Column) -> str:
     if column.type in _NUMBERS:
         return "write a number there, without quotes"
     return f"write a value of {column.declared} there, in quotes, as PostgreSQL prints it"
+
+
+def _moving(condition: Condition) -> Iterator[str]:
+    """The columns of which a condition says by how much they change."""
+    yield from condition.delta
+    for one in (*condition.all, *(condition.any or ()), *([condition.not_] if condition.not_ else ())):
+        yield from _moving(one)
 
 
 _PRINTED: Final = "SELECT format('%%s', %s::{})"

@@ -383,6 +383,7 @@ rules = [
   {{ on = "update", changed = ["flag", "count"], to = {{ flag = 1 }}, type = "x", description = "x" }},
   {{ on = "update", changed = "*", when = {{ new = {{ flag = true, count = true }} }}, type = "y", description = "x" }},
   {{ on = "update", changed = "*", from = {{ count = [true, 1] }}, type = "z", description = "x" }},
+  {{ on = "update", changed = "*", type = "v", description = "x", when = {{ any = [{{ delta = {{ e = {{ over = 1 }} }} }}] }} }},
 ]
 """
     first = TARGET.count("\n") + 2
@@ -399,6 +400,7 @@ rules = [
         " of the type character varying(9): what the stream tells of both is never the same",
         f'{first + 8}: rule x of public.deal is about flag = "1", which a boolean is never',
         f'{first + 9}: rule y of public.deal is about count = "true", which a integer is never',
+        f"{first + 11}: rule v of public.deal is about how much e changes, which is no number but a text",
     ]
 
 
