@@ -383,7 +383,7 @@ rules = [
   {{ on = "update", changed = ["flag", "count"], to = {{ flag = 1 }}, type = "x", description = "x" }},
   {{ on = "update", changed = "*", when = {{ new = {{ flag = true, count = true }} }}, type = "y", description = "x" }},
   {{ on = "update", changed = "*", from = {{ count = [true, 1] }}, type = "z", description = "x" }},
-  {{ on = "update", changed = "*", type = "v", description = "x", when = {{ any = [{{ delta = {{ e = {{ over = 1 }} }} }}] }} }},
+  {{ on = "update", changed = "e", type = "v", description = "", when.any = [{{ delta = {{ e = {{ over = 1 }} }} }}] }},
 ]
 """
     first = TARGET.count("\n") + 2
