@@ -122,7 +122,10 @@ class Lookups:
         kept = [column for column in lookup.columns if column in columns]
         if len(kept) < len(lookup.columns):
             self._failed(lookup, "42703")
-        arrays = [postgres.array(map(text, values)).encode() for values in zip(*sought, strict=True)]
+        arrays = [
+            postgres.array(_asked(value, columns[column]) for value in values).encode()
+            for column, values in zip(lookup.theirs, zip(*sought, strict=True), strict=True)
+        ]
         result = yield from self._query(_select(lookup, columns, kept).as_bytes(self._connection), arrays)
         rows: dict[tuple[Value, ...], Row] = {}
         for row in range(result.ntuples):
@@ -209,6 +212,13 @@ _UNBOUNDED: Final = {"character": "bpchar", "bit": "varbit"}
 def _cast(column: Column) -> sql.SQL:
     """The type that a value is read as which a column is compared with: one that cuts nothing off."""
     return sql.SQL(_UNBOUNDED.get(column.base, column.base))
+
+
+def _asked(value: Value, column: Column) -> str:
+    """A value as the column's type reads it: no integer has digits behind the point, be they zeros."""
+    if isinstance(value, Decimal) and column.base in _INTEGERS and value == (whole := value.to_integral_value()):
+        return f"{whole:f}"
+    return text(value)
 
 
 _INTEGERS: Final = ("smallint", "integer", "bigint", "oid")

@@ -434,6 +434,13 @@ def test_a_row_is_found_by_a_value_of_any_type_and_by_all_of_it(looking: Crm) ->
     assert [found[one] is not None for one in wanted] == [True, False] * len(keys)
 
 
+def test_a_whole_number_is_found_whatever_its_scale(looking: Crm) -> None:
+    looking.execute("ALTER TABLE task DROP CONSTRAINT task_person_id_fkey, ALTER person_id TYPE numeric(9,2)")
+    add(looking, "a", 1)
+    looking.record()
+    assert told(looking) == ["a for jane of sales under jane"]
+
+
 @pytest.mark.parametrize(
     ("snapshot", "xid", "seen"),
     [
