@@ -253,7 +253,35 @@ def faults(connection: Connection, profile: Profile, rules: Rules) -> Iterator[F
             yield Fault(f"{described} is {fate}", fix, certain=whole, captured=True, place=place)
     yield from _never_told(connection, profile, captured)
     yield from _never_found(connection, profile, captured)
+    yield from _half_seen(connection, profile, rules, captured)
     yield from _target_faults(connection, profile, captured)
+
+
+def _half_seen(connection: Connection, profile: Profile, rules: Rules, captured: Columns) -> Iterator[Fault]:
+    """Tables that are looked into, and not as they are."""
+    for table in rules.values():
+        if not (table.looked_up and captured[table.name]):
+            continue
+        name, place = ".".join(table.name), _place(profile, table.name)
+        where = f"[tables.{section(table.name)}] of the profile"
+        if not table.key:
+            yield Fault(
+                f"table {name} is looked into without a key: what the stream tells of its rows is not remembered",
+                f'give {where} its "key"',
+                certain=False,
+                place=place,
+            )
+        if connection.execute(_ROW_SECURITY, table.name).fetchone() == (True,):
+            yield Fault(
+                f"row security is on for table {name}, which is looked into: rows that it hides are taken as missing",
+                f"as its owner: CREATE POLICY cdc_worker ON {sql.Identifier(*table.name).as_string()} FOR SELECT"
+                f" TO {sql.Identifier(connection.info.user).as_string()} USING (true)",
+                certain=False,
+                place=place,
+            )
+
+
+_ROW_SECURITY: Final = "SELECT row_security_active(to_regclass(format('%%I.%%I', %s::text, %s::text)))"
 
 
 def section(table: tuple[str, str]) -> str:

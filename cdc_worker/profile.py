@@ -276,7 +276,8 @@ class Rule(_Model):
     when: Condition | None = None
     """What else must hold."""
     skip_unless: Paths = []
-    """Values without which there is no activity: neither NULL nor empty."""
+    """Values without which there is no activity: neither NULL nor empty. The columns of the rule count as named all the
+    same."""
     values: dict[Name, Value] = {}
     """Values with a name, for templates: `{values.action}`."""
     metadata: dict[str, Value] = {}
@@ -284,7 +285,8 @@ class Rule(_Model):
     fields: dict[Name, Value] = {}
     """Further fields of the activity."""
     rule: Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")] | None = None
-    """A Python function `package.module:function` in place of type, description, values, metadata and fields."""
+    """A Python function `package.module:function` in place of type and description. Metadata and fields that it returns
+    are added to what the rule has."""
 
     @property
     def label(self) -> str:
@@ -300,8 +302,8 @@ class Rule(_Model):
         if len(set(self.on)) != len(self.on):
             raise ValueError('an operation stands twice in "on"')
         if self.rule is not None:
-            if self.type != "" or self.description != "" or self.metadata or self.fields or self.values:
-                raise ValueError('"rule" stands in place of type, description, metadata, fields and values')
+            if self.type != "" or self.description != "":
+                raise ValueError('"rule" stands in place of type and description')
             if not self.name:
                 raise ValueError('"rule" needs a "name" beside it')
         elif lacking := sorted({"type", "description"} - self.model_fields_set):

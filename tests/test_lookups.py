@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import signal
+import subprocess
+import sys
 import threading
 from decimal import Decimal
 from pathlib import Path
@@ -11,6 +13,7 @@ from unittest import mock
 
 import psycopg
 import pytest
+from doctoring import ailing, mend
 from support import Crm, WorkerProcess, eventually, having, role
 
 from cdc_worker.cluster import Cluster
@@ -371,6 +374,48 @@ def test_what_is_looked_for_by_a_column_that_is_gone_is_a_dead_letter(looking: C
     assert looking.execute("SELECT kind, change -> 'new' ->> 'title' FROM cdc_worker.dead_letter") == [
         ("rule_failed", "b")
     ]
+
+
+def test_the_doctor_tells_of_row_security_that_hides_what_is_looked_up(looking: Crm, tmp_path: Path) -> None:
+    path = Path(looking.settings["profile"])
+    path.write_text(path.read_text("utf-8") + '\n[tables.team]\nkey = "team_id"\n', "utf-8")
+    looking.record()  # what the stream tells of the teams is nobody's to hide
+    with role(looking):
+        looking.execute("GRANT SELECT ON team, person TO cdc; ALTER TABLE team ENABLE ROW LEVEL SECURITY")
+        add(looking, "a", 1)
+        looking.record()
+        assert "row security is on for table public.team" in ailing(looking, "profile").message
+        mend(looking, ailing(looking, "profile").fix or "")
+        add(looking, "b", 1)
+        looking.record()
+    assert told(looking) == ["a for jane of no team under jane", "b for jane of sales under jane"]
+
+
+def test_the_doctor_tells_of_a_table_that_is_looked_into_without_a_key(looking: Crm) -> None:
+    found = ailing(looking, "profile")
+    assert (found.outcome, found.fix) == ("warning", 'give [tables.team] of the profile its "key"')
+
+
+def test_a_function_has_what_the_metadata_of_its_rule_looks_up(looking: Crm, tmp_path: Path) -> None:
+    (tmp_path / "looking_rules.py").write_text(
+        "def named(event):\n    return {'type': 'named', 'description': event.found['person']['name']}\n", "utf-8"
+    )
+    path = Path(looking.settings["profile"])
+    rule = """
+[[tables.task.rules]]
+on = "insert"
+name = "named"
+rule = "looking_rules:named"
+metadata = { person = "{lookup.person.name}" }
+"""
+    path.write_text(path.read_text("utf-8").replace("[tables.person]", f"{rule}\n[tables.person]"), "utf-8")
+    add(looking, "a", 1)
+    environment = looking.environment(rule_modules="looking_rules")
+    path_of_modules = ":".join(filter(None, [str(tmp_path), environment.get("PYTHONPATH")]))
+    run = [sys.executable, "-m", "cdc_worker", "run", "--once"]
+    subprocess.run(run, env=environment | {"PYTHONPATH": path_of_modules}, check=True, capture_output=True)
+    assert told(looking) == ["a for jane of sales under jane", "jane"]
+    assert looking.activities()[1]["metadata"]["person"] == "jane"
 
 
 SEEN: list[tuple[LiteralString, LiteralString, object]] = [
