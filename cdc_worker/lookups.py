@@ -8,9 +8,9 @@ from decimal import Decimal
 from typing import Final
 
 import psycopg
-from psycopg import pq, sql
+from psycopg import generators, pq, sql
 from psycopg.pq.abc import PGresult
-from psycopg.waiting import Wait, wait
+from psycopg.waiting import wait
 
 from cdc_worker import catalog, postgres
 from cdc_worker.catalog import Column
@@ -139,20 +139,8 @@ class Lookups:
 
     def _query(self, query: bytes, parameters: Sequence[bytes]) -> Writing[PGresult]:
         self._pgconn.send_query_params(query, parameters)
-        while self._pgconn.flush():
-            yield Wait.RW
-            self._pgconn.consume_input()
-        found: PGresult | None = None
-        while True:
-            while self._pgconn.is_busy():
-                yield Wait.R
-                self._pgconn.consume_input()
-            result = self._pgconn.get_result()
-            if result is None:
-                break
-            found = found or result
-        if found is None or self._pgconn.status == pq.ConnStatus.BAD:
-            raise psycopg.OperationalError("the server ended the connection that looks rows up")
+        results: list[PGresult] = yield from generators.execute(self._pgconn)
+        found = results[0]
         if found.status != pq.ExecStatus.TUPLES_OK:
             sqlstate = (found.error_field(pq.DiagnosticField.SQLSTATE) or b"").decode()
             raise postgres.error(sqlstate, "looking rows up failed")
