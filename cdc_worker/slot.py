@@ -278,16 +278,16 @@ def check_failover(server: Server) -> None:
 
 @contextmanager
 def patient(connection: Connection, seconds: float) -> Iterator[None]:
-    """Let the server work for so long at each statement."""
-    before = connection.execute("SHOW statement_timeout").fetchall()[0][0]
-    connection.execute(_TIMEOUT, (f"{round(seconds * 1000)}ms",))
+    """Let the server work for so long at each statement, whatever it waits for: a transaction's end is a lock, too."""
+    before = fetch_one(connection, "SELECT current_setting('statement_timeout'), current_setting('lock_timeout')")
+    connection.execute(_TIMEOUTS, (f"{round(seconds * 1000)}ms", "0"))
     try:
         yield
     finally:
-        connection.execute(_TIMEOUT, (before,))
+        connection.execute(_TIMEOUTS, before)
 
 
-_TIMEOUT: Final = "SELECT set_config('statement_timeout', %s, false)"
+_TIMEOUTS: Final = "SELECT set_config('statement_timeout', %s, false), set_config('lock_timeout', %s, false)"
 
 
 def create(connection: Connection, name: str, server: Server, *, failover: bool = False, timeout: float = 30) -> LSN:

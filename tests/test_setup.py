@@ -265,6 +265,25 @@ def test_what_holds_up_the_slot_is_named(bare_crm: Crm) -> None:
         assert slot.create(connection, bare_crm.slot, server, timeout=30) > LSN(0)
 
 
+def test_setup_waits_for_transactions_that_hold_up_the_slot(bare_crm: Crm) -> None:
+    """Longer than for locks of tables: nobody queues behind it."""
+    held_up = (
+        "SELECT count(*) FROM pg_stat_activity WHERE query LIKE '%%pg_create_logical_replication_slot%%'"
+        " AND wait_event_type = 'Lock' AND query_start < clock_timestamp() - interval '1 second'"
+        " AND application_name = %s"
+    )
+    bare_crm.execute("CREATE TABLE elsewhere (n int)")
+    log = bare_crm.directory / "setup.log"
+    with psycopg.connect(bare_crm.dsn) as other:
+        other.execute("INSERT INTO elsewhere VALUES (1)")
+        with WorkerProcess(["setup"], bare_crm.environment(), log) as process:
+            name = f"cdc-worker {bare_crm.slot}"
+            eventually(lambda: bare_crm.value(held_up, name) or process.process.poll() is not None)
+            assert process.process.poll() is None, process.said
+            other.rollback()
+            assert process.wait() == 0
+
+
 def test_what_holds_up_the_slot_is_named_to_an_ordinary_role_too(bare_crm: Crm) -> None:
     role = sql.Identifier(f"maker_{bare_crm.slot}")
     bare_crm.connection.execute(sql.SQL("CREATE ROLE {} LOGIN REPLICATION").format(role))
