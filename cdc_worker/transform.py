@@ -531,10 +531,9 @@ class Transformer:
         for lookup in table.looked_up:
             known = self._rows[lookup]
             before, after = lookup.sought(change.old), lookup.sought(change.new)
-            if change.operation == "update" and before is None:
-                before = after  # without its old values a row has kept its key, if that is what is looked for
-            blind = change.operation != "insert" and not lookup.unique and lookup.sought(change.old) is None
-            if change.operation == "truncate" or blind or (change.operation == "delete" and before is None):
+            # Without its old values an updated row has kept its key; of what else it was looked for by, nobody knows.
+            kept = change.operation == "update" and lookup.unique
+            if before is None and not kept and change.operation != "insert":
                 known.clear()
             elif not lookup.unique:
                 for values in (before, after):
