@@ -40,6 +40,45 @@ class Checkpoint:
     activities: int
     dead_letters: int
 
+    def fenced(self) -> errors.FencedError:
+        """Another process has become the owner."""
+        return fenced(self.worker)
+
+    def advance(
+        self,
+        before: Position,
+        after: Position,
+        committed_at: datetime | None = None,
+        *,
+        activities: int = 0,
+        dead_letters: int = 0,
+    ) -> str:
+        """The statement that moves the checkpoint from `before` to `after`, with what is written beside it.
+
+        It touches no row if another process has become the owner, or if there is a cut-over or an erasure that this one
+        has not heard of: each makes a new nonce, in the transaction in which it happens.
+        """
+        query = sql.SQL(
+            "UPDATE cdc_worker.checkpoint SET lsn = {}, commit_lsn = {}, changes = {},"
+            " committed_at = coalesce({}::timestamptz, committed_at), written_at = now(),"
+            " activities = activities + {}, dead_letters = dead_letters + {}"
+            " WHERE worker = {} AND owner = {} AND nonce = {} AND lsn = {} AND commit_lsn = {} AND changes = {}"
+        ).format(
+            str(after.lsn),
+            str(after.commit_lsn),
+            after.changes,
+            committed_at and committed_at.isoformat(),
+            activities,
+            dead_letters,
+            self.worker,
+            str(self.owner),
+            str(self.nonce),
+            str(before.lsn),
+            str(before.commit_lsn),
+            before.changes,
+        )
+        return query.as_string()
+
 
 WRITTEN: Final = (
     *("cdc_worker.checkpoint", "cdc_worker.dead_letter", "cdc_worker.process", "cdc_worker.tally"),
@@ -224,42 +263,6 @@ def fenced(worker: str) -> errors.FencedError:
     return errors.FencedError(
         f'another process has taken over as the worker "{worker}"', hint="nothing to do: it goes on there"
     )
-
-
-def advance(
-    found: Checkpoint,
-    before: Position,
-    after: Position,
-    committed_at: datetime | None = None,
-    *,
-    activities: int = 0,
-    dead_letters: int = 0,
-) -> str:
-    """The statement that moves the checkpoint from `before` to `after`, with what is written beside it.
-
-    It touches no row if another process has become the owner, or if there is a cut-over or an erasure that this one
-    has not heard of: each makes a new nonce, in the transaction in which it happens.
-    """
-    query = sql.SQL(
-        "UPDATE cdc_worker.checkpoint SET lsn = {}, commit_lsn = {}, changes = {},"
-        " committed_at = coalesce({}::timestamptz, committed_at), written_at = now(),"
-        " activities = activities + {}, dead_letters = dead_letters + {}"
-        " WHERE worker = {} AND owner = {} AND nonce = {} AND lsn = {} AND commit_lsn = {} AND changes = {}"
-    ).format(
-        str(after.lsn),
-        str(after.commit_lsn),
-        after.changes,
-        committed_at and committed_at.isoformat(),
-        activities,
-        dead_letters,
-        found.worker,
-        str(found.owner),
-        str(found.nonce),
-        str(before.lsn),
-        str(before.commit_lsn),
-        before.changes,
-    )
-    return query.as_string()
 
 
 _TALLY: Final = """

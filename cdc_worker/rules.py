@@ -343,6 +343,12 @@ class Table:
             for column, value in row.items()
         }
 
+    def subject(self, row: Row | None) -> str | None:
+        """Which row of the table it is, by its key; None if that can't be told."""
+        if row is None or not self.key or any(row.get(column) is None for column in self.key):
+            return None
+        return subject([text(row[column]) for column in self.key])
+
     @property
     def plain(self) -> bool:
         """Whether its changes are seen as they are."""
@@ -356,6 +362,11 @@ class Table:
 
 Rules = Mapping[tuple[str, str], Table]
 """Compiled tables by (schema, name)."""
+
+
+def subject(key: Sequence[str]) -> str:
+    """The values of a key as one text, which stands between the slashes of a change key."""
+    return ",".join([value.replace("%", "%25").replace("/", "%2F").replace(",", "%2C") for value in key])
 
 
 def qualified(name: str) -> tuple[str, str]:

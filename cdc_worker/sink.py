@@ -13,7 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
-from typing import Any, Final, NamedTuple, TypeVar
+from typing import Any, Final, NamedTuple, Protocol, TypeVar
 from zoneinfo import ZoneInfo
 
 import msgspec
@@ -22,11 +22,10 @@ from psycopg import pq, sql
 from psycopg.pq.abc import PGresult
 from psycopg.waiting import Ready, Wait
 
-from cdc_worker import catalog, checkpoint, errors, postgres
+from cdc_worker import catalog, errors, postgres
 from cdc_worker.activities import Activity, Batch, DeadLetter, Line, Position
 from cdc_worker.catalog import TargetTable
 from cdc_worker.changes import Change, Payload
-from cdc_worker.checkpoint import Checkpoint
 from cdc_worker.postgres import Connection, is_about_the_row, is_transient
 from cdc_worker.profile import Target
 from cdc_worker.rules import qualified
@@ -85,8 +84,34 @@ class Written:
     unlinked: int = 0
 
 
+class Progress(Protocol):
+    """How far a source has been written: a row that moves in the same transactions, if nobody else has moved it."""
+
+    @property
+    def worker(self) -> str:
+        """Whose dead letters there may be."""
+
+    @property
+    def position(self) -> Position:
+        """What is durable to begin with."""
+
+    def advance(
+        self,
+        before: Position,
+        after: Position,
+        committed_at: datetime | None = None,
+        *,
+        activities: int = 0,
+        dead_letters: int = 0,
+    ) -> str:
+        """The statement that moves it; one that finds no row to update means that we may not write."""
+
+    def fenced(self) -> errors.CdcWorkerError:
+        """What that comes to."""
+
+
 class Sink:
-    """Writes batches through one connection, as long as it owns the checkpoint. `position` is what is durable."""
+    """Writes batches through one connection, as long as its progress is its own. `position` is what is durable."""
 
     def __init__(
         self,
@@ -95,15 +120,15 @@ class Sink:
         *,
         table: TargetTable,
         time_zone: str,
-        checkpoint: Checkpoint,
+        progress: Progress,
         decode: Callable[[Payload], Any],
     ) -> None:
         """`table` is the target as the catalog has it; `decode` makes a change of what was received.
 
-        `checkpoint` is the one that this process took over.
+        `progress` of the stream is the checkpoint that this process took over.
         """
-        self.position = checkpoint.position
-        self._checkpoint = checkpoint
+        self.position = progress.position
+        self._progress = progress
         self._decode = decode
         self._connection = connection
         self._pgconn = connection.pgconn
@@ -162,10 +187,10 @@ class Sink:
             self._connection.cancel_safe(timeout=0.1)
 
     def write(self, batch: Batch) -> Writing[Written]:
-        """Write a batch and move the checkpoint to its end, which is durable when this returns.
+        """Write a batch and move the progress to its end, which is durable when this returns.
 
         Usually that is one transaction. A batch with refused rows, or for a target with foreign keys of its own, may
-        take several, each of which leaves the checkpoint at what has been written. Raises FencedError when another
+        take several, each of which leaves the progress at what has been written. Raises FencedError when another
         process has become the owner, TargetUnusableError and TooManyRefusalsError when it is not about single rows, and
         psycopg.OperationalError for what may heal.
         """
@@ -210,7 +235,7 @@ class Sink:
         """Write in one transaction what the target accepts of the outcomes from `start` on; returns where it stopped.
 
         What it refuses because its subject is gone is written without the link, and anything else becomes a dead
-        letter. It stops early, at a place where the checkpoint can be, when it has made enough savepoints, or locked
+        letter. It stops early, at a place where the progress can be, when it has made enough savepoints, or locked
         enough rows of the application.
         """
         outcomes, place = batch.outcomes, start
@@ -343,8 +368,7 @@ class Sink:
         )
 
     def _advance(self, after: Position, batch: Batch | None = None, activities: int = 0, dead_letters: int = 0) -> str:
-        advance = checkpoint.advance(
-            self._checkpoint,
+        advance = self._progress.advance(
             self.position,
             after,
             batch.committed_at if batch else None,
@@ -353,7 +377,7 @@ class Sink:
         )
         # Also for commits of the batch that come after `after`: theirs are true already.
         given = [
-            _GIVEN.format(self._checkpoint.worker, *person, at=str(lsn)).as_string()
+            _GIVEN.format(self._progress.worker, *person, at=str(lsn)).as_string()
             for person, lsn in (batch.given if batch else ())
         ]
         return "; ".join([advance, *given])
@@ -363,7 +387,7 @@ class Sink:
             return
         rows = [
             {
-                "worker": self._checkpoint.worker,
+                "worker": self._progress.worker,
                 "change_key": letter.change_key,
                 "kind": letter.kind,
                 "reason": letter.reason,
@@ -444,14 +468,14 @@ class Sink:
             if result is None:
                 break
             if result.status == pq.ExecStatus.COPY_IN:
-                yield from self._send(next(copies), b"another process owns the checkpoint" if fenced else None)
+                yield from self._send(next(copies), b"another process goes on with this" if fenced else None)
             elif result.status == pq.ExecStatus.FATAL_ERROR:
                 refusal = refusal or _refused_error(result)
             else:
                 results.append(result)
                 fenced = fenced or result.command_status == b"UPDATE 0"
         if fenced:
-            raise checkpoint.fenced(self._checkpoint.worker)
+            raise self._progress.fenced()
         if refusal is not None:
             raise refusal
         return results
@@ -494,7 +518,7 @@ def _existing(table: tuple[str, str], key: str) -> str:
 _KEYS: Final = ("cdc_worker", "written_key")
 """The table of the change keys of targets that have no column for them."""
 
-# A query, because an UPDATE that finds nothing to do would look as if another process owned the checkpoint.
+# A query, because an UPDATE that finds nothing to do would look as if the progress were another's.
 _GIVEN: Final = sql.SQL(
     "WITH given AS (UPDATE cdc_worker.erased SET until_lsn = {at}"
     " WHERE worker = {} AND field = {} AND key = {} AND until_lsn IS NULL AND erased_lsn < {at} RETURNING 1)"

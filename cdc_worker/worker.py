@@ -354,7 +354,7 @@ class Worker:
                 self._profile.target,
                 table=table,
                 time_zone=time_zone,
-                checkpoint=found,
+                progress=found,
                 decode=wal2json.decode,
             )
             lookups = None

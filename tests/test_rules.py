@@ -11,7 +11,7 @@ from cdc_worker.activities import Activity, DeadLetter
 from cdc_worker.changes import Row, Value
 from cdc_worker.errors import ProfileError
 from cdc_worker.profile import parse
-from cdc_worker.rules import compile_rules
+from cdc_worker.rules import compile_rules, subject
 
 TEXT = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]))
 
@@ -429,3 +429,11 @@ def test_what_is_wrong_with_what_a_function_returns_is_told(made: dict[str, Any]
     (outcome,) = outcomes(inserted("lead", {"a": 1}), rules=compiled)
     assert isinstance(outcome, DeadLetter)
     assert outcome.reason == f'the function of the rule "x" {reason}'
+
+
+@given(st.lists(TEXT, min_size=1), st.lists(TEXT, min_size=1))
+@example(["a,b"], ["a", "b"])
+@example(["a/b"], ["a%2Fb"])
+def test_no_two_rows_have_the_same_name(one: list[str], other: list[str]) -> None:
+    assert (subject(one) == subject(other)) is (one == other)
+    assert "/" not in subject(one)
