@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Final, Literal, NamedTuple
 
 import msgspec
 
@@ -144,6 +145,70 @@ def change_key(prefix: str, schema: str, table: str, ordinal: int, rule: str) ->
     `ordinal` counts the changes of this table in this transaction, from 0.
     """
     return f"{prefix}{schema}.{table}/{ordinal}/{rule}"
+
+
+class Place(NamedTuple):
+    """Where in a row's history something stands; places are ordered.
+
+    `current` is 0 for what was recorded on another cluster, whose positions say nothing here. Of what came by the
+    stream, `lsn` is that of the commit, and `ordinal` counts the changes of the table in there. What was read from rows
+    that were there already (`rank` 1) stands right after the deletion of who had the key before; what was found to be
+    missing later (`rank` 2) stands, as number `number`, right after the change before which the log was true.
+    """
+
+    current: int = 0
+    lsn: LSN = INVALID
+    ordinal: int = 0
+    rank: int = 0
+    number: int = 0
+
+    def __str__(self) -> str:
+        """Within a key: 0 stands for what was before all that is known on this cluster."""
+        return f"{self.lsn:016X}-{self.ordinal}" if self.current else "0"
+
+
+Kind = Literal["stream", "backfill", "repair"]
+"""By which way an activity came: its key is of a kind of its own."""
+
+
+class Key(msgspec.Struct, frozen=True, gc=False):
+    """What a change key says; `table` with its schema. Those of the stream leave out of which row (`subject`) it is."""
+
+    kind: Kind
+    table: str
+    rule: str
+    place: Place
+    subject: str = ""
+
+
+def own_key(worker: str, system_identifier: str, key: Key) -> str:
+    """The change key of what didn't come by the stream: who met the same row at the same place writes the same."""
+    number = f".{key.place.number}" if key.place.rank == 2 else ""
+    return f"{worker}/{system_identifier}/{key.kind}/{key.table}/{key.subject}/{key.rule}/{key.place}{number}"
+
+
+_KEY: Final = re.compile(
+    r"(\d+)/(?:([0-9A-F]{16})/(.*)/(\d+)/([^/]*)"
+    r"|(backfill|repair)/(.*)/([^/]*)/([^/]*)/(?:0|([0-9A-F]{16})-(\d+))(?:\.(\d+))?)",
+    re.DOTALL,
+)
+
+
+def parsed_key(worker: str, system_identifier: str, change_key: str) -> Key | None:
+    """What a change key of this worker says, be it of another cluster; None for any other."""
+    found = _KEY.fullmatch(change_key.removeprefix(f"{worker}/")) if change_key.startswith(f"{worker}/") else None
+    if found is None:
+        return None
+    cluster, lsn, table, ordinal, rule, kind, own_table, subject, own_rule, after, after_ordinal, number = (
+        found.groups()
+    )
+    current = int(cluster == system_identifier)
+    if kind is None:
+        return Key("stream", table, rule, Place(current, LSN(int(lsn, 16)), int(ordinal)))
+    place = Place(rank=2, number=int(number or 0)) if kind == "repair" else Place(rank=1)
+    if after is not None:
+        place = place._replace(current=current, lsn=LSN(int(after, 16)), ordinal=int(after_ordinal))
+    return Key("repair" if kind == "repair" else "backfill", own_table, own_rule, place, subject)
 
 
 class _Slice(msgspec.Struct, frozen=True, gc=False):

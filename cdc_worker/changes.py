@@ -24,7 +24,11 @@ Row = dict[str, Value]
 Payload = bytes | memoryview
 """A message as the output plugin wrote it."""
 
-Operation = Literal["insert", "update", "delete", "truncate"]
+Happening = Literal["insert", "update", "delete", "truncate"]
+"""What can happen to a row, or to all rows of a table."""
+
+Operation = Happening | Literal["read"]
+"""What a change is. Of a row that was `read` nothing is known to have happened: it is there."""
 
 
 # Structs instead of dataclasses here: one of each is made for every message, and they cost a tenth.
@@ -50,7 +54,7 @@ class Message(msgspec.Struct, frozen=True, gc=False):
 
 
 class Change(msgspec.Struct, frozen=True, gc=False):
-    """One row before and after. `old` is None for an insert, `new` for a delete, both for a truncate.
+    """One row before and after. `old` is None for an insert and a read, `new` for a delete, both for a truncate.
 
     `changed` names an update's columns whose value is distinct, in the table's order. Unchanged TOASTed columns are
     taken from the old row; where the replica identity doesn't carry the old row they are absent, which means unknown.

@@ -30,7 +30,7 @@ from pydantic import (
 )
 from pydantic.json_schema import GenerateJsonSchema
 
-from cdc_worker.changes import Operation
+from cdc_worker.changes import Happening
 from cdc_worker.errors import Place, ProfileError, ProfileFault
 
 
@@ -76,9 +76,9 @@ def _hidden(value: object) -> object:
 
 Names = Annotated[list[str], BeforeValidator(_as_list, json_schema_input_type=str | list[str])]
 Paths = Annotated[list[Path_], BeforeValidator(_as_list, json_schema_input_type=Path_ | list[Path_])]
-Operations = Annotated[
-    list[Operation],
-    BeforeValidator(_as_list, json_schema_input_type=Operation | Annotated[list[Operation], Field(min_length=1)]),
+Happenings = Annotated[
+    list[Happening],
+    BeforeValidator(_as_list, json_schema_input_type=Happening | Annotated[list[Happening], Field(min_length=1)]),
     Field(min_length=1),
 ]
 Masked = Annotated[
@@ -253,10 +253,29 @@ class Lookup(_Model):
     it, perhaps along with ours."""
 
 
+class Backfill(_Model):
+    """How a rule's activity is made from a row that was there before the worker: it says no more than is known.
+
+    Who did it is not. The row's values are those of when it was read, and metadata says so: it has `backfilled`,
+    `as_of` and `as_of_lsn` beside the table's identity.
+    """
+
+    at: Value
+    """When it happened, mostly a column: `{row.created_at}`. Where that is NULL or missing, nothing is told."""
+    description: Value
+    """The text of the activity."""
+    when: Condition | None = None
+    """What must hold of the row; if not given, the condition of a rule on inserts."""
+    metadata: dict[str, Value] = {}
+    """Keys and values of the metadata's `values`: how the row was when it was read."""
+    fields: dict[Name, Value] = {}
+    """Fields in place of the rule's."""
+
+
 class Rule(_Model):
     """One line of the profile: which change it is about, and what that meant."""
 
-    on: Operations
+    on: Happenings
     """The operation or operations: insert, update, delete, truncate."""
     type: Value = ""
     """The type of the activity."""
@@ -287,6 +306,8 @@ class Rule(_Model):
     rule: Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")] | None = None
     """A Python function `package.module:function` in place of type and description. Metadata and fields that it returns
     are added to what the rule has."""
+    backfill: Backfill | None = None
+    """How `cdc-worker backfill` makes it from rows that are there already; it leaves out rules without one."""
 
     @property
     def label(self) -> str:
@@ -308,6 +329,8 @@ class Rule(_Model):
                 raise ValueError('"rule" needs a "name" beside it')
         elif lacking := sorted({"type", "description"} - self.model_fields_set):
             raise ValueError(f"it says no {' and no '.join(lacking)}")
+        if self.backfill is not None and (self.rule is not None or self.on not in (["insert"], ["update"])):
+            raise ValueError('"backfill" is for rules with a type, on inserts alone or on updates alone')
         if not self.label or (not self.name and "{" in self.label):
             raise ValueError('a rule whose type isn\'t constant needs a "name"')
         if "/" in self.label:
@@ -396,7 +419,65 @@ class Profile(_Model):
             for where, fields in _all_fields(table)
             for field in sorted(FIELDS & fields.keys())
         ]
+        faults += [
+            ProfileFault(
+                ("tables", name, "rules", number, "backfill"),
+                f"tables.{name}: what was recorded of a row is found by its key, and {lacking}",
+            )
+            for name, table in self.tables.items()
+            for number, rule in enumerate(table.rules)
+            if rule.backfill is not None and (lacking := _unfindable(table, self.target))
+        ]
         return _unless(faults, self)
+
+
+def links(table: Table, target: Target) -> dict[str, str]:
+    """Of a table's key columns those that activities link to, each with the column of the target that does."""
+    columns = {field: column for column, field in target.columns.items()}
+    fields = {source: field for field, source in table.fields.items() if isinstance(source, str)}
+    found = {column: columns.get(fields.get(f"{{row.{column}}}", "")) for column in table.key}
+    return {column: link for column, link in found.items() if link is not None}
+
+
+def _unfindable(table: Table, target: Target) -> str:
+    """Why a row's activities can't be found, if so."""
+    if not table.key:
+        return 'the table has no "key"'
+    if lacking := [column for column in table.key if column not in links(table, target)]:
+        return f"no column of the target takes a field that is {' or '.join(f'{{row.{c}}}' for c in lacking)}"
+    return ""
+
+
+def backfilled(profile: Profile) -> Profile:
+    """The profile by which rows that are there already are read: of its rules those with a `backfill`.
+
+    Rules keep their numbers. What was looked up in a change's own transaction is looked up as it is now.
+    """
+    tables = {}
+    for name, table in profile.tables.items():
+        lookups = {
+            of: lookup.model_copy(update={"same_transaction": False}) if lookup.same_transaction is True else lookup
+            for of, lookup in table.lookups.items()
+        }
+        rules = [_NO_RULE if rule.backfill is None else _read(rule, rule.backfill) for rule in table.rules]
+        update = {"lookups": lookups, "rules": rules, "owner": None, "actor": None}
+        tables[name] = table.model_copy(update=update)
+    return profile.model_copy(update={"tables": tables})
+
+
+def _read(rule: Rule, backfill: Backfill) -> Rule:
+    when = rule.when if backfill.when is None and rule.on == ["insert"] else backfill.when
+    return Rule.model_construct(
+        on=["read"],
+        name=rule.label,
+        type=rule.type,
+        description=backfill.description,
+        when=when,
+        skip_unless=rule.skip_unless,
+        values=rule.values,
+        metadata=backfill.metadata,
+        fields={**rule.fields, **backfill.fields, "occurred_at": backfill.at},
+    )
 
 
 class _JsonSchema(GenerateJsonSchema):

@@ -17,7 +17,7 @@ from pydantic import AfterValidator, BaseModel, Field, ValidationError
 from cdc_worker import catalog, context, lookups, partitions, postgres, wal2json
 from cdc_worker.activities import Activity
 from cdc_worker.catalog import TargetTable
-from cdc_worker.changes import MAX_DIGITS, Assembler, Change, Message, Operation, Row, Transaction, update
+from cdc_worker.changes import MAX_DIGITS, Assembler, Change, Happening, Message, Operation, Row, Transaction, update
 from cdc_worker.config import Settings, known_time_zone
 from cdc_worker.errors import MessageUnreadableError, ProfileError
 from cdc_worker.lsn import LSN
@@ -50,7 +50,7 @@ class ToldChange(BaseModel, extra="forbid"):
     """A change as one writes it by hand: `{"table": "lead", "old": {"status": "a"}, "new": {"status": "b"}}`."""
 
     table: str = Field(description="captured table, with its schema if that isn't public")
-    operation: Operation | None = Field(default=None, description="what `old` and `new` tell, if not given")
+    operation: Happening | None = Field(default=None, description="what `old` and `new` tell, if not given")
     old: dict[str, Column] | None = Field(default=None, description="columns of the old row; others are NULL")
     new: dict[str, Column] | None = Field(
         default=None, description="columns of the new row; others are as in the old one"
@@ -265,7 +265,7 @@ class _Trial:
         self._given[lookup] = None if row is None else {**dict.fromkeys(lookup.columns), **row}
 
 
-_OPERATIONS: Final[Mapping[tuple[bool, bool], Operation | None]] = {
+_OPERATIONS: Final[Mapping[tuple[bool, bool], Happening | None]] = {
     (True, True): "update",
     (False, True): "insert",
     (True, False): "delete",

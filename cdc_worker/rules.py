@@ -19,7 +19,7 @@ from cdc_worker.changes import Change, Operation, Row, Value
 from cdc_worker.context import CHANGED_BY, Context
 from cdc_worker.errors import Place, ProfileError, ProfileFault, UnknownValueError
 from cdc_worker.profile import Lookup as LookupSpec
-from cdc_worker.profile import Profile
+from cdc_worker.profile import Profile, backfilled
 from cdc_worker.profile import Rule as RuleSpec
 from cdc_worker.profile import Table as TableSpec
 from cdc_worker.templates import ABSENT, Event, Getter, Names, Test, is_empty, text
@@ -388,7 +388,15 @@ def compile_rules(
     `function` finds one by the name that a rule has for it, or raises ValueError; `mask_key` is the key of hashes in
     place of masked values.
     """
-    return _Compiler(profile, function, mask_key).rules()
+    rules = _Compiler(profile, function, mask_key).rules()
+    if any(rule.backfill is not None for table in profile.tables.values() for rule in table.rules):
+        compile_backfill(profile, mask_key=mask_key)
+    return rules
+
+
+def compile_backfill(profile: Profile, *, mask_key: str | None = None) -> Rules:
+    """Compile what of a profile is for rows that are there already: rules on reads. Raises ProfileError likewise."""
+    return _Compiler(backfilled(profile), no_functions, mask_key).rules()
 
 
 class _Compiler:
@@ -445,7 +453,7 @@ class _Compiler:
         self._faults[ProfileFault(place, message)] = None
 
     def _rules_of(self, table: tuple[str, str]) -> Mapping[Operation, tuple[Rule, ...]]:
-        rules: dict[Operation, list[Rule]] = {"insert": [], "update": [], "delete": [], "truncate": []}
+        rules: dict[Operation, list[Rule]] = {on: [] for on in _NO_RULES}
         for number, spec in enumerate(self._specs[table].rules):
             for operation in spec.on:
                 rules[operation].append(self._rule(table, number, spec, operation))
@@ -464,6 +472,8 @@ class _Compiler:
                 yield
             except ValueError as error:
                 of: Place = () if common else ("rules", number)
+                if operation == "read" and not common:
+                    of, keys = (*of, "backfill"), (("at",) if keys[-1:] == ("occurred_at",) else keys)
                 self._wrong((*section, *of, *keys), f"tables.{name[1]}, rule {number + 1} ({spec.label}): {error}")
 
         mapped = [column for column in spec.changed if column in table.mapped]
@@ -676,7 +686,13 @@ class _Compiler:
 
 _Values = tuple[tuple[str, Getter], ...]
 
-_NO_RULES: Final[Mapping[Operation, tuple[Rule, ...]]] = {"insert": (), "update": (), "delete": (), "truncate": ()}
+_NO_RULES: Final[Mapping[Operation, tuple[Rule, ...]]] = {
+    "insert": (),
+    "update": (),
+    "delete": (),
+    "truncate": (),
+    "read": (),
+}
 
 
 def _sought(spec: LookupSpec) -> tuple[tuple[str, str], tuple[str, ...], tuple[tuple[str, Value], ...]]:

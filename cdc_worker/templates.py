@@ -75,7 +75,10 @@ def event_of(change: Change, committed_at: datetime, heard: Context) -> Event:
 Getter = Callable[[Event], Any]
 Test = Callable[[Event], bool]
 
-_WITHOUT: Final[Mapping[str, tuple[Operation, ...]]] = {"old": ("insert", "truncate"), "new": ("delete", "truncate")}
+_WITHOUT: Final[Mapping[str, tuple[Operation, ...]]] = {
+    "old": ("insert", "truncate", "read"),
+    "new": ("delete", "truncate"),
+}
 """The operations at which there is no such row."""
 
 

@@ -266,7 +266,7 @@ def test_the_columns_that_a_profile_needs_are_known_for_the_catalog() -> None:
             *("bd_in_charge", "company_name", "full_name", "is_converted", "lead_id", "source", "status", "type"),
         ],
         "customer": ["customer_uid", "is_closed", "name", "type"],
-        "contact": ["customer_uid", "lead_id"],
+        "contact": ["contact_id", "customer_uid", "lead_id"],
     }
     assert {name: table.needs_old_rows for (_, name), table in compiled.items()} == {
         "lead": True,

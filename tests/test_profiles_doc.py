@@ -154,7 +154,7 @@ WORDS = {
     "Path_": "path",
     "Names": "column, or list of them",
     "Paths": "path, or list of them",
-    "Operations": "operation, or list of them",
+    "Happenings": "operation, or list of them",
     "Masked": "list of columns, or by column `hidden` or `hash`",
 }
 
@@ -165,6 +165,7 @@ MODELS: list[tuple[type[BaseModel], str]] = [
     (profile.Lookup, "`[tables.<table>.lookups.<name>]`"),
     (profile.Mapped, "`[tables.<table>.mapped.<column>]`"),
     (profile.Rule, "`[[tables.<table>.rules]]`"),
+    (profile.Backfill, "`[tables.<table>.rules.backfill]`"),
     (profile.Condition, "Conditions: `when`"),
     (profile.Match, "Matchers"),
     (profile.Delta, "`delta`"),
@@ -178,6 +179,7 @@ ANCHORS = {
     "Lookup": "tablestablelookupsname",
     "Mapped": "tablestablemappedcolumn",
     "Rule": "tablestablerules",
+    "Backfill": "tablestablerulesbackfill",
     "Condition": "conditions-when",
     "Delta": "delta",
 }
