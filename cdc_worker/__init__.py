@@ -19,6 +19,7 @@ In reading order. The core takes values and returns values:
     profile     what a CRM's tables mean, as read from TOML
     templates   its values, templates and conditions, compiled
     rules       its rules, compiled
+    history     what is recorded of a row
     written     what its rules write to each column
     transform   transactions to activities
 
@@ -32,11 +33,15 @@ The edges each know one thing outside:
     ddl         changes of the database's structure, in steps that hardly wait
     checkpoint  how far a worker has written, and who may write
     slot        the server's promise to keep WAL
+    fence       positions that a worker is to have passed
+    rows        rows of captured tables, as they are now
+    journal     what is recorded of them
     process     the processes of a worker: which is active, what went wrong
     watch       does it harm the server, is it held up
     replication the replication connection
     sink        the writing connection
     lookups     the connection that fetches rows of other tables
+    backfill    rows that were there before the worker
     cutover     from triggers or the application's own code to the worker, and back
     setup       tables, identities, grants, slot, cut-over
     teardown    the slot, and all that setup made

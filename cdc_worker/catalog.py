@@ -11,6 +11,7 @@ import psycopg
 from psycopg import sql
 
 from cdc_worker import errors
+from cdc_worker.changes import Value
 from cdc_worker.config import known_time_zone
 from cdc_worker.errors import Place
 from cdc_worker.postgres import Connection, fetch_one
@@ -74,6 +75,36 @@ def columns(connection: Connection, *tables: tuple[str, str]) -> Columns:
     for schema, table, *column in connection.execute(_COLUMNS, ([s for s, _ in found], [name for _, name in found])):
         found[schema, table][column[0]] = Column(*column)
     return found
+
+
+def value(printed: bytes | None, column: Column) -> Value:
+    """A column's value as the stream has it, from how Postgres prints it. What is of a domain comes as text there."""
+    if printed is None:
+        return None
+    text = printed.decode()
+    match column.type:
+        case "boolean":
+            return text == "t"
+        case kind if kind in INTEGERS:
+            return int(text)
+        case "numeric":
+            number = Decimal(text)
+            return number if number.is_finite() else None
+        case kind if kind in _FLOATS:
+            inexact = float(text)
+            return inexact if abs(inexact) < float("inf") else None
+        case "bytea":
+            return text.removeprefix("\\x")
+    return text
+
+
+# By these names types are of the length one.
+_UNBOUNDED: Final = {"character": "bpchar", "bit": "varbit"}
+
+
+def cast(column: Column) -> sql.SQL:
+    """The type that a value is read as which a column is compared with: one that cuts nothing off."""
+    return sql.SQL(_UNBOUNDED.get(column.base, column.base))
 
 
 # Of a partitioned table its partitions, which store its rows.
@@ -430,8 +461,10 @@ def _can_be(connection: Connection, column: Column, value: Constant) -> bool:
     return column.category not in ("S", "E") or printed == value
 
 
-_EXACT_NUMBERS: Final = ("smallint", "integer", "bigint", "oid", "numeric")
-_NUMBERS: Final = (*_EXACT_NUMBERS, "real", "double precision")
+INTEGERS: Final = ("smallint", "integer", "bigint", "oid")
+_FLOATS: Final = ("real", "double precision")
+_EXACT_NUMBERS: Final = (*INTEGERS, "numeric")
+_NUMBERS: Final = (*_EXACT_NUMBERS, *_FLOATS)
 
 _SAMPLES: Final = {
     "smallint": ("1", "32767"),

@@ -26,6 +26,7 @@ CdcWorkerError
 ├── UnknownValueError        –   a rule lacks a value: the change becomes a dead letter, nothing stops
 ├── ClusterError             1   the demo's private cluster can't be had: install what it names
 ├── DemoError                1   the demo can't go on: see its log
+├── NotRunningError          1   a command needs a worker that runs beside it: run one
 └── ServerError              1   any other answer of the server to a one-shot command
 
 A service manager must not restart into 11, 12, 14 to 16 and 23: each is a gap or a mix-up that a person has to look at.
@@ -201,6 +202,10 @@ class SlotGivenUpError(CdcWorkerError):
     """The server kept more WAL for the slot than `retained_limit_bytes`: it was dropped, and changes are lost."""
 
     exit_code = 23
+
+
+class NotRunningError(CdcWorkerError):
+    """No worker runs, and what was asked waits for one."""
 
 
 class ServerError(CdcWorkerError):

@@ -25,7 +25,8 @@ EVERYTHING = "*"
 class Event(msgspec.Struct, frozen=True):
     """What was recorded of one row. `subject` is the key that it had then, and `before`, if it has moved, until then.
 
-    The row's activities that are not the worker's have neither key nor kind; those of a `skipped` change aren't there.
+    The latter has the values in the order of the table's index. The row's activities that are not the worker's have
+    neither key nor kind; those of a `skipped` change aren't there.
     """
 
     subject: str
@@ -34,7 +35,7 @@ class Event(msgspec.Struct, frozen=True):
     place: Place
     kind: Kind | None = None
     skipped: bool = False
-    before: str = ""
+    before: tuple[str, ...] = ()
     change_key: str | None = None
     metadata: Mapping[str, Any] | None = None
 
@@ -96,17 +97,17 @@ class Standing(NamedTuple):
 
     rules: frozenset[str]
     after: Place
-    before: str = ""
+    before: tuple[str, ...] = ()
 
 
 def standing(subject: str, events: Sequence[Event], emptied: Sequence[Place] = ()) -> Standing:
     """What is recorded of the row that has the key at the end of these events; `emptied` is when all rows went."""
     rules: set[str] = set()
-    after, before = Place(), ""
+    after, before = Place(), tuple[str, ...]()
     gone = [Event(subject, "", "deleted", place) for place in emptied]
     for event in sorted((event for event in [*events, *gone] if event.subject == subject), key=lambda e: e.place):
         if event.what == "deleted":
-            rules, after, before = set(), event.place, ""
+            rules, after, before = set(), event.place, ()
         elif event.what == "moved":
             rules, after, before = {event.rule}, event.place, event.before
         else:

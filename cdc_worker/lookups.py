@@ -132,8 +132,7 @@ class Lookups:
             place, *values = (result.get_value(row, column) for column in range(result.nfields))
             assert place is not None
             rows[sought[int(place) - 1]] = {
-                column: _value(None if value is None else value.decode(), columns[column])
-                for column, value in zip(kept, values, strict=True)
+                column: catalog.value(value, columns[column]) for column, value in zip(kept, values, strict=True)
             }
         return rows
 
@@ -172,11 +171,11 @@ def _select(lookup: Lookup, columns: Mapping[str, Column], kept: Sequence[str]) 
     names = [sql.Identifier(f"value_{number}") for number in range(len(lookup.theirs))]
     arrays = sql.SQL(", ").join(sql.SQL(f"${number}::text[]") for number in range(1, len(names) + 1))
     conditions = [
-        sql.SQL("{} = asked.{}::{}").format(sql.Identifier(column), name, _cast(columns[column]))
+        sql.SQL("{} = asked.{}::{}").format(sql.Identifier(column), name, catalog.cast(columns[column]))
         for column, name in zip(lookup.theirs, names, strict=True)
     ]
     conditions += [
-        sql.SQL("{} = {}::{}").format(sql.Identifier(c), sql.Literal(text(v)), _cast(columns[c]))
+        sql.SQL("{} = {}::{}").format(sql.Identifier(c), sql.Literal(text(v)), catalog.cast(columns[c]))
         for c, v in lookup.where
     ]
     order = [column for column in lookup.key if column in columns] or ["ctid"]
@@ -193,41 +192,8 @@ def _select(lookup: Lookup, columns: Mapping[str, Column], kept: Sequence[str]) 
     )
 
 
-# By these names types are of the length one.
-_UNBOUNDED: Final = {"character": "bpchar", "bit": "varbit"}
-
-
-def _cast(column: Column) -> sql.SQL:
-    """The type that a value is read as which a column is compared with: one that cuts nothing off."""
-    return sql.SQL(_UNBOUNDED.get(column.base, column.base))
-
-
 def _asked(value: Value, column: Column) -> str:
     """A value as the column's type reads it: no integer has digits behind the point, be they zeros."""
-    if isinstance(value, Decimal) and column.base in _INTEGERS and value == (whole := value.to_integral_value()):
+    if isinstance(value, Decimal) and column.base in catalog.INTEGERS and value == (whole := value.to_integral_value()):
         return f"{whole:f}"
     return text(value)
-
-
-_INTEGERS: Final = ("smallint", "integer", "bigint", "oid")
-_FLOATS: Final = ("real", "double precision")
-
-
-def _value(printed: str | None, column: Column) -> Value:
-    """A value as the stream has it, from how Postgres prints it. What is of a domain comes as text there."""
-    if printed is None:
-        return None
-    match column.type:
-        case "boolean":
-            return printed == "t"
-        case kind if kind in _INTEGERS:
-            return int(printed)
-        case "numeric":
-            number = Decimal(printed)
-            return number if number.is_finite() else None
-        case kind if kind in _FLOATS:
-            inexact = float(printed)
-            return inexact if abs(inexact) < float("inf") else None
-        case "bytea":
-            return printed.removeprefix("\\x")
-    return printed

@@ -11,12 +11,13 @@ import cdc_worker
 
 CORE = [
     *("errors", "lsn", "protocol", "changes", "wal2json", "pgoutput", "activities", "context"),
-    *("profile", "templates", "rules", "written", "transform"),
+    *("profile", "templates", "rules", "history", "written", "transform"),
 ]
 
 EDGES = [
     *("config", "log", "metrics", "postgres", "partitions", "catalog", "ddl", "checkpoint", "slot"),
-    *("process", "watch", "replication", "backfill", "replay", "sink", "lookups"),
+    *("fence", "rows", "journal", "process", "watch", "replication", "replay", "sink", "lookups"),
+    *("progress", "backfill"),
     *(
         "cutover",
         "setup",

@@ -1,0 +1,242 @@
+"""What the target has recorded of rows: the activities that link to them, as events of their history."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Any, Final, LiteralString
+
+from psycopg import sql
+
+from cdc_worker import catalog, errors
+from cdc_worker.activities import Place, parsed_key
+from cdc_worker.catalog import TargetTable
+from cdc_worker.checkpoint import Checkpoint
+from cdc_worker.history import EVERYTHING, Event, Recorded, What
+from cdc_worker.lsn import INVALID, LSN
+from cdc_worker.postgres import Connection
+from cdc_worker.profile import Target
+from cdc_worker.rows import RowKey, Rows
+from cdc_worker.rules import qualified
+
+Events = Mapping[str, Sequence[Event]]
+"""Events by the row that they were recorded of."""
+
+
+class Journal:
+    """The activities of one captured table, read through a connection of its own `rows`.
+
+    Positions are those of the cluster that the worker's `checkpoint` is of.
+    """
+
+    def __init__(
+        self,
+        connection: Connection,
+        target: Target,
+        *,
+        table: TargetTable,
+        recorded: Recorded,
+        rows: Rows,
+        checkpoint: Checkpoint,
+    ) -> None:
+        """`table` is the target as the catalog has it. TargetUnusableError where its rows can't be told apart."""
+        self._connection = connection
+        self._recorded = recorded
+        self._rows = rows
+        self._worker, self._cluster = checkpoint.worker, checkpoint.system_identifier
+        self._links = [recorded.links[column] for column in rows.key]
+        self._columns = {field: column for column, field in target.columns.items()}
+        self._table = sql.Identifier(*qualified(target.table))
+        key = catalog.row_key(target, table)
+        if key is None:
+            raise errors.TargetUnusableError(
+                f"which rows of {target.table} are the worker's can't be told: it has no column for change keys,"
+                " and no primary key from a sequence",
+                hint="add a column for change keys, and name it in [target.columns] of the profile",
+            )
+        self._key = key
+        self._unlinked = bool(table.foreign_keys) and "metadata" in self._columns
+        self._emptied: list[Place] = []
+        self._emptied_until = INVALID
+        # Of rows that triggers wrote no more is known than their type, and the constants that are texts.
+        self._ours = [
+            sql.SQL("{} = {}").format(sql.Identifier(column), value)
+            for column, value in target.constants.items()
+            if isinstance(value, str)
+        ]
+
+    def of(self, keys: Collection[RowKey], *, until: LSN, since: LSN | None = None) -> dict[str, list[Event]]:
+        """What was recorded of rows up to a position.
+
+        With `since` only what says when they came to be or ceased, and what else was recorded after that; and without
+        it all, with metadata.
+        """
+        asked = {self._rows.subject(key): key for key in keys}
+        found: dict[str, list[Event]] = {name: [] for name in asked}
+        if not asked:
+            return found
+        for links in self._by_links():
+            query = self._query(links, since) + sql.SQL(" JOIN unnest({arrays}) AS asked ({names}) ON {same}").format(
+                arrays=sql.SQL(", ").join(
+                    sql.SQL("%(key_{})s::text[]").format(sql.SQL(str(n))) for n in range(len(links))
+                ),
+                names=sql.SQL(", ").join(sql.Identifier(f"asked_{number}") for number in range(len(links))),
+                same=sql.SQL(" AND ").join(
+                    sql.SQL("{} = {}::{}").format(link, sql.Identifier(f"asked_{number}"), self._type(column, link))
+                    for number, (column, link) in enumerate(zip(self._rows.key, links, strict=True))
+                ),
+            )
+            arrays = {f"key_{n}": list(values) for n, values in enumerate(zip(*asked.values(), strict=True))}
+            for event in self._events(query + self._where(since), self._parameters(since) | arrays, until):
+                found.setdefault(event.subject, []).append(event)
+        for event in self._skipped([*asked], until):
+            found.setdefault(event.subject, []).append(event)
+        return found
+
+    def emptied(self, until: LSN) -> list[Place]:
+        """When all rows of the table went, up to a position."""
+        if self._recorded.emptied and until > self._emptied_until:
+            unlinked = [sql.SQL("{} IS NULL").format(sql.Identifier(c)) for c in self._links]
+            query = sql.SQL("SELECT {key} FROM {table} WHERE {unlinked} AND {rule} = ANY (%(rules)s)").format(
+                key=self._key, table=self._table, unlinked=sql.SQL(" AND ").join(unlinked), rule=self._rule()
+            )
+            parameters: dict[str, Any] = {"rules": [*self._recorded.emptied]}
+            if self._emptied_until:
+                # Keys sort as commits do.
+                query += sql.SQL(" AND {key} > %(from)s").format(key=self._key)
+                parameters["from"] = f"{self._worker}/{self._cluster}/{self._emptied_until:016X}"
+            for (key,) in self._connection.execute(query, parameters).fetchall():
+                parsed = parsed_key(self._worker, self._cluster, key)
+                if parsed is not None and parsed.kind == "stream" and parsed.table == self._recorded.table:
+                    self._emptied.append(parsed.place)
+            self._emptied = sorted({*self._emptied})
+            self._emptied_until = until
+        return [place for place in self._emptied if place.lsn <= until or not place.current]
+
+    def _by_links(self) -> Iterator[list[sql.Composable]]:
+        """How rows are linked to: by the columns for it, or where the target refused that by what metadata tells."""
+        yield [sql.Identifier(column) for column in self._links]
+        if self._unlinked:
+            metadata = sql.Identifier(self._columns["metadata"])
+            yield [
+                sql.SQL("CASE WHEN {} IS NULL THEN {}::jsonb #>> {} END").format(
+                    sql.Identifier(column), metadata, ["unlinked", column]
+                )
+                for column in self._links
+            ]
+
+    def _type(self, column: str, link: sql.Composable) -> sql.Composable:
+        return catalog.cast(self._rows.columns[column]) if isinstance(link, sql.Identifier) else sql.SQL("text")
+
+    def _rule(self) -> sql.Composable:
+        """The name of the rule in a change key of the stream."""
+        return sql.SQL("substring({} FROM '[^/]*$')").format(self._key)
+
+    def _query(self, links: Sequence[sql.Composable], since: LSN | None) -> sql.Composed:
+        metadata: sql.Composable = sql.SQL("NULL")
+        befores: list[sql.Composable] = [sql.SQL("NULL") for _ in self._changes() for _ in links]
+        if "metadata" in self._columns:
+            column = sql.SQL("{}::jsonb").format(sql.Identifier(self._columns["metadata"]))
+            befores = [
+                sql.SQL("{} #>> {}").format(column, [name, key, "old"])
+                for name in self._changes()
+                for key in self._rows.key
+            ]
+            metadata = column if since is None else metadata
+        kind = sql.Identifier(self._columns["type"]) if "type" in self._columns else sql.SQL("NULL")
+        columns = sql.SQL(", ").join(
+            [*(link + sql.SQL("::text") for link in links), self._key, kind, self._is_ours(), metadata, *befores]
+        )
+        return sql.SQL("SELECT {} FROM {}").format(columns, self._table)
+
+    def _is_ours(self) -> sql.Composable:
+        return sql.SQL(" AND ").join([sql.SQL("true"), *self._ours])
+
+    def _changes(self) -> list[str]:
+        """Names in the metadata that may hold an old key."""
+        return sorted({name for names in self._recorded.changes.values() for name in names})
+
+    def _where(self, since: LSN | None) -> sql.Composable:
+        if since is None:
+            return sql.SQL("")
+        conditions = [
+            sql.SQL("{} = ANY (%(rules)s)").format(self._rule()),
+            sql.SQL("""split_part({}, '/', 3) COLLATE "C" > %(since)s""").format(self._key),
+        ]
+        if "type" in self._columns:
+            kind = sql.Identifier(self._columns["type"])
+            conditions.append(sql.SQL("({} IS NULL AND {} = ANY (%(types)s))").format(self._key, kind))
+        if "metadata" in self._columns:
+            column = sql.Identifier(self._columns["metadata"])
+            conditions += [
+                sql.SQL("{}::jsonb #> {} IS NOT NULL").format(column, [name, key])
+                for name in self._changes()
+                for key in self._rows.key
+            ]
+        return sql.SQL(" WHERE ") + sql.SQL(" OR ").join(conditions)
+
+    def _parameters(self, since: LSN | None) -> dict[str, Any]:
+        if since is None:
+            return {}
+        recorded = self._recorded
+        rules = {rule for rule in recorded.operations if recorded.what(rule) != "told"} | {*recorded.types.values()}
+        return {"rules": [*rules], "since": f"{since:016X}", "types": [*recorded.types]}
+
+    def _events(self, query: sql.Composed, parameters: Mapping[str, Any], until: LSN) -> Iterator[Event]:
+        recorded, names = self._recorded, self._changes()
+        width = len(self._rows.key)
+        for row in self._connection.execute(query, parameters).fetchall():
+            key: RowKey = row[:width]
+            change_key, type_, ours, metadata, *befores = row[width:]
+            subject = self._rows.subject(key)
+            if change_key is None:
+                if ours and (rule := recorded.types.get(type_)) is not None:
+                    yield Event(subject, rule, recorded.what(rule), Place(), metadata=metadata)
+                continue
+            parsed = parsed_key(self._worker, self._cluster, change_key)
+            if parsed is None or parsed.table != recorded.table:
+                continue
+            if parsed.kind == "stream" and parsed.place.current and parsed.place.lsn > until:
+                continue
+            what: What = recorded.what(parsed.rule)
+            before: RowKey = ()
+            for number, name in enumerate(names):
+                old = befores[number * width : (number + 1) * width]
+                if name in recorded.changes.get(parsed.rule, ()) and any(value is not None for value in old):
+                    before = tuple(now if was is None else was for was, now in zip(old, key, strict=True))
+                    what = "moved" if before != key else what
+            yield Event(
+                parsed.subject or subject,
+                parsed.rule,
+                what,
+                parsed.place,
+                parsed.kind,
+                before=before if what == "moved" else (),
+                change_key=change_key,
+                metadata=metadata,
+            )
+
+    def _skipped(self, subjects: list[str], until: LSN) -> Iterator[Event]:
+        """What context messages kept from being told."""
+        found = self._connection.execute(
+            _SKIPPED,
+            {
+                "worker": self._worker,
+                "cluster": self._cluster,
+                "table": self._recorded.table,
+                "subjects": subjects,
+                "until": str(until),
+            },
+        )
+        meant: dict[str, What] = {"insert": "created", "delete": "deleted", "truncate": "deleted"}
+        asked = {*subjects}
+        for of, operation, lsn, number in found.fetchall():
+            place = Place(1, LSN.parse(lsn), number)
+            for subject in asked.intersection(of) if of else asked:
+                yield Event(subject, EVERYTHING, meant.get(operation, "told"), place, skipped=True)
+
+
+_SKIPPED: Final[LiteralString] = """
+SELECT subjects, operation, commit_lsn::text, number FROM cdc_worker.skipped
+WHERE worker = %(worker)s AND system_identifier = %(cluster)s AND table_name = %(table)s
+  AND (subjects && %(subjects)s::text[] OR subjects = '{}') AND commit_lsn <= %(until)s::pg_lsn
+"""

@@ -1,0 +1,152 @@
+"""Rows of a captured table as they are now, by its key: short reads, and values as the stream has them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import datetime
+from typing import Any, Final, NamedTuple
+
+import psycopg
+from psycopg import sql
+
+from cdc_worker import catalog, errors, postgres
+from cdc_worker.changes import Row
+from cdc_worker.config import Settings
+from cdc_worker.postgres import Connection
+from cdc_worker.rules import Table, subject
+from cdc_worker.templates import text
+
+RowKey = tuple[str, ...]
+"""The values of a row's key as Postgres prints them, in the order of its index."""
+
+
+class Read(NamedTuple):
+    """Rows by their keys, in order, as they were in one snapshot at a time."""
+
+    rows: dict[RowKey, Row]
+    at: datetime
+
+
+# An index finds rows only by all of its columns, in its order. The primary key first.
+_INDEX: Final = """
+SELECT ARRAY(SELECT attname::text FROM unnest(indkey) WITH ORDINALITY AS k (number, place)
+             JOIN pg_attribute ON attrelid = indrelid AND attnum = number ORDER BY place)
+FROM pg_index
+WHERE indrelid = to_regclass(format('%%I.%%I', %s::text, %s::text)) AND indisunique AND indisvalid AND indimmediate
+  AND indpred IS NULL AND indexprs IS NULL AND indnkeyatts = indnatts AND indnkeyatts = %s
+ORDER BY NOT indisprimary, indexrelid
+"""
+
+
+def connect(settings: Settings) -> Connection:
+    """A connection for short reads, each in a snapshot of its own. What a policy would hide from it is an error."""
+    connection = postgres.connect_reading(settings.dsn.get_secret_value(), settings.worker)
+    connection.execute("SET row_security = off")
+    connection.isolation_level = psycopg.IsolationLevel.REPEATABLE_READ
+    return connection
+
+
+class Rows:
+    """The rows of one table, of which the columns that its rules name are read.
+
+    `key` are the columns of the index that they are read by. Raises CatalogMismatchError if there is none on the key
+    that the profile names.
+    """
+
+    def __init__(self, connection: Connection, table: Table) -> None:
+        self._connection = connection
+        self.table = table
+        found = catalog.columns(connection, table.name)[table.name]
+        indexes = connection.execute(_INDEX, (*table.name, len(table.key))).fetchall()
+        self.key: tuple[str, ...] = next((tuple(key) for (key,) in indexes if {*key} == {*table.key}), ())
+        name = ".".join(table.name)
+        if not self.key:
+            relation = sql.Identifier(*table.name).as_string()
+            names = sql.SQL(", ").join(map(sql.Identifier, table.key)).as_string()
+            raise errors.CatalogMismatchError(
+                f'{name} has no primary key on its "key" in the profile ({", ".join(table.key) or "none"}),'
+                " by which its rows could be read",
+                hint=f"as its owner: ALTER TABLE {relation} ADD PRIMARY KEY ({names})"
+                if table.key
+                else 'name its primary key as "key" of the table in the profile',
+            )
+        self.columns = {column: found[column] for column in dict.fromkeys((*self.key, *sorted(table.columns)))}
+        keys = sql.SQL(", ").join(map(sql.Identifier, self.key))
+        self._select = sql.SQL("SELECT {columns} FROM {table}").format(
+            columns=sql.SQL(", ").join(sql.Identifier(table.name[1], column) for column in self.columns),
+            table=sql.Identifier(*table.name),
+        )
+        self._keys = sql.SQL("({})").format(keys)
+        self._order = sql.SQL(" ORDER BY {}").format(keys)
+        self._given = sql.SQL("({})").format(
+            sql.SQL(", ").join(sql.SQL("%s::{}").format(catalog.cast(found[column])) for column in self.key)
+        )
+
+    def subject(self, key: RowKey) -> str:
+        """Which row has this key, as the stream names it."""
+        values = dict(zip(self.key, key, strict=True))
+        return subject(
+            [text(catalog.value(values[column].encode(), self.columns[column])) for column in self.table.key]
+        )
+
+    def count(self) -> int | None:
+        """About how many rows there are; None if nobody has counted them yet."""
+        found = self._connection.execute(_COUNT, {"relation": sql.Identifier(*self.table.name).as_string()}).fetchone()
+        return None if found is None or found[0] is None or found[0] < 0 else int(found[0])
+
+    def after(self, key: RowKey | None, limit: int, until: RowKey | None = None) -> Read:
+        """Up to so many rows, in the order of their keys: those after one key and up to another."""
+        where, parameters = self._between(key, until)
+        return self._read(self._select + where + self._order + sql.SQL(" LIMIT %s"), [*parameters, limit])
+
+    def of(self, keys: Sequence[RowKey]) -> Read:
+        """The rows that have these keys, as far as there are any."""
+        asked = [sql.Identifier(f"asked_{number}") for number in range(len(self.key))]
+        join = sql.SQL(" JOIN unnest({arrays}) AS asked ({names}) ON {conditions}").format(
+            arrays=sql.SQL(", ").join(sql.SQL("%s::text[]") for _ in asked),
+            names=sql.SQL(", ").join(asked),
+            conditions=sql.SQL(" AND ").join(
+                sql.SQL("{} = {}::{}").format(
+                    sql.Identifier(self.table.name[1], column), name, catalog.cast(self.columns[column])
+                )
+                for column, name in zip(self.key, asked, strict=True)
+            ),
+        )
+        return self._read(self._select + join + self._order, [list(values) for values in zip(*keys, strict=True)])
+
+    def nth(self, key: RowKey | None, number: int) -> RowKey | None:
+        """The key that comes so many rows after another; None if there are fewer."""
+        where, parameters = self._between(key, None)
+        read = self._read(self._select + where + self._order + sql.SQL(" OFFSET %s LIMIT 1"), [*parameters, number - 1])
+        return next(iter(read.rows), None)
+
+    def _between(self, key: RowKey | None, until: RowKey | None) -> tuple[sql.Composable, list[Any]]:
+        bounds = [(">", bound) for bound in (key,) if bound is not None]
+        bounds += [("<=", bound) for bound in (until,) if bound is not None]
+        conditions = [self._keys + sql.SQL(f" {operator} ") + self._given for operator, _ in bounds]
+        where = sql.SQL(" WHERE ") + sql.SQL(" AND ").join(conditions) if conditions else sql.SQL("")
+        return where, [value for _, bound in bounds for value in bound]
+
+    def _read(self, query: sql.Composed, parameters: Sequence[Any]) -> Read:
+        with self._connection.transaction():
+            (at,) = postgres.fetch_one(self._connection, "SELECT now()")
+            result = self._connection.execute(query, parameters).pgresult
+            assert result is not None
+            rows: dict[RowKey, Row] = {}
+            for number in range(result.ntuples):
+                values = [result.get_value(number, place) for place in range(len(self.columns))]
+                key = tuple((value or b"").decode() for value in values[: len(self.key)])
+                rows[key] = {
+                    name: catalog.value(value, column)
+                    for (name, column), value in zip(self.columns.items(), values, strict=True)
+                }
+        return Read(rows, at)
+
+
+# Of a partitioned table the sum of its partitions, which it doesn't have itself until someone analyses it.
+_COUNT: Final = """
+SELECT CASE WHEN bool_or(reltuples < 0) THEN -1 ELSE sum(reltuples) END::bigint
+FROM pg_class
+WHERE relkind = 'r' AND (oid = to_regclass(%(relation)s)
+                         OR oid IN (SELECT relid FROM pg_partition_tree(to_regclass(%(relation)s))))
+"""
