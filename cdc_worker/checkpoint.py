@@ -254,8 +254,13 @@ def take_over(
 
 def new_nonce(worker: str) -> str:
     """The statement after which whoever writes for this worker must look again at what it leaves out and erases."""
-    query = sql.SQL("UPDATE cdc_worker.checkpoint SET nonce = gen_random_uuid() WHERE worker = {}")
-    return query.format(worker).as_string()
+    return _NEW_NONCE.format(worker=worker).as_string()
+
+
+_NEW_NONCE: Final = sql.SQL(
+    "WITH others AS (UPDATE cdc_worker.backfill SET nonce = gen_random_uuid() WHERE worker = {worker})"
+    " UPDATE cdc_worker.checkpoint SET nonce = gen_random_uuid() WHERE worker = {worker}"
+)
 
 
 def fenced(worker: str) -> errors.FencedError:

@@ -264,6 +264,48 @@ def forget(
     click.echo(done.model_dump_json(indent=2) if as_json else "\n".join(erasing.lines(done)))
 
 
+_chunk_size = click.option(
+    "--chunk-size", type=click.IntRange(1, 100_000), default=1_000, show_default=True, help="Rows read at once."
+)
+_moment = click.DateTime(["%Y-%m-%d", "%Y-%m-%dT%H:%M:%S", "%Y-%m-%dT%H:%M:%S%z"])
+
+
+@main.command()
+@click.argument("tables", nargs=-1, metavar="[TABLE]...")
+@click.option("--since", type=_moment, help="Only what is dated then or later.")
+@click.option("--until", type=_moment, help="Only what is dated before then.")
+@click.option(
+    "--from-key", multiple=True, metavar="KEY", help="Only rows after this key; once for each of its columns."
+)
+@click.option("--to-key", multiple=True, metavar="KEY", help="Only rows up to this key.")
+@click.option("--rate", type=click.FloatRange(0, min_open=True), help="Rows a second, at most.")
+@_chunk_size
+@click.option("--dry-run", is_flag=True, help="Count what would be written and show some of it; nothing is.")
+@click.option("--json", "as_json", is_flag=True, help="For machines: an object a table, each on a line.")
+@_settings
+def backfill(settings: Settings, tables: tuple[str, ...], dry_run: bool, as_json: bool, **wishes: Any) -> None:
+    """Write activities for rows that were there before the worker, beside it and the application.
+
+    All tables of the profile that have rules with a backfill, if none is named. It may be interrupted, and goes on from
+    there. It takes the right to read the tables.
+
+    \b
+    Example: cdc-worker backfill lead --rate 2000
+    """
+    from cdc_worker import backfill as filling  # noqa: PLC0415  # likewise
+
+    done = filling.backfill(
+        settings,
+        profile.load(settings.profile),
+        tables,
+        filling.Wishes(**wishes),
+        log=log.get(),
+        dry_run=dry_run,
+    )
+    for table in done:
+        click.echo(table.model_dump_json() if as_json else "\n".join(filling.lines(table)))
+
+
 @main.group("profile")
 def profiles() -> None:
     """Help to write profiles, which say what a CRM's tables mean.

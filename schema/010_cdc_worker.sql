@@ -139,6 +139,30 @@ COMMENT ON COLUMN cdc_worker.erased.system_identifier IS 'The cluster whose posi
 COMMENT ON COLUMN cdc_worker.erased.erased_lsn IS 'Where the WAL was at the time';
 COMMENT ON COLUMN cdc_worker.erased.until_lsn IS 'The commit that gave the key to somebody else; NULL if none did';
 
+CREATE TABLE IF NOT EXISTS cdc_worker.backfill (
+    worker             text NOT NULL,
+    table_name         text NOT NULL,
+    part               text NOT NULL DEFAULT '',
+    system_identifier  text NOT NULL DEFAULT cdc_worker.cluster(),
+    nonce              uuid NOT NULL DEFAULT gen_random_uuid(),
+    last_key           text[],
+    rows               bigint NOT NULL DEFAULT 0,
+    expected           bigint,
+    activities         bigint NOT NULL DEFAULT 0,
+    dead_letters       bigint NOT NULL DEFAULT 0,
+    started_at         timestamptz NOT NULL DEFAULT now(),
+    written_at         timestamptz NOT NULL DEFAULT now(),
+    finished_at        timestamptz,
+    PRIMARY KEY (worker, table_name, part)
+);
+
+COMMENT ON TABLE cdc_worker.backfill IS 'How far each backfill has come, which goes on from there';
+COMMENT ON COLUMN cdc_worker.backfill.table_name IS 'Schema and table';
+COMMENT ON COLUMN cdc_worker.backfill.part IS 'Which of its rows, as the command was asked; empty for all';
+COMMENT ON COLUMN cdc_worker.backfill.nonce IS 'Made anew with each erasure: who writes must know the last';
+COMMENT ON COLUMN cdc_worker.backfill.last_key IS 'Rows up to this key are dealt with, in the order of its index';
+COMMENT ON COLUMN cdc_worker.backfill.expected IS 'About how many rows there are; NULL if nobody knows';
+
 CREATE TABLE IF NOT EXISTS cdc_worker.replaced (
     kind         text NOT NULL CHECK (kind IN ('replica_identity', 'tracker', 'trigger', 'grant')),
     table_name   text NOT NULL,

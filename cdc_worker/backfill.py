@@ -1,0 +1,621 @@
+"""Backfill: activities for rows that existed before the worker, made up from the rows as they are now.
+
+A row is created once in the log, whoever tells of it. To know whether the stream has told, or will tell, of a row:
+
+    L0 = where the WAL is            before the read
+    rows                             a short read, by the index of their key
+    F  = where the WAL is            after it: whatever the read has seen was committed by then
+    wait until the checkpoint has passed F
+    events                           what the target has recorded of these rows up to F
+
+Now all is recorded that ever will be of what we have seen, and a row whose creation isn't among it since the key was
+last deleted was there before. The verdict depends on the row and on what was recorded up to F alone, so it is the same
+whoever comes to it; and so is the key under which it is written, which says from which deletion on the row has had its
+own key (or from which change of key on, back to where it was first). Two backfills at once write one activity.
+
+What was recorded between L0 and F may be older than the read, or not: such a row is read again. And where a deletion
+is the last that was recorded of a row that is there, its commit may be in the WAL and not be seen by others yet: such
+a row is read again after all transactions are over that went on then.
+
+Activities, and how far we have come, are one transaction, as the stream's are. It touches nothing if another process
+has got further meanwhile, or if a person was erased: both begin anew from what is now so.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any, Final, NamedTuple
+from zoneinfo import ZoneInfo
+
+import msgspec
+import psycopg
+from psycopg import sql
+from psycopg.waiting import wait
+from pydantic import BaseModel, Field
+
+from cdc_worker import catalog, checkpoint, errors, postgres, profile, rows
+from cdc_worker.activities import Activity, Batch, DeadLetter, Line, Place, Position, Scope, own_key
+from cdc_worker.changes import Change, Row, Transaction
+from cdc_worker.config import Settings
+from cdc_worker.fence import Fence
+from cdc_worker.history import EVERYTHING, Event, backfill_key, recorded, standing
+from cdc_worker.journal import Journal
+from cdc_worker.log import Logger
+from cdc_worker.lookups import Lookups
+from cdc_worker.lsn import LSN
+from cdc_worker.postgres import Connection
+from cdc_worker.profile import Profile
+from cdc_worker.progress import shown
+from cdc_worker.rows import Read, RowKey, Rows
+from cdc_worker.rules import compile_backfill, qualified
+from cdc_worker.sink import Sink
+from cdc_worker.transform import ERASED, Transformer, Wanted, settled
+
+CHUNK: Final = 1_000
+"""Rows that are read and written at once, if nothing else is asked for."""
+
+SAMPLES: Final = 3
+"""So many activities of each type a dry run shows."""
+
+
+@dataclass(frozen=True, slots=True)
+class Wishes:
+    """Which rows, and how fast. Keys are texts, one for each column of the index that the rows are read by.
+
+    `since` and `until` are about the dates of activities, in the target's zone if they have none. The row with the key
+    `from_key` is not meant, nor is what happened at `until`.
+    """
+
+    since: datetime | None = None
+    until: datetime | None = None
+    from_key: RowKey = ()
+    to_key: RowKey = ()
+    chunk_size: int = CHUNK
+    rate: float | None = None
+
+    @property
+    def part(self) -> str:
+        """Which rows, in words; the speed doesn't matter."""
+        said = [
+            ("since", self.since and self.since.isoformat()),
+            ("until", self.until and self.until.isoformat()),
+            ("from", ",".join(self.from_key)),
+            ("to", ",".join(self.to_key)),
+        ]
+        return " ".join(f"{name} {value}" for name, value in said if value)
+
+
+_PLAIN: Final = Wishes()
+
+
+class Sample(BaseModel):
+    """An activity that would be written."""
+
+    type: str = Field(description="its type")
+    subject: str = Field(description="key of its row")
+    occurred_at: str = Field(description="how it would be dated")
+    description: str = Field(description="its text")
+
+
+class Backfilled(BaseModel):
+    """What was done about a table, or would be. These are the fields of `backfill --json`, one object a table."""
+
+    table: str = Field(description="schema and table")
+    part: str = Field(description="which of its rows, as it was asked; empty for all")
+    resumed: bool = Field(
+        default=False, description="an earlier run had not come to the end: this one has gone on from there"
+    )
+    rows: int = Field(default=0, description="rows that were read")
+    activities: dict[str, int] = Field(
+        default={}, description="activities written, by type; with --dry-run, that would be"
+    )
+    already_there: int = Field(
+        default=0, description="of those, activities that another backfill wrote at the same time"
+    )
+    dead_letters: int = Field(default=0, description="activities that the target refused, or a rule failed to make")
+    undecided: int = Field(default=0, description="rows left out for now, because transactions of others go on and on")
+    dry_run: bool = Field(default=False, description="whether nothing was written")
+    samples: list[Sample] = Field(default=[], description="some of the activities; only with --dry-run")
+
+
+def lines(done: Backfilled) -> Iterator[str]:
+    """What was done about a table as a person reads it."""
+    what = f"{done.table}{f' ({done.part})' if done.part else ''}"
+    total = sum(done.activities.values())
+    told = ", ".join(f"{count:,} {kind}" for kind, count in sorted(done.activities.items())) or "none"
+    verb = "would be written" if done.dry_run else "written"
+    yield f"{what}: {done.rows:,} rows read, {total:,} activities {verb}: {told}"
+    for sample in done.samples:
+        yield f"  {sample.occurred_at}  {sample.type}  {sample.description}"
+    if done.dead_letters:
+        yield f"  {done.dead_letters:,} became dead letters: see cdc_worker.dead_letter"
+    if done.undecided:
+        yield f"  {done.undecided:,} rows are left out for now: transactions go on that may be about them; run it again"
+
+
+def tables(given: Profile, names: Collection[str]) -> list[str]:
+    """The tables of a profile that are meant, as it names them: those with these names, or all that can be done.
+
+    Raises SettingsError for one that isn't there, or of which nothing is told.
+    """
+    can = [name for name, table in given.tables.items() if any(rule.backfill for rule in table.rules)]
+    known = {qualified(name): name for name in given.tables}
+    found = []
+    for name in names:
+        if qualified(name) not in known:
+            raise errors.SettingsError(
+                f'the profile "{given.name}" has no table "{name}"', hint=f"those it has: {', '.join(given.tables)}"
+            )
+        found.append(known[qualified(name)])
+    if lacking := [name for name in found or [*given.tables][:1] if name not in can and (found or not can)]:
+        what = f"the table {lacking[0]} has" if found else "there is"
+        raise errors.SettingsError(
+            f'nothing to backfill: {what} no rule with "backfill" in the profile "{given.name}"',
+            hint=f"those that have: {', '.join(can)}" if can else 'say in a rule\'s "backfill" when it happened',
+        )
+    return list(dict.fromkeys(found or can))
+
+
+def backfill(
+    settings: Settings,
+    given: Profile,
+    names: Collection[str] = (),
+    wishes: Wishes = _PLAIN,
+    *,
+    log: Logger,
+    dry_run: bool = False,
+) -> Iterator[Backfilled]:
+    """Write what is missing of tables, one after another. May be interrupted anywhere, and goes on from there.
+
+    Raises SettingsError for wishes that mean nothing, and NotRunningError where no worker runs beside it.
+    """
+    with ExitStack() as stack:
+        edges = _Edges(stack, settings, given, log)
+        meant = tables(given, names)
+        if (wishes.from_key or wishes.to_key) and len(meant) > 1:
+            raise errors.SettingsError("keys are of one table", hint=f"name one of: {', '.join(meant)}")
+        works = [edges.work(name, wishes) for name in meant]
+        if not dry_run:
+            edges.fence.check()
+        for work in works:
+            yield work.try_out() if dry_run else work.run()
+
+
+class _Edges:
+    """The connections, and what is the same for all tables."""
+
+    def __init__(self, stack: ExitStack, settings: Settings, given: Profile, log: Logger) -> None:
+        dsn, worker = settings.dsn.get_secret_value(), settings.worker
+
+        def opened(connection: Connection) -> Connection:
+            return stack.enter_context(closing(connection))
+
+        self.settings, self.profile, self.log = settings, given, log
+        key = None if settings.mask_key is None else settings.mask_key.get_secret_value()
+        settings.rules(given)  # which has all that is wrong with it
+        self.rules = compile_backfill(given, mask_key=key)
+        self.control = opened(postgres.connect(dsn, worker))
+        self.checkpoint = checkpoint.read(self.control, worker)
+        read = profile.backfilled(given)
+        self.target = catalog.check(self.control, read, self.rules)
+        self.reading = opened(rows.connect(settings))
+        self.writing = opened(postgres.connect(dsn, worker))
+        self.fence = Fence(opened(postgres.connect(dsn, worker)), settings, log)
+        self._lookups = Lookups(opened(postgres.connect_reading(dsn, worker)), self.rules)
+        self.time_zone = settings.time_zone or given.target.time_zone or postgres.server(self.control).time_zone
+
+    def look_up(self, wanted: Collection[Wanted]) -> Mapping[Wanted, Row | None]:
+        """Rows of other tables as they are now."""
+        return wait(self._lookups.fetch(wanted), self._lookups.fileno())  # type: ignore[arg-type]  # as Sink.write
+
+    def work(self, name: str, wishes: Wishes) -> _Work:
+        """What there is to do about a table."""
+        found = Rows(self.reading, self.rules[qualified(name)])
+        for key in filter(None, (wishes.from_key, wishes.to_key)):
+            _check_key(found, key)
+        return _Work(self, name, found, wishes)
+
+
+def _check_key(found: Rows, key: RowKey) -> None:
+    name, columns = ".".join(found.table.name), ", ".join(found.key)
+    if len(key) != len(found.key):
+        raise errors.SettingsError(
+            f"{' '.join(key)} can't be a key of {name}, which is {columns}", hint="give a value for each column"
+        )
+    try:
+        found.of([key])
+    except psycopg.DataError:
+        types = ", ".join(found.columns[column].declared for column in found.key)
+        raise errors.SettingsError(
+            f"{' '.join(key)} can't be a key of {name}: {columns} is of the type {types}", hint="name a key of a row"
+        ) from None
+
+
+_START: Final = Position(LSN(0))
+
+
+@dataclass(slots=True)
+class Mark:
+    """How far a backfill of a table has come, in its row of cdc_worker.backfill: the sink's `Progress`.
+
+    To the sink a chunk is a commit, whose changes are rows: up to `last_key` they were dealt with before the chunk
+    that has `keys`, which begins at `position`.
+    """
+
+    worker: str
+    table: str
+    part: str
+    nonce: str
+    last_key: RowKey | None
+    rows: int
+    position: Position = _START
+    keys: Sequence[RowKey] = ()
+
+    def begin(self, keys: Sequence[RowKey]) -> Batch:
+        """Begin the next chunk; returns its batch."""
+        if self.keys:
+            self.last_key, self.position = self.keys[-1], Position(LSN(self.position.lsn + 2))
+        self.keys = keys
+        return Batch(self.position)
+
+    def chunk(self, at: datetime) -> Transaction:
+        """The chunk as a commit of rows that were read then."""
+        lsn = self.position.lsn
+        return Transaction(0, LSN(lsn + 1), LSN(lsn + 2), at, [], [], [], 0, True, True)
+
+    @property
+    def next_key(self) -> RowKey | None:
+        """After which key the next chunk begins."""
+        return self.keys[-1] if self.keys else self.last_key
+
+    def _done(self, at: Position) -> int:
+        if at.commit_lsn:
+            return at.changes
+        return len(self.keys) if at.lsn > self.position.lsn else 0
+
+    def _key(self, at: Position) -> list[str] | None:
+        done = self._done(at)
+        key = self.keys[done - 1] if done else self.last_key
+        return None if key is None else list(key)
+
+    def advance(
+        self,
+        before: Position,
+        after: Position,
+        committed_at: datetime | None = None,
+        *,
+        activities: int = 0,
+        dead_letters: int = 0,
+    ) -> str:
+        """The statement that moves it from one position to another, if nobody else has, and nobody was erased."""
+        query = sql.SQL(
+            "UPDATE cdc_worker.backfill SET last_key = {}::text[], rows = rows + {}, activities = activities + {},"
+            " dead_letters = dead_letters + {}, written_at = now() WHERE worker = {} AND table_name = {} AND part = {}"
+            " AND nonce = {} AND finished_at IS NULL AND last_key IS NOT DISTINCT FROM {}::text[]"
+        ).format(
+            self._key(after),
+            self._done(after) - self._done(before),
+            activities,
+            dead_letters,
+            self.worker,
+            self.table,
+            self.part,
+            self.nonce,
+            self._key(before),
+        )
+        return query.as_string()
+
+    def fenced(self) -> errors.FencedError:
+        """Another process has moved it, or a person was erased."""
+        return errors.FencedError(f"another backfill of {self.table} is at it")
+
+
+_BEGIN: Final = """
+INSERT INTO cdc_worker.backfill (worker, table_name, part, expected, last_key) VALUES (%s, %s, %s, %s, %s)
+ON CONFLICT (worker, table_name, part) DO UPDATE SET expected = EXCLUDED.expected, last_key = EXCLUDED.last_key,
+    rows = 0, activities = 0, dead_letters = 0, started_at = now(), written_at = now(), finished_at = NULL,
+    system_identifier = EXCLUDED.system_identifier
+WHERE backfill.finished_at IS NOT NULL OR backfill.system_identifier <> EXCLUDED.system_identifier
+"""
+
+_MARK: Final = """
+SELECT nonce::text, last_key, rows, finished_at IS NOT NULL FROM cdc_worker.backfill
+WHERE worker = %s AND table_name = %s AND part = %s
+"""
+
+_FINISH: Final = """
+UPDATE cdc_worker.backfill SET finished_at = now(), written_at = now()
+WHERE worker = %s AND table_name = %s AND part = %s AND finished_at IS NULL
+  AND last_key IS NOT DISTINCT FROM %s::text[]
+"""
+
+Outcome = Activity | DeadLetter
+
+
+class _Verdict(NamedTuple):
+    """What is recorded of a row, by its rules; the key that it had first, since when; and whether it is `gone` for all
+    that is recorded."""
+
+    rules: frozenset[str]
+    subject: str
+    after: Place
+    gone: bool
+
+
+class _Work:
+    """The backfill of one table."""
+
+    def __init__(self, edges: _Edges, name: str, found: Rows, wishes: Wishes) -> None:
+        self._edges, self._rows, self._wishes = edges, found, wishes
+        self._worker, self._cluster = edges.checkpoint.worker, edges.checkpoint.system_identifier
+        self._recorded = recorded(edges.profile, name)
+        self._values = {
+            rule.label: rule.backfill.metadata.keys()
+            for rule in edges.profile.tables[name].rules
+            if rule.backfill is not None
+        }
+        target = edges.profile.target
+        self._journal = Journal(
+            edges.control,
+            target,
+            table=edges.target,
+            recorded=self._recorded,
+            rows=found,
+            checkpoint=edges.checkpoint,
+        )
+        self._zone = ZoneInfo(edges.time_zone)
+        self._since, self._until = (at and _moment(at, self._zone) for at in (wishes.since, wishes.until))
+        dated = (column for column, of in target.columns.items() if of == "occurred_at")
+        self._zoned = edges.target.columns.get(next(dated, "")) == "timestamp with time zone"
+        self._done = Backfilled(table=self._recorded.table, part=wishes.part)
+
+    def run(self) -> Backfilled:
+        """Write what is missing, from where an earlier run was."""
+        edges, done, wishes = self._edges, self._done, self._wishes
+        expected = None if wishes.from_key or wishes.to_key else self._rows.count()
+        key = list(wishes.from_key) or None
+        edges.control.execute(_BEGIN, (*self._job, expected, key))
+        mark = self._mark()
+        done.resumed = mark is not None and mark.rows > 0
+        with shown(edges.log, done.table, unit="rows", total=expected, done=mark.rows if mark else 0) as advance:
+            while mark is not None:
+                sink, scope = self._sink(mark), self._scope()
+                try:
+                    while (count := self._chunk(mark, sink, scope)) > 0:
+                        advance(count)
+                except errors.FencedError:
+                    mark = self._mark()  # which another process may have moved
+                else:
+                    last = mark.next_key and list(mark.next_key)
+                    edges.control.execute(_FINISH, (*self._job, last))
+                    break
+        return done
+
+    @property
+    def _job(self) -> tuple[str, str, str]:
+        return self._worker, self._done.table, self._done.part
+
+    def _mark(self) -> Mark | None:
+        """How far it has come; None if it has come to the end."""
+        found = self._edges.control.execute(_MARK, self._job).fetchone()
+        if found is None or found[3]:
+            return None
+        nonce, key, count, _ = found
+        return Mark(*self._job, nonce, None if key is None else tuple(key), count)
+
+    def _scope(self) -> Scope:
+        """Who was erased: read it after the mark, whose nonce it goes with."""
+        return Scope(erased=checkpoint.scope(self._edges.control, self._edges.checkpoint).erased)
+
+    def _sink(self, mark: Mark) -> Sink:
+        edges = self._edges
+        return Sink(
+            edges.writing,
+            edges.profile.target,
+            table=edges.target,
+            time_zone=edges.time_zone,
+            progress=mark,
+            decode=lambda change: change,
+        )
+
+    def _chunk(self, mark: Mark, sink: Sink, scope: Scope) -> int:
+        """Deal with the next rows; returns how many there were."""
+        done, wishes, began = self._done, self._wishes, time.monotonic()
+        here = self._edges.fence.here()
+        read = self._rows.after(mark.next_key, self._size, wishes.to_key or None)
+        if not read.rows:
+            return 0
+        batch = mark.begin([*read.rows])
+        outcomes, undecided = self._certain(here, read, scope)
+        lines = [self._line(sink, outcome, read.at) for outcome in outcomes]
+        batch.add(lines, mark.chunk(read.at), done=len(read.rows), complete=True)
+        written = wait(sink.write(batch), sink.fileno())  # type: ignore[arg-type]  # it may send plain numbers
+        refused = {letter.change_key for letter in written.dead_letters}
+        for line in lines:
+            if isinstance(line, Line) and line.change_key not in refused:
+                done.activities[line.type] = done.activities.get(line.type, 0) + 1
+        done.rows += len(read.rows)
+        done.dead_letters += len(refused)
+        done.already_there += written.already_there
+        done.undecided += undecided
+        if wishes.rate is not None:
+            time.sleep(max(0.0, began + len(read.rows) / wishes.rate - time.monotonic()))
+        return len(read.rows)
+
+    @property
+    def _size(self) -> int:
+        rate, size = self._wishes.rate, self._wishes.chunk_size
+        return size if rate is None else max(1, min(size, int(rate)))
+
+    def _line(self, sink: Sink, outcome: Outcome, at: datetime) -> Line | DeadLetter:
+        if isinstance(outcome, DeadLetter):
+            return outcome
+        return msgspec.structs.replace(sink.line(outcome, outcome.change), committed_at=at)
+
+    def try_out(self) -> Backfilled:
+        """Count what would be written by what is recorded now, and show some of it."""
+        done, key, scope = self._done, self._wishes.from_key or None, self._scope()
+        done.dry_run = True
+        with shown(self._edges.log, done.table, unit="rows", total=self._rows.count()) as advance:
+            while (read := self._rows.after(key, self._size, self._wishes.to_key or None)).rows:
+                here = self._edges.fence.here()
+                outcomes, _, _ = self._judged(read, self._transformed(read, here, scope), here, here, read.rows)
+                for outcome in outcomes:
+                    self._count(outcome)
+                key = next(reversed(read.rows))
+                done.rows += len(read.rows)
+                advance(len(read.rows))
+        return done
+
+    def _count(self, outcome: Outcome) -> None:
+        done = self._done
+        if isinstance(outcome, DeadLetter):
+            done.dead_letters += 1
+            return
+        fields = outcome.fields
+        kind = fields["type"]
+        done.activities[kind] = count = done.activities.get(kind, 0) + 1
+        if count <= SAMPLES:
+            done.samples.append(
+                Sample(
+                    type=kind,
+                    subject=self._rows.table.subject(outcome.change.new) or "",
+                    occurred_at=str(fields["occurred_at"]),
+                    description=fields["description"],
+                )
+            )
+
+    def _certain(self, here: LSN, read: Read, scope: Scope) -> tuple[list[Outcome], int]:
+        """What is to be written of rows that were read after a position, in order; and of how many it isn't certain."""
+        fence = self._edges.fence
+        places = {key: place for place, key in enumerate(read.rows)}
+        found: list[Outcome] = []
+        settled: set[RowKey] = set()
+        while True:
+            outcomes = self._transformed(read, here, scope)
+            until = fence.here()
+            fence.pass_(until)
+            judged, again, doubted = self._judged(read, outcomes, here, until, settled)
+            keys = [*read.rows]
+            found += (msgspec.structs.replace(outcome, index=places[keys[outcome.index]]) for outcome in judged)
+            undecided = len(doubted) if doubted and not fence.settle() else 0
+            if not undecided:
+                settled.update(doubted)
+                again += doubted
+            if not again:
+                return sorted(found, key=lambda outcome: outcome.index), undecided
+            here = fence.here()
+            read = self._rows.of(again)
+
+    def _transformed(self, read: Read, here: LSN, scope: Scope) -> list[Outcome]:
+        """What the rules make of rows, whose places are the indexes of what they make."""
+        transformer = Transformer(self._edges.rules, worker=self._worker, system_identifier=self._cluster, scope=scope)
+        name = self._rows.table.name
+        changes = [Change("read", *name, None, row) for row in read.rows.values()]
+        transaction = Transaction(0, here, here, read.at, changes, [], [*changes], 0, True, True)
+        outcomes = settled(transformer, transaction, self._edges.look_up)
+        return [done for outcome in outcomes if (done := self._dated(outcome)) is not None]
+
+    def _dated(self, outcome: Outcome) -> Outcome | None:
+        """An outcome with its own date; None if it has none, or isn't meant, or is of a person who was erased."""
+        if isinstance(outcome, DeadLetter):
+            return None if outcome.reason == ERASED else outcome
+        at = outcome.fields["occurred_at"]
+        if at is None or outcome.fields["metadata"].get("erased") is True:
+            return None
+        moment = _moment(at, self._zone)
+        if self._since is not None and (moment is None or moment < self._since):
+            return None
+        if self._until is not None and (moment is None or moment >= self._until):
+            return None
+        # What has no zone is in the zone of the target's own dates, and as it is.
+        if moment is None or (not self._zoned and _moment(at, None) is None):
+            return outcome
+        return msgspec.structs.replace(outcome, fields={**outcome.fields, "occurred_at": moment})
+
+    def _judged(
+        self, read: Read, outcomes: Sequence[Outcome], here: LSN, until: LSN, settled: Collection[RowKey]
+    ) -> tuple[list[Outcome], list[RowKey], list[RowKey]]:
+        """What is to be written; the rows that are to be read again, and those that are to be settled before.
+
+        All is recorded up to `until`. What was recorded up to `here` the read has seen, but for what was being
+        committed then: of rows that were read again since, that is over.
+        """
+        keys = [*read.rows]
+        concerned = dict.fromkeys(keys[outcome.index] for outcome in outcomes)
+        events = self._journal.of(concerned, until=until, since=here)
+        emptied = self._journal.emptied(until)
+        verdicts: dict[RowKey, _Verdict] = {}
+        again: list[RowKey] = []
+        doubted: list[RowKey] = []
+        for key in concerned:
+            subject = self._rows.subject(key)
+            places = [*(event.place for event in events[subject]), *emptied]
+            if any(place.current and place.lsn > here for place in places):
+                again.append(key)
+                continue
+            verdict = self._verdict(subject, events, emptied, until)
+            if verdict.gone and key not in settled:
+                doubted.append(key)
+                continue
+            verdicts[key] = verdict
+        found = [
+            self._finished(outcome, known, read.at, until)
+            for outcome in outcomes
+            if (known := verdicts.get(keys[outcome.index])) is not None and not self._told(_rule(outcome), known)
+        ]
+        return found, again, doubted
+
+    def _verdict(
+        self, subject: str, events: Mapping[str, Sequence[Event]], emptied: Sequence[Place], until: LSN
+    ) -> _Verdict:
+        """What is recorded of a row, also by the keys that it had before."""
+        found = standing(subject, events[subject], emptied)
+        rules = set(found.rules)
+        gone = found.after.current > 0 and not rules
+        while found.before:
+            at, subject = found.after, self._rows.subject(found.before)
+            # What is made up of a row goes by its first key, and links to the one that it has.
+            earlier = [*self._journal.of([found.before], until=until, since=until)[subject], *events.get(subject, ())]
+            found = standing(subject, [e for e in earlier if e.place < at], [place for place in emptied if place < at])
+            rules |= found.rules
+        return _Verdict(frozenset(rules), subject, found.after, gone)
+
+    def _told(self, rule: str, verdict: _Verdict) -> bool:
+        """Whether what a rule would tell is recorded, or was kept from being recorded."""
+        return rule in verdict.rules or (EVERYTHING in verdict.rules and self._recorded.what(rule) == "created")
+
+    def _finished(self, outcome: Outcome, verdict: _Verdict, at: datetime, until: LSN) -> Outcome:
+        """An outcome with the key of its kind, and marked as what it is."""
+        rule = _rule(outcome)
+        key = own_key(self._worker, self._cluster, backfill_key(self._recorded, verdict.subject, rule, verdict.after))
+        if isinstance(outcome, DeadLetter):
+            return msgspec.structs.replace(outcome, change_key=key)
+        told = outcome.fields["metadata"]
+        metadata = {name: value for name, value in told.items() if name not in self._values[rule]}
+        metadata |= {
+            "backfilled": True,
+            "as_of": at.isoformat(),
+            "as_of_lsn": str(until),
+            "values": {name: value for name, value in told.items() if name in self._values[rule]},
+        }
+        return msgspec.structs.replace(outcome, change_key=key, fields={**outcome.fields, "metadata": metadata})
+
+
+def _rule(outcome: Outcome) -> str:
+    return outcome.change_key.rpartition("/")[2]
+
+
+def _moment(value: Any, zone: ZoneInfo | None) -> datetime | None:
+    """The moment that a value names, if it is a date, with a zone of its own or in the one that is given."""
+    try:
+        found = value if isinstance(value, datetime) else datetime.fromisoformat(str(value))
+    except ValueError:  # infinity, or before the year 1, or no date at all
+        return None
+    if found.tzinfo is None:
+        return None if zone is None else found.replace(tzinfo=zone)
+    return found
