@@ -14,7 +14,7 @@ In reading order. The core takes values and returns values:
     protocol    the messages inside COPY BOTH
     changes     what happened in the database, and the transactions it adds up to
     wal2json    the decoder
-    activities  what it meant: activities, dead letters, batches, positions, keys
+    activities  what it meant: activities, dead letters, skipped rows, batches, positions, keys
     context     who did it, as applications say it
     profile     what a CRM's tables mean, as read from TOML
     templates   its values, templates and conditions, compiled

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Final, Literal, NamedTuple
 
 import msgspec
 
-from cdc_worker.changes import Change, Payload, Transaction
+from cdc_worker.changes import Change, Operation, Payload, Transaction
 from cdc_worker.lsn import INVALID, LSN
 
 
@@ -72,6 +72,26 @@ class DeadLetter(msgspec.Struct, frozen=True):
     constraint: str | None = None
     fields: dict[str, Any] | None = None
 
+
+class Skipped(msgspec.Struct, frozen=True):
+    """Rows of a table whose changes were to leave nothing, or were `collapsed` into one activity.
+
+    `subjects` are their keys as text, in the order of the changes, and of a changed key both; a TRUNCATE has none, for
+    it is about all rows of the table. `number` counts the changes of the same commit before the first of these. Only
+    what is before `index` is done: who resumes the commit there makes the same of the rest, portion by portion.
+    """
+
+    table: tuple[str, str]
+    operation: Operation
+    subjects: tuple[str, ...]
+    collapsed: bool
+    commit_lsn: LSN
+    number: int
+    index: int
+
+
+Prepared = Line | DeadLetter | Skipped
+"""What came of a change, as it is written."""
 
 Stretch = tuple[LSN, LSN | None]
 """Commits from one LSN on up to another, which is not in it; None while there is no end."""
@@ -231,7 +251,7 @@ class Batch:
     MAX_SIZE: ClassVar[int] = 2 << 20
 
     end: Position
-    outcomes: list[Line | DeadLetter] = field(default_factory=list)
+    outcomes: list[Prepared] = field(default_factory=list)
     committed_at: datetime | None = None
     transactions: int = 0
     size: int = 0
@@ -250,7 +270,7 @@ class Batch:
 
     def add(
         self,
-        outcomes: Sequence[Line | DeadLetter],
+        outcomes: Sequence[Prepared],
         transaction: Transaction,
         *,
         done: int,
@@ -273,7 +293,8 @@ class Batch:
     def position_before(self, place: int) -> Position | None:
         """The position that has been reached when all outcomes before `place` are written.
 
-        None where there is no such position, because the place is between two outcomes of one change.
+        None where there is no such position, because the place is between two outcomes of one change, or of a stretch
+        of changes that are done together.
         """
         of = self._slices[bisect_right(self._slices, place, key=lambda s: s.place) - 1]
         index = self.outcomes[place].index

@@ -82,7 +82,7 @@ class Checkpoint:
 
 WRITTEN: Final = (
     *("cdc_worker.checkpoint", "cdc_worker.dead_letter", "cdc_worker.process", "cdc_worker.tally"),
-    "cdc_worker.written_key",
+    *("cdc_worker.skipped", "cdc_worker.written_key"),
 )
 """The tables that a worker writes, beside the target."""
 
@@ -183,11 +183,20 @@ WHERE worker = %(worker)s AND (system_identifier = %(cluster)s OR until_lsn IS N
 """
 
 
+_NO_SKIPPED: Final = "SELECT to_regclass('cdc_worker.skipped') IS NULL"
+
+
 def scope(connection: Connection, found: Checkpoint) -> Scope:
     """What the worker leaves out and keeps silent about: read it after the checkpoint, whose nonce it goes with.
 
-    Tables that setup has not seen are not in it: nobody has noted from where on they can be recorded.
+    Tables that setup has not seen are not in it: nobody has noted from where on they can be recorded. Raises
+    NotSetUpError also where what messages ask to be left out could not be noted.
     """
+    if fetch_one(connection, _NO_SKIPPED) == (True,):
+        raise errors.NotSetUpError(
+            "the tables of cdc-worker are not those of this version: there is no cdc_worker.skipped",
+            hint="run: cdc-worker setup",
+        )
     excluded: dict[tuple[str, str], list[Stretch]] = {}
     marks: dict[tuple[str, str], list[Stretch]] = {}
     erased: dict[tuple[str, str], list[Stretch]] = {}

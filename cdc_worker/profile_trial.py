@@ -25,7 +25,7 @@ from cdc_worker.profile import Profile
 from cdc_worker.profile_checks import PROFILE, READ_ONLY
 from cdc_worker.rules import Lookup, Rules, Table, qualified
 from cdc_worker.sink import encoder, parsed
-from cdc_worker.transform import Outcome, Transformer, Wanted, settled
+from cdc_worker.transform import Told, Transformer, Wanted, settled
 
 _XID: Final = 1
 
@@ -190,7 +190,7 @@ class _Trial:
             self._counts.changes += len(transaction.changes)
             yield from map(self._tried, settled(self._transformer, transaction, self._fetch))
 
-    def _tried(self, outcome: Outcome) -> Tried:
+    def _tried(self, outcome: Told) -> Tried:
         change = outcome.change
         table = ".".join((change.schema, change.table))
         if not isinstance(outcome, Activity):

@@ -1,4 +1,4 @@
-"""The sink: writes activities, dead letters and the checkpoint in one database transaction.
+"""The sink: writes activities, dead letters, what was skipped and the checkpoint in one database transaction.
 
 Nothing here waits. `write` is a generator that yields what it waits for on its socket, as psycopg's own do, so that
 the stream can be read meanwhile; `psycopg.waiting.wait` runs it to its end for those who have nothing else to do.
@@ -23,7 +23,7 @@ from psycopg.pq.abc import PGresult
 from psycopg.waiting import Ready, Wait
 
 from cdc_worker import catalog, errors, postgres
-from cdc_worker.activities import Activity, Batch, DeadLetter, Line, Position
+from cdc_worker.activities import Activity, Batch, DeadLetter, Line, Position, Prepared, Skipped
 from cdc_worker.catalog import TargetTable
 from cdc_worker.changes import Change, Payload
 from cdc_worker.postgres import Connection, is_about_the_row, is_transient
@@ -216,12 +216,14 @@ class Sink:
         rows = [outcome for outcome in batch.outcomes if type(outcome) is Line]
         written.activities = len(rows)
         written.dead_letters = [outcome for outcome in batch.outcomes if type(outcome) is DeadLetter]
+        skipped = [outcome for outcome in batch.outcomes if type(outcome) is Skipped]
         counts = len(rows), len(written.dead_letters)
         advance = self._advance(batch.end, batch, *counts)
-        if written.dead_letters or (rows and (self._catalog.row_security or self._draw)):
+        if written.dead_letters or skipped or (rows and (self._catalog.row_security or self._draw)):
             # By itself: only a COPY can be given up halfway.
             numbers = yield from self._begin_with(f"{self._begin}; {advance}", rows)
             yield from self._insert(written.dead_letters)
+            yield from self._note(skipped)
             yield from self._write_rows("", rows, "COMMIT", numbers)
         elif rows:
             yield from self._write_rows(f"{self._begin}; {advance}; ", rows, "COMMIT")
@@ -290,6 +292,7 @@ class Sink:
                     self._refused_in_a_row = 0
             place = end
         yield from self._insert(dead_letters)
+        yield from self._note([outcome for outcome in outcomes[start:place] if type(outcome) is Skipped])
         position = batch.end if place == len(outcomes) else batch.position_before(place)
         assert position is not None
         counts = activities, len(dead_letters)
@@ -400,6 +403,24 @@ class Sink:
             for letter in dead_letters
         ]
         self._pgconn.send_query_params(_INSERT_DEAD_LETTERS, [_json.encode(rows)])
+        yield from self._results()
+
+    def _note(self, skipped: Sequence[Skipped]) -> Writing[None]:
+        if not skipped:
+            return
+        rows = [
+            {
+                "worker": self._progress.worker,
+                "table_name": ".".join(of.table),
+                "commit_lsn": str(of.commit_lsn),
+                "number": of.number,
+                "operation": of.operation,
+                "collapsed": of.collapsed,
+                "subjects": of.subjects,
+            }
+            for of in skipped
+        ]
+        self._pgconn.send_query_params(_INSERT_SKIPPED, [_json.encode(rows)])
         yield from self._results()
 
     def _find_existing(self, lines: Sequence[Line]) -> Writing[set[str]]:
@@ -534,6 +555,17 @@ FROM jsonb_to_recordset($1) AS letter (worker text, change_key text, kind text, 
 ON CONFLICT (change_key) DO NOTHING
 """
 
+# What is collapsed comes again where its commit is resumed. To name the key it takes a right to read it.
+_INSERT_SKIPPED: Final = b"""
+INSERT INTO cdc_worker.skipped
+    (worker, table_name, system_identifier, commit_lsn, number, operation, collapsed, subjects)
+SELECT worker, table_name, system_identifier, skipped.commit_lsn, number, operation, collapsed, subjects
+FROM jsonb_to_recordset($1) AS skipped (worker text, table_name text, commit_lsn pg_lsn, number bigint, operation text,
+    collapsed boolean, subjects text[])
+JOIN cdc_worker.checkpoint USING (worker)
+ON CONFLICT DO NOTHING
+"""
+
 
 def _refused_error(result: PGresult) -> RefusedError:
     def said(diagnostic: pq.DiagnosticField) -> str | None:
@@ -552,7 +584,7 @@ def _refused_error(result: PGresult) -> RefusedError:
 
 
 def _divided(
-    start: int, end: int, outcomes: Sequence[Line | DeadLetter], rows: Sequence[Line], line: int | None
+    start: int, end: int, outcomes: Sequence[Prepared], rows: Sequence[Line], line: int | None
 ) -> list[tuple[int, int]]:
     """Smaller segments of a refused one: around the row that the server named, or its halves."""
     if line is not None and 1 <= line <= len(rows):

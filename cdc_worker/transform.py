@@ -5,14 +5,24 @@ from __future__ import annotations
 import pickle
 import zlib
 from collections import OrderedDict, defaultdict, deque
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from datetime import datetime
 from typing import Any, Final
 
 import msgspec
 
-from cdc_worker.activities import Activity, DeadLetter, Person, Position, Scope, Stretch, change_key, key_prefix
-from cdc_worker.changes import CUTOVER_PREFIX, Change, Message, Row, Transaction, Value
+from cdc_worker.activities import (
+    Activity,
+    DeadLetter,
+    Person,
+    Position,
+    Scope,
+    Skipped,
+    Stretch,
+    change_key,
+    key_prefix,
+)
+from cdc_worker.changes import CUTOVER_PREFIX, Change, Message, Operation, Row, Transaction, Value
 from cdc_worker.context import NOTHING, Collapse, Context, Policy, hear
 from cdc_worker.context import PREFIX as CONTEXT_PREFIX
 from cdc_worker.errors import UnknownValueError
@@ -38,10 +48,19 @@ MAX_ROWS: Final = 10_000
 MAX_UNSEEN: Final = 1_000
 """So many transactions later one that wrote a looked-up table is surely to be seen in it."""
 
+MAX_SKIPPED: Final = 1_000
+"""So many changes that leave nothing are noted at once."""
+
+MAX_SUBJECT: Final = 600
+"""A row whose key is longer is not noted: the index of such keys takes 2,700 bytes."""
+
 ERASED: Final = "the person was erased"
 """The reason of a dead letter of which nothing else may be told."""
 
-Outcome = Activity | DeadLetter
+Told = Activity | DeadLetter
+"""What became of a change that something is told of."""
+
+Outcome = Told | Skipped
 
 _FactKey = tuple[tuple[str, str], str, tuple[Value, ...]]
 
@@ -84,7 +103,7 @@ def blank(change: Change, links: Mapping[str, str]) -> Change:
     return msgspec.structs.replace(change, old=kept(change.old), new=kept(change.new))
 
 
-def _blank(outcome: Outcome, links: Mapping[str, str]) -> Outcome:
+def _blank(outcome: Told, links: Mapping[str, str]) -> Told:
     change = blank(outcome.change, links)
     if isinstance(outcome, DeadLetter):
         return msgspec.structs.replace(outcome, reason=ERASED, change=change)
@@ -127,6 +146,27 @@ class _Summary(msgspec.Struct, eq=False):
         return Activity(key, fields, change, self.index)
 
 
+class _Passed(msgspec.Struct, eq=False):
+    """Changes of which only the rows are noted, some at a time: until these are out, none of them is done.
+
+    How many they are depends on nothing but the commit, so that who resumes it makes the same portions. In a stretch
+    that is collapsed its `index` is that of the summary, with which alone they are done.
+    """
+
+    index: int
+    collapsed: bool
+    count: int = 0
+    found: dict[tuple[tuple[str, str], Operation], tuple[int, dict[str, None]]] = {}
+
+    def add(self, change: Change, table: Table, subjects: Collection[str], index: int) -> None:
+        self.count += 1
+        self.found.setdefault((table.name, change.operation), (index, {}))[1].update(dict.fromkeys(subjects))
+
+    def skipped(self, commit_lsn: LSN) -> Iterator[Skipped]:
+        for (table, operation), (number, subjects) in self.found.items():
+            yield Skipped(table, operation, tuple(subjects), self.collapsed, commit_lsn, number, self.index)
+
+
 _EVERYTHING: Final = Scope()
 _BELIEVING: Final = Policy()
 _NOWHERE: Final = Position(INVALID)
@@ -141,7 +181,7 @@ class Transformer:
     `missing` are columns, by table, that changes didn't carry, so that the metadata had to do without; `refused` is
     what messages asked for that the `policy` doesn't allow, and `untrusted` whether any so far was a mere claim.
     `worker` and `system_identifier` are part of every change key. Of a commit that is `resumed` the first changes were
-    written before, perhaps by another policy: no summary tells them again.
+    written before, perhaps by another policy: no summary tells them again, and none of them is noted.
     """
 
     def __init__(
@@ -175,6 +215,7 @@ class Transformer:
         self._context = NOTHING
         self._context_number = self._messages = 0
         self._summary: _Summary | None = None
+        self._passed: _Passed | None = None
         self._ordinals: defaultdict[tuple[str, str], int] = defaultdict(int)
         self._facts: dict[_FactKey, tuple[int, Row]] = {}
         self._waiting: dict[_FactKey, list[_Held]] = {}
@@ -194,7 +235,8 @@ class Transformer:
         """How many changes of the current commit have all their outcomes out."""
         if self._held:
             return self._held[0].index
-        return self._summary.index if self._summary is not None else self._index
+        stretch = self._summary or self._passed
+        return self._index if stretch is None else stretch.index
 
     def feed(self, transaction: Transaction) -> list[Outcome]:
         """Outcomes that are certain now. With the last slice of a commit, all of them are."""
@@ -268,7 +310,7 @@ class Transformer:
 
     def _start(self, transaction: Transaction) -> None:
         self._prefix = key_prefix(self._worker, self._system_identifier, transaction.commit_lsn)
-        self._context, self._messages, self._summary = NOTHING, 0, None
+        self._context, self._messages, self._summary, self._passed = NOTHING, 0, None, None
         self._ordinals.clear()
         self._index = 0
         self._commit_lsn = transaction.commit_lsn
@@ -300,10 +342,29 @@ class Transformer:
         self._messages += 1
 
     def _sum_up(self) -> None:
-        """Tell the changes that were collapsed up to here."""
+        """Note the changes that were passed over up to here, and tell those that were collapsed."""
+        self._note()
         if self._summary is not None:
             self._put(self._summary.activity(self._prefix))
             self._summary = None
+
+    def _note(self) -> None:
+        passed, self._passed = self._passed, None
+        for skipped in passed.skipped(self._commit_lsn) if passed is not None else ():
+            self._put(skipped)
+
+    def _pass_over(self, change: Change, table: Table, index: int) -> None:
+        """Note which row it is that is not told of, or not by itself, if that is known."""
+        found = (table.subject(change.old), table.subject(change.new))
+        subjects = [subject for subject in found if subject is not None and len(subject) <= MAX_SUBJECT]
+        if not subjects and not (change.operation == "truncate" and table.key):
+            return
+        if self._passed is None:
+            summary = self._summary
+            self._passed = _Passed(index if summary is None else summary.index, summary is not None)
+        self._passed.add(change, table, subjects, index)
+        if self._passed.count >= MAX_SKIPPED:
+            self._note()
 
     def _take(self, change: Change, table: Table, committed_at: datetime) -> None:
         index = self._index
@@ -323,16 +384,18 @@ class Transformer:
         self._index = index + 1
         if table.name in self._excluded:
             return
-        if self._context.skip or not table.rules[change.operation]:
+        if not table.rules[change.operation]:
             return
         if change.operation == "update" and not change.changed:
             return
-        if self._context.collapse is not None:
+        if self._context.skip or self._context.collapse is not None:
             if self._commit_lsn == self._resumed.commit_lsn and index < self._resumed.changes:
                 return
-            if self._summary is None:
-                self._summary = _Summary(self._context, self._context_number, change, index, committed_at)
-            self._summary.count(change)
+            if not self._context.skip:
+                if self._summary is None:
+                    self._summary = _Summary(self._context, self._context_number, change, index, committed_at)
+                self._summary.count(change)
+            self._pass_over(change, table, index)
             return
         if change.operation == "update" and change.old_row_unknown:
             key = change_key(self._prefix, *table.name, ordinal, "*")
@@ -418,6 +481,8 @@ class Transformer:
         return [self._silenced(outcome) for outcome in self._out]
 
     def _silenced(self, outcome: Outcome) -> Outcome:
+        if isinstance(outcome, Skipped):
+            return outcome
         change = outcome.change
         links = self._rules[change.schema, change.table].links
         persons = [*_persons(change.old, links), *_persons(change.new, links)]
@@ -587,13 +652,18 @@ def _nothing(wanted: Collection[Wanted]) -> Mapping[Wanted, Row | None]:
     return dict.fromkeys(wanted)
 
 
-def settled(transformer: Transformer, transaction: Transaction, fetch: Fetch) -> Iterator[Outcome]:
-    """What a transformer makes of a transaction, or of a slice, with all that it wants looked for at once."""
-    yield from transformer.feed(transaction)
+def told(outcomes: Iterable[Outcome]) -> Iterator[Told]:
+    """Those of which something is told."""
+    return (outcome for outcome in outcomes if not isinstance(outcome, Skipped))
+
+
+def settled(transformer: Transformer, transaction: Transaction, fetch: Fetch) -> Iterator[Told]:
+    """What a transformer tells of a transaction, or of a slice, with all that it wants looked for at once."""
+    yield from told(transformer.feed(transaction))
     while transformer.wanted or transformer.ready:
         if transformer.wanted:
             transformer.tell(fetch(transformer.wanted))
-        yield from transformer.rest()
+        yield from told(transformer.rest())
 
 
 def transform(
@@ -605,7 +675,7 @@ def transform(
     scope: Scope = _EVERYTHING,
     policy: Policy = _BELIEVING,
     fetch: Fetch = _nothing,
-) -> list[Outcome]:
-    """All outcomes of some whole transactions."""
+) -> list[Told]:
+    """All that is told of some whole transactions."""
     transformer = Transformer(rules, worker=worker, system_identifier=system_identifier, scope=scope, policy=policy)
     return [outcome for transaction in transactions for outcome in settled(transformer, transaction, fetch)]

@@ -30,7 +30,7 @@ from psycopg.waiting import Ready, Wait
 from tenacity import RetryCallState, Retrying, retry_if_exception, stop_when_event_set, wait_random_exponential
 
 from cdc_worker import catalog, checkpoint, errors, postgres, process, setup, slot, wal2json
-from cdc_worker.activities import Activity, Batch, DeadLetter, Line, Position, Scope
+from cdc_worker.activities import Activity, Batch, Line, Position, Scope
 from cdc_worker.changes import CUTOVER_PREFIX, Assembler, Change, Transaction
 from cdc_worker.checkpoint import Checkpoint
 from cdc_worker.config import Settings
@@ -44,7 +44,7 @@ from cdc_worker.profile import load as load_profile
 from cdc_worker.protocol import PrimaryKeepalive
 from cdc_worker.replication import Replication
 from cdc_worker.sink import Sink, Writing, Written
-from cdc_worker.transform import PREFIXES, Transformer
+from cdc_worker.transform import PREFIXES, Outcome, Transformer
 from cdc_worker.watch import INTERVAL as WATCH_INTERVAL
 from cdc_worker.watch import MOVED, Watch
 
@@ -623,7 +623,7 @@ class _Stream:
                 if self._stop.is_set() or self._complete or (self._reloading and self._idle):
                     break
             elif now > stopping_until:
-                self._log.info("batch_rolled_back", activities=len(self._written.outcomes))
+                self._log.info("batch_rolled_back", activities=sum(type(o) is Line for o in self._written.outcomes))
                 self._sink.cancel()
                 break
             if self._stop.is_set() and stopping_until == float("inf"):
@@ -693,7 +693,7 @@ class _Stream:
                     replication.send_status(written=message.wal_end)
         return False
 
-    def _take(self, transaction: Transaction, outcomes: list[Activity | DeadLetter]) -> None:
+    def _take(self, transaction: Transaction, outcomes: list[Outcome]) -> None:
         transformer = self._transformer
         if transformer.refused:
             self._log.warning("context_refused", asked=sorted(transformer.refused), xid=transaction.xid)

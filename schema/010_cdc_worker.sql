@@ -163,6 +163,30 @@ COMMENT ON COLUMN cdc_worker.backfill.nonce IS 'Made anew with each erasure: who
 COMMENT ON COLUMN cdc_worker.backfill.last_key IS 'Rows up to this key are dealt with, in the order of its index';
 COMMENT ON COLUMN cdc_worker.backfill.expected IS 'About how many rows there are; NULL if nobody knows';
 
+CREATE TABLE IF NOT EXISTS cdc_worker.skipped (
+    worker             text NOT NULL,
+    table_name         text NOT NULL,
+    system_identifier  text NOT NULL DEFAULT cdc_worker.cluster(),
+    commit_lsn         pg_lsn NOT NULL,
+    number             bigint NOT NULL,
+    operation          text NOT NULL CHECK (operation IN ('insert', 'update', 'delete', 'truncate')),
+    collapsed          boolean NOT NULL,
+    subjects           text[] NOT NULL,
+    PRIMARY KEY (worker, system_identifier, commit_lsn, table_name, operation, number)
+);
+
+CREATE INDEX IF NOT EXISTS skipped_subjects ON cdc_worker.skipped USING gin (subjects);
+
+COMMENT ON TABLE cdc_worker.skipped IS
+    'Which rows a context message let changes pass over: what is missing of them in the activities is meant to be';
+COMMENT ON COLUMN cdc_worker.skipped.table_name IS 'Schema and table, as in lead of public: public.lead';
+COMMENT ON COLUMN cdc_worker.skipped.system_identifier IS 'The cluster whose positions these are';
+COMMENT ON COLUMN cdc_worker.skipped.commit_lsn IS 'The commit in which they were changed';
+COMMENT ON COLUMN cdc_worker.skipped.number IS 'How many changes that commit has before the first of these';
+COMMENT ON COLUMN cdc_worker.skipped.collapsed IS 'One activity was written in place of theirs; else none';
+COMMENT ON COLUMN cdc_worker.skipped.subjects IS
+    'Keys of the rows, as in change keys of a backfill; none for a truncate, which is about all that there were';
+
 CREATE TABLE IF NOT EXISTS cdc_worker.replaced (
     kind         text NOT NULL CHECK (kind IN ('replica_identity', 'tracker', 'trigger', 'grant')),
     table_name   text NOT NULL,

@@ -15,7 +15,7 @@ from cdc_worker.context import PREFIX
 from cdc_worker.lsn import LSN
 from cdc_worker.profile import Profile, load, parse
 from cdc_worker.rules import Rules, compile_rules
-from cdc_worker.transform import Outcome, transform
+from cdc_worker.transform import Told, transform
 
 # A failure prints the blob that repeats it. The machine's speed is no failure.
 settings.register_profile(
@@ -129,7 +129,7 @@ def leadfi() -> Rules:
 
 def outcomes(
     *messages: Change | Message, rules: Rules | None = None, cuts: Container[int] = (), commit_lsn: int = 0x1000
-) -> list[Outcome]:
+) -> list[Told]:
     """What one commit of these messages becomes."""
     return transform(
         leadfi() if rules is None else rules,

@@ -32,7 +32,8 @@ from cdc_worker.activities import Activity, Position, Scope
 from cdc_worker.changes import Change, Message, Transaction, update
 from cdc_worker.context import Policy
 from cdc_worker.lsn import INVALID, LSN
-from cdc_worker.transform import Outcome, Transformer
+from cdc_worker.transform import Told, Transformer
+from cdc_worker.transform import told as told_of
 
 LEAD = inserted("lead", lead())
 PREFIX = "w/1/0000000000001000"
@@ -42,11 +43,12 @@ def asked(**wishes: Any) -> Message:
     return said(json.dumps(wishes))
 
 
-def fed(transformer: Transformer, slices: list[Transaction]) -> Iterator[Outcome]:
+def fed(transformer: Transformer, slices: list[Transaction]) -> Iterator[Told]:
+    """What is told of them: what is noted without being told is in test_skipped.py."""
     for part in slices:
-        yield from transformer.feed(part)
+        yield from told_of(transformer.feed(part))
         while transformer.ready:
-            yield from transformer.rest()
+            yield from told_of(transformer.rest())
 
 
 def transformer(*, allowed: bool = True, scope: Scope | None = None, resumed: Position | None = None) -> Transformer:
@@ -61,7 +63,7 @@ def transformer(*, allowed: bool = True, scope: Scope | None = None, resumed: Po
     )
 
 
-def counts(outcome: Outcome) -> int:
+def counts(outcome: Told) -> int:
     """Of how many changes an outcome is the summary."""
     if "/collapse" not in outcome.change_key:
         return 0
@@ -69,7 +71,7 @@ def counts(outcome: Outcome) -> int:
     return sum(sum(by.values()) for by in outcome.fields["metadata"]["changes"].values())
 
 
-def outcomes(*script: Change | Message, scope: Scope | None = None) -> list[Outcome]:
+def outcomes(*script: Change | Message, scope: Scope | None = None) -> list[Told]:
     return list(fed(transformer(scope=scope), assembled(script)))
 
 

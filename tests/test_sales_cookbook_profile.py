@@ -15,7 +15,7 @@ from cdc_worker.changes import Change, Message, Row, Value
 from cdc_worker.profile import load
 from cdc_worker.rules import Rules, compile_rules
 from cdc_worker.templates import text
-from cdc_worker.transform import Fetch, Outcome, Wanted, transform
+from cdc_worker.transform import Fetch, Told, Wanted, transform
 
 PROFILE = load("sales_cookbook")
 
@@ -70,7 +70,7 @@ def _first(database: Mapping[str, list[Row]], table: str, theirs: tuple[str, ...
     return next((row for row in database.get(table, ()) if tuple(row[column] for column in theirs) == values), None)
 
 
-def outcomes(*messages: Change | Message, database: Mapping[str, list[Row]] = DATABASE) -> list[Outcome]:
+def outcomes(*messages: Change | Message, database: Mapping[str, list[Row]] = DATABASE) -> list[Told]:
     transactions = assembled(messages)
     return transform(rules(), transactions, worker="w", system_identifier="1", fetch=fetch_from(database))
 

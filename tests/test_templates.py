@@ -28,7 +28,7 @@ from cdc_worker.profile import Profile, Target
 from cdc_worker.rules import Lookup, Rules, compile_rules, qualified
 from cdc_worker.sink import encoder, parsed
 from cdc_worker.templates import MAX_DEPTH, Event
-from cdc_worker.transform import Outcome, Wanted, transform
+from cdc_worker.transform import Told, Wanted, transform
 
 TEXT = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=12)
 """What a text column can hold."""
@@ -227,7 +227,7 @@ MESSAGES = st.dictionaries(
 COMMITS = st.lists(st.one_of(changes(), changes(), MESSAGES), min_size=1, max_size=4)
 
 
-def told(rules: Rules, commit: list[Change | Message], found: Row | None = None) -> list[Outcome]:
+def told(rules: Rules, commit: list[Change | Message], found: Row | None = None) -> list[Told]:
     """What a commit becomes, where every row that is looked for is the one that is `found`."""
 
     def fetch(wanted: Collection[Wanted]) -> Mapping[Wanted, Row | None]:

@@ -37,13 +37,14 @@ from cdc_worker.transform import (
     MAX_ROWS,
     Fetch,
     Outcome,
+    Told,
     Transformer,
     Wanted,
     transform,
 )
 
 
-def keys(came: list[Outcome]) -> list[str]:
+def keys(came: list[Told]) -> list[str]:
     return [outcome.change_key for outcome in came]
 
 
@@ -51,7 +52,7 @@ def converted(lead_id: int = 7) -> Change:
     return updated("lead", lead(lead_id=lead_id), is_converted=True)
 
 
-def customers_of(came: list[Outcome]) -> list[Any]:
+def customers_of(came: list[Told]) -> list[Any]:
     """The customers that conversions were linked to, in order."""
     return [
         outcome.fields["customer"]
@@ -618,7 +619,7 @@ def erased(*stretches: Stretch, field: str = "lead", key: str = "7") -> Scope:
 
 def scoped(
     scope: Scope, *messages: Change | Message, cuts: set[int] | None = None, rules: Rules | None = None
-) -> list[Outcome]:
+) -> list[Told]:
     return transform(
         leadfi() if rules is None else rules,
         assembled(messages, cuts=cuts or ()),
@@ -632,6 +633,7 @@ def silent(outcome: Outcome) -> bool:
     """Whether it tells nothing but that something happened."""
     if isinstance(outcome, DeadLetter):
         return outcome.reason == ERASED
+    assert isinstance(outcome, Activity)
     return (outcome.fields["description"], outcome.fields["metadata"]) == ("", {"erased": True})
 
 
