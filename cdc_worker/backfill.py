@@ -433,7 +433,11 @@ class _Work:
         outcomes, undecided = self._certain(here, read, scope)
         lines = [self._line(sink, outcome, read.at) for outcome in outcomes]
         batch.add(lines, mark.chunk(read.at), done=len(read.rows), complete=True)
-        written = wait(sink.write(batch), sink.fileno())  # type: ignore[arg-type]  # it may send plain numbers
+        try:
+            written = wait(sink.write(batch), sink.fileno())  # type: ignore[arg-type]  # it may send plain numbers
+        except KeyboardInterrupt:
+            sink.cancel()  # a session that waits for a lock would go on waiting without us
+            raise
         refused = {letter.change_key for letter in written.dead_letters}
         for line in lines:
             if isinstance(line, Line) and line.change_key not in refused:

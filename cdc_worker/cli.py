@@ -23,7 +23,7 @@ from cdc_worker import status as state
 from cdc_worker import teardown as tearing_down
 from cdc_worker.config import Settings
 from cdc_worker.errors import CdcWorkerError, SettingsError
-from cdc_worker.worker import Stop, Worker
+from cdc_worker.worker import Stop, Worker, beside
 
 P = ParamSpec("P")
 
@@ -123,15 +123,23 @@ _dry_run = click.option("--dry-run", is_flag=True, help="Print the SQL with its 
     "--marked", is_flag=True, help="Of new tables, record only what follows a context message, until cutover."
 )
 @click.option("--failover", is_flag=True, help="Make a failover slot (PostgreSQL 17 or later).")
+@click.option("--with-backfill", is_flag=True, help="Then write activities for the rows that are there already.")
 @_settings
-def setup(settings: Settings, dry_run: bool, **wishes: Any) -> None:
+def setup(settings: Settings, dry_run: bool, with_backfill: bool, **wishes: Any) -> None:
     """Set up tables, replica identities, grants, slot and cut-over, beside a running application. May be repeated.
 
     \b
     Example: cdc-worker setup --dsn "host=db user=owner dbname=crm" --role cdc --dry-run
     """
     do = setting_up.plan if dry_run else setting_up.setup
-    _echo(do(settings, profile.load(settings.profile), setting_up.Wishes(**wishes)))
+    loaded = profile.load(settings.profile)
+    _echo(do(settings, loaded, setting_up.Wishes(**wishes)))
+    if with_backfill and not dry_run:
+        from cdc_worker import backfill as filling  # noqa: PLC0415  # `run` begins sooner without it
+
+        with beside(settings, loaded, log.get().bind(slot=settings.slot)):
+            for done in filling.backfill(settings, loaded, log=log.get()):
+                _echo(filling.lines(done))
 
 
 def _echo(lines: Iterator[str]) -> None:

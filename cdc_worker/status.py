@@ -61,6 +61,20 @@ class Failure(BaseModel):
     exit_code: int | None = Field(description="with what the process ended since; null if it runs, or was killed")
 
 
+class Backfill(BaseModel):
+    """A backfill that has not come to its end, or has lately."""
+
+    table: str = Field(description="schema and table")
+    part: str = Field(description="which of its rows, as it was asked; empty for all")
+    rows: int = Field(description="rows dealt with")
+    expected: int | None = Field(description="about how many there are; null if nobody knows")
+    activities: int = Field(description="activities written")
+    dead_letters: int = Field(description="those that became dead letters")
+    started_at: datetime = Field(description="since when")
+    written_at: datetime = Field(description="when it last got further: it goes on from there when it is run again")
+    finished_at: datetime | None = Field(description="when it came to its end, in the last 24 hours; null if it hasn't")
+
+
 class Status(BaseModel):
     """The state of one worker, seen from the database. These are the fields of `status --json`."""
 
@@ -89,6 +103,7 @@ class Status(BaseModel):
     marked: list[str] = Field(
         description="tables of which only what follows a context message is recorded, until `cdc-worker cutover`"
     )
+    backfills: list[Backfill] = Field(description="backfills that have not come to their ends, or have lately")
     last_error: Failure | None = Field(description="what went wrong last")
     version: str = Field(description="of this command")
     server_version: str = Field(description="of PostgreSQL")
@@ -211,6 +226,7 @@ def _status(connection: Connection, settings: Settings) -> Status:
         dead_letters=dead_letters,
         dead_letters_waiting=seen.waiting,
         marked=cutover.marked_tables(connection, worker),
+        backfills=_backfills(connection, worker),
         last_error=_last_error(processes),
         version=__version__,
         server_version=seen.server_version,
@@ -233,6 +249,19 @@ def _counted(connection: Connection, worker: str) -> tuple[Counts, Counts]:
         Counts(**{stretch: counts[place] for stretch, counts in lately.items()}) for place in (0, 1)
     )
     return activities, dead_letters
+
+
+_BACKFILLS: Final = """
+SELECT table_name AS table, part, rows, expected, activities, dead_letters, started_at, written_at, finished_at
+FROM cdc_worker.backfill
+WHERE worker = %s AND (finished_at IS NULL OR finished_at > now() - interval '1 day')
+ORDER BY started_at, table_name, part
+"""
+
+
+def _backfills(connection: Connection, worker: str) -> list[Backfill]:
+    with connection.cursor(row_factory=class_row(Backfill)) as cursor:
+        return cursor.execute(_BACKFILLS, (worker,)).fetchall()
 
 
 def _running(processes: list[Known]) -> list[Process]:
@@ -347,6 +376,11 @@ def _values(found: Status) -> Iterator[tuple[str, str]]:
     yield "dead letters", f"{_counts(found.dead_letters)}; {found.dead_letters_waiting:,} waiting"
     if found.marked:
         yield "cut-over", f"of {', '.join(found.marked)} only what follows a context message is recorded"
+    for work in found.backfills:
+        part = f" ({work.part})" if work.part else ""
+        expected = f" of about {work.expected:,}" if work.expected is not None and work.finished_at is None else ""
+        end = f"finished {_time(work.finished_at)}" if work.finished_at else f"last written {_time(work.written_at)}"
+        yield "backfill", f"{work.table}{part}: {work.rows:,}{expected} rows, {work.activities:,} activities, {end}"
     failure = found.last_error
     yield "last error", f"{_time(failure.at)}: {failure.error}" if failure else "none"
     yield "server", f"PostgreSQL {found.server_version}"

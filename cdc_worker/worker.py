@@ -107,6 +107,11 @@ class Stop:
         if self._interruptible:
             raise Stopped
 
+    def request(self) -> None:
+        """Request it, from another thread."""
+        self._set = True
+        os.write(self._writer, b"\0")
+
     def is_set(self) -> bool:
         """Whether it has been requested."""
         return self._set
@@ -553,6 +558,43 @@ class Worker:
             part, table = (sql.Identifier(*name).as_string() for name in (partition, root))
             self._process.failure = f"{part} is gone: if it was a partition of {table}, changes of it are lost"
             self._log.error("partition_unknown", partition=part, table=table)
+
+
+@contextmanager
+def beside(settings: Settings, profile: Profile, log: Logger) -> Iterator[None]:
+    """Let a worker run in this process for as long as the block does; it stands by if another one runs.
+
+    What ends it before is raised at the end of the block, in place of what went wrong for want of it.
+    """
+    stop = Stop()
+    failures: list[errors.CdcWorkerError] = []
+    worker = Worker(settings, profile, stop=stop, log=log)
+
+    def work() -> None:
+        try:
+            worker.run()
+        except errors.CdcWorkerError as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=work, name="worker")
+    thread.start()
+    try:
+        with closing(postgres.connect(settings.dsn.get_secret_value(), settings.worker)) as connection:
+            while thread.is_alive() and not _is_read(slot.read(connection, settings.slot)):
+                time.sleep(STANDBY_INTERVAL / 10)
+        yield
+    except errors.NotRunningError:
+        if not failures:
+            raise
+    finally:
+        stop.request()
+        thread.join()
+    if failures:
+        raise failures[0]
+
+
+def _is_read(found: slot.Slot | None) -> bool:
+    return found is not None and found.active_pid is not None
 
 
 class _Stream:

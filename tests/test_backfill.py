@@ -1,12 +1,19 @@
-"""History for rows that were there before the worker: each creation once, whoever tells of it, and no more than is known."""
+"""History for rows that were there before the worker: each creation once, whoever tells of it, and nothing made up."""
 
 from __future__ import annotations
 
-import json
+import itertools
+import random
+import signal
+import threading
+import time
+from contextlib import suppress
 from typing import Any
 
+import psycopg
 import pytest
-from support import Crm, eventually
+from psycopg.rows import TupleRow
+from support import Crm, WorkerProcess, eventually, storm
 
 from cdc_worker import config, log, profile
 from cdc_worker.backfill import Backfilled, Wishes, backfill
@@ -27,7 +34,8 @@ def add_leads(crm: Crm, *lead_ids: int, status: str | None = "2. proposal", conv
 
 def add_customer(crm: Crm, customer_uid: int, *, lead_id: int | None = None) -> None:
     crm.execute(
-        "INSERT INTO customer (customer_uid, name, type, date_created) VALUES (%s, 'Acme', 'fund', '2021-05-06 07:08:09')",
+        "INSERT INTO customer (customer_uid, name, type, date_created)"
+        " VALUES (%s, 'Acme', 'fund', '2021-05-06 07:08:09')",
         customer_uid,
     )
     if lead_id is not None:
@@ -133,3 +141,217 @@ def test_what_the_stream_has_told_or_will_tell_is_not_told_again(bare_crm: Crm) 
     crm.record()
     assert told(crm) == [("lead_created", lead_id, None) for lead_id in (1, 2, 3, 4)]
     assert [a["lead_id"] for a in crm.activities() if a["metadata"].get("backfilled")] == [1]
+
+
+def test_setup_with_backfill_does_both(bare_crm: Crm) -> None:
+    crm = bare_crm
+    add_leads(crm, *range(1, 40))
+    add_customer(crm, 70, lead_id=3)
+    printed = crm.succeed("setup", "--with-backfill").splitlines()
+    assert printed[-2:] == [
+        "public.lead: 39 rows read, 39 activities written: 39 lead_created",
+        "public.customer: 1 rows read, 1 activities written: 1 customer_created",
+    ]
+    assert crm.reader() is None
+    assert len(told(crm)) == 40
+    add_leads(crm, 40)
+    assert crm.succeed("setup", "--with-backfill").splitlines()[-2:] == [
+        "public.lead: 40 rows read, 0 activities written: none",
+        "public.customer: 1 rows read, 0 activities written: none",
+    ]
+    assert len(told(crm)) == 41
+
+
+# Interrupted
+
+
+def progress(crm: Crm, table: str = "public.lead") -> int:
+    """How many rows are dealt with."""
+    found = crm.execute("SELECT rows FROM cdc_worker.backfill WHERE table_name = %s", table)
+    return int(found[0][0]) if found else 0
+
+
+def test_interrupted_at_every_chunk_boundary_it_goes_on_from_there(bare_crm: Crm) -> None:
+    crm = bare_crm
+    add_leads(crm, *range(1, 11))
+    crm.setup()
+    with crm.worker() as worker:
+        worker.wait_for("replication_started")
+        for row in range(1, 11):
+            with filling(crm, "lead", "--rate", "0.001") as interrupted:  # it sleeps for long after each row
+                reached(crm, row)
+                interrupted.kill()
+            assert told(crm) == [("lead_created", lead_id, None) for lead_id in range(1, row + 1)]
+        done = fill(crm, "lead")["lead"]
+        worker.terminate()
+    assert (done.resumed, done.rows, done.activities) == (True, 0, {})
+
+
+def reached(crm: Crm, rows: int, process: WorkerProcess | None = None) -> None:
+    """Wait until so many rows are dealt with, or the process has ended."""
+    eventually(lambda: progress(crm) >= rows or (process is not None and process.process.poll() is not None))
+
+
+def filling(crm: Crm, *arguments: str) -> WorkerProcess:
+    """Start `cdc-worker backfill`."""
+    return WorkerProcess(["backfill", *arguments], crm.environment(), crm.directory / "backfill.log")
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_interrupted_within_a_chunk_it_has_written_nothing_of_it(bare_crm: Crm, number: int) -> None:
+    crm = bare_crm
+    add_leads(crm, *range(1, 31))
+    crm.setup()
+    with crm.worker() as worker:
+        worker.wait_for("replication_started")
+        fill(crm, "lead", to_key=("10",))
+        with crm.connection.transaction():
+            crm.execute("LOCK TABLE activity IN SHARE MODE")
+            with filling(crm, "lead") as interrupted:
+                eventually(lambda: waiting_for_locks(crm), what="it waits for the target")
+                interrupted.process.send_signal(number)
+                assert interrupted.wait() != 0
+            if number == signal.SIGINT:
+                eventually(lambda: not waiting_for_locks(crm), what="its session has ended")
+        assert len(told(crm)) == 10
+        done = fill(crm, "lead")["lead"]
+        worker.terminate()
+    assert (done.resumed, done.activities) == (False, {"lead_created": 20})
+    assert told(crm) == [("lead_created", lead_id, None) for lead_id in range(1, 31)]
+
+
+def waiting_for_locks(crm: Crm) -> bool:
+    return bool(crm.value("SELECT count(*) > 0 FROM pg_locks WHERE NOT granted AND database = %s", database(crm)))
+
+
+def database(crm: Crm) -> int:
+    return int(crm.value("SELECT oid FROM pg_database WHERE datname = current_database()"))
+
+
+@storm(3, chaos=20)
+def test_killed_again_and_again_it_writes_each_once(bare_crm: Crm, seed: int, rounds: int) -> None:
+    crm, chance = bare_crm, random.Random(seed)
+    add_leads(crm, *range(1, 301))
+    crm.setup()
+    with crm.worker() as worker:
+        worker.wait_for("replication_started")
+        for _ in range(rounds):
+            with filling(crm, "lead", "--chunk-size", "7") as killed:
+                reached(crm, progress(crm) + chance.randrange(40), killed)
+                time.sleep(chance.random() / 100)
+                killed.kill()
+        fill(crm, "lead")
+        worker.terminate()
+    assert told(crm) == [("lead_created", lead_id, None) for lead_id in range(1, 301)]
+
+
+# Raced
+
+ONCE = """
+SELECT company_name, count(*), bool_or(metadata ? 'backfilled')
+FROM (SELECT metadata, metadata ->> 'company_name' AS company_name FROM activity
+      WHERE activity_type = 'lead_created' AND change_key IS NOT NULL) AS created
+GROUP BY company_name
+"""
+
+
+class Application(threading.Thread):
+    """A CRM at work: leads come and go, change, get other keys, and get keys that others had.
+
+    Each lead has a name of its own for all its life, in its column company_name.
+    """
+
+    def __init__(self, crm: Crm, seed: int, *, keys: int) -> None:
+        super().__init__()
+        self._dsn, self._chance, self._keys = crm.dsn, random.Random(seed), keys
+        self._name = f"{seed}"
+        self.stop = threading.Event()
+        self.failure: BaseException | None = None
+        self.inserted: set[str] = set()
+
+    def run(self) -> None:
+        try:
+            with psycopg.connect(self._dsn, autocommit=True) as connection:
+                for number in itertools.count():
+                    if self.stop.is_set():
+                        return
+                    with suppress(psycopg.errors.UniqueViolation):
+                        self._act(connection, f"new {self._name} {number}")
+        except BaseException as error:
+            self.failure = error
+
+    def _act(self, connection: psycopg.Connection[TupleRow], name: str) -> None:
+        chance, key, other = self._chance, self._chance.randrange(self._keys), self._chance.randrange(self._keys)
+        match chance.randrange(8):
+            case 0 | 1:
+                connection.execute(INSERT, (key, name))
+                self.inserted.add(name)
+            case 2:
+                connection.execute("DELETE FROM lead WHERE lead_id = %s", (key,))
+            case 3:
+                with connection.transaction():
+                    connection.execute("DELETE FROM lead WHERE lead_id = %s", (key,))
+                    connection.execute(INSERT, (key, name))
+                self.inserted.add(name)
+            case 4:
+                connection.execute("UPDATE lead SET lead_id = %s WHERE lead_id = %s", (other, key))
+            case 5:
+                connection.execute("UPDATE lead SET date_created = date_created + '1 day' WHERE lead_id = %s", (key,))
+            case 6:
+                connection.execute("UPDATE lead SET is_converted = NOT is_converted WHERE lead_id = %s", (key,))
+            case _:
+                connection.execute("UPDATE lead SET status = %s WHERE lead_id = %s", (name, key))
+
+
+INSERT = """
+INSERT INTO lead (lead_id, full_name, company_name, source, bd_in_charge, type)
+VALUES (%s, 'Ada', %s, 'web', 'jane', 't')
+"""
+
+
+@storm(1, chaos=12)
+def test_a_row_met_by_stream_and_two_backfills_is_created_once(bare_crm: Crm, seed: int, rounds: int) -> None:
+    for number in range(rounds):
+        race(bare_crm, seed + number)
+        bare_crm.execute("TRUNCATE lead CASCADE")
+        bare_crm.execute("DROP SCHEMA cdc_worker CASCADE")
+        bare_crm.execute("SELECT pg_drop_replication_slot(%s)", bare_crm.slot)
+
+
+def race(crm: Crm, seed: int) -> None:
+    keys, chance = 120, random.Random(seed)
+    for key in range(0, keys, 2):
+        crm.execute(INSERT, key, f"old {key}")
+    crm.setup()
+    applications = [Application(crm, 2 * seed + number, keys=keys) for number in range(2)]
+    for application in applications:
+        application.start()
+    try:
+        for _ in range(5):
+            with crm.worker() as worker:
+                worker.wait_for("replication_started")
+                backfills = [filling(crm, "lead", "--chunk-size", str(chance.choice((1, 5, 30)))) for _ in range(2)]
+                for process in backfills:
+                    with process:
+                        assert process.wait() == 0, process.said
+                if chance.random() < 0.5:
+                    worker.kill()
+                else:
+                    worker.terminate()
+    finally:
+        for application in applications:
+            application.stop.set()
+            application.join()
+    assert [application.failure for application in applications] == [None, None]
+    crm.record()
+    with crm.worker() as worker:
+        worker.wait_for("replication_started")
+        fill(crm, "lead")
+        worker.terminate()
+    created = {name: (count, backfilled) for name, count, backfilled in crm.execute(ONCE)}
+    living = {name for (name,) in crm.execute("SELECT company_name FROM lead")}
+    inserted = set().union(*(application.inserted for application in applications))
+    assert {name: found for name, found in created.items() if found[0] != 1} == {}
+    assert living - created.keys() == set()
+    assert inserted - created.keys() == set()
+    assert {name for name, (_, backfilled) in created.items() if backfilled} & inserted == set()
