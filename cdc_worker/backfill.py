@@ -28,7 +28,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any, Final, NamedTuple
+from typing import Final, NamedTuple
 from zoneinfo import ZoneInfo
 
 import msgspec
@@ -42,7 +42,7 @@ from cdc_worker.activities import Activity, Batch, DeadLetter, Line, Place, Posi
 from cdc_worker.changes import Change, Row, Transaction
 from cdc_worker.config import Settings
 from cdc_worker.fence import Fence
-from cdc_worker.history import EVERYTHING, Event, backfill_key, recorded, standing
+from cdc_worker.history import EVERYTHING, Event, backfill_key, dated, recorded, standing
 from cdc_worker.journal import Journal
 from cdc_worker.log import Logger
 from cdc_worker.lookups import Lookups
@@ -368,7 +368,7 @@ class _Work:
             checkpoint=edges.checkpoint,
         )
         self._zone = ZoneInfo(edges.time_zone)
-        self._since, self._until = (at and _moment(at, self._zone) for at in (wishes.since, wishes.until))
+        self._since, self._until = (at and dated(at, self._zone) for at in (wishes.since, wishes.until))
         dated = (column for column, of in target.columns.items() if of == "occurred_at")
         self._zoned = edges.target.columns.get(next(dated, "")) == "timestamp with time zone"
         self._done = Backfilled(table=self._recorded.table, part=wishes.part)
@@ -388,6 +388,7 @@ class _Work:
                     while (count := self._chunk(mark, sink, scope)) > 0:
                         advance(count)
                 except errors.FencedError:
+                    edges.writing.rollback()
                     mark = self._mark()  # which another process may have moved
                 else:
                     last = mark.next_key and list(mark.next_key)
@@ -531,13 +532,13 @@ class _Work:
         at = outcome.fields["occurred_at"]
         if at is None or outcome.fields["metadata"].get("erased") is True:
             return None
-        moment = _moment(at, self._zone)
+        moment = dated(at, self._zone)
         if self._since is not None and (moment is None or moment < self._since):
             return None
         if self._until is not None and (moment is None or moment >= self._until):
             return None
         # What has no zone is in the zone of the target's own dates, and as it is.
-        if moment is None or (not self._zoned and _moment(at, None) is None):
+        if moment is None or (not self._zoned and dated(at, None) is None):
             return outcome
         return msgspec.structs.replace(outcome, fields={**outcome.fields, "occurred_at": moment})
 
@@ -612,14 +613,3 @@ class _Work:
 
 def _rule(outcome: Outcome) -> str:
     return outcome.change_key.rpartition("/")[2]
-
-
-def _moment(value: Any, zone: ZoneInfo | None) -> datetime | None:
-    """The moment that a value names, if it is a date, with a zone of its own or in the one that is given."""
-    try:
-        found = value if isinstance(value, datetime) else datetime.fromisoformat(str(value))
-    except ValueError:  # infinity, or before the year 1, or no date at all
-        return None
-    if found.tzinfo is None:
-        return None if zone is None else found.replace(tzinfo=zone)
-    return found
