@@ -209,6 +209,11 @@ def failure(error: psycopg.Error) -> CdcWorkerError:
             " ".join(str(error).split()),
             hint="see that the server is up, can be reached, and has max_connections and max_wal_senders to spare",
         )
+    if state == "42P01" and '"cdc_worker.' in (error.diag.message_primary or ""):
+        return errors.NotSetUpError(
+            f"the tables of cdc-worker are not those of this version: {error.diag.message_primary}",
+            hint="run: cdc-worker setup",
+        )
     said = f"the server refused: {error.diag.message_primary} (SQLSTATE {state})"
     if is_about_the_row(state):  # the server's message holds values
         said = f"the server refused a row (SQLSTATE {state})"

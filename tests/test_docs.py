@@ -14,7 +14,7 @@ from support import GRANTS, Crm, eventually
 from cdc_worker.checks import Finding
 from cdc_worker.config import PREFIX, Settings
 from cdc_worker.doctor import CHECKS, Report
-from cdc_worker.status import Counts, Failure, Process, Status
+from cdc_worker.status import Backfill, Counts, Failure, Process, Status
 
 ROOT = Path(__file__).parent.parent
 
@@ -39,7 +39,7 @@ def test_the_readme_lists_the_grants_with_which_the_suite_runs_the_worker() -> N
 
 
 def test_operating_lists_the_fields_of_the_status() -> None:
-    assert_has("docs/operating.md", fields_table(Status, Process, Counts, Failure))
+    assert_has("docs/operating.md", fields_table(Status, Process, Counts, Backfill, Failure))
 
 
 def fields_table(*models: type[BaseModel]) -> list[str]:

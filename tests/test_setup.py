@@ -443,6 +443,7 @@ def test_setup_grants_the_role_of_the_worker_what_it_needs_and_no_more(bare_crm:
             role,
         )
         assert rights == [
+            ("cdc_worker.backfill", "SELECT"),
             ("cdc_worker.checkpoint", "SELECT UPDATE"),
             ("cdc_worker.dead_letter", "INSERT SELECT"),
             ("cdc_worker.erased", "SELECT UPDATE"),

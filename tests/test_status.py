@@ -19,7 +19,7 @@ from support import Crm, WorkerProcess, crm_on, eventually, make_crm, role
 from cdc_worker.cluster import Binaries, Cluster
 from cdc_worker.config import load
 from cdc_worker.lsn import LSN
-from cdc_worker.status import Counts, Failure, Process, Status, Unreachable, status
+from cdc_worker.status import Backfill, Counts, Failure, Process, Status, Unreachable, status
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,7 @@ def test_the_fields_of_the_json_are_those_of_the_model_and_told_there(crm: Crm) 
         assert list(found) == list(Status.model_fields)
         assert Status.model_validate(found).slot == crm.slot
         assert Status.model_validate(found).processes[0].pid == worker.process.pid
-    for model in (Status, Process, Counts, Failure, Unreachable):
+    for model in (Status, Process, Counts, Backfill, Failure, Unreachable):
         assert [name for name, field in model.model_fields.items() if not field.description] == []
 
 
