@@ -369,8 +369,8 @@ class _Work:
         )
         self._zone = ZoneInfo(edges.time_zone)
         self._since, self._until = (at and dated(at, self._zone) for at in (wishes.since, wishes.until))
-        dated = (column for column, of in target.columns.items() if of == "occurred_at")
-        self._zoned = edges.target.columns.get(next(dated, "")) == "timestamp with time zone"
+        dates = (column for column, of in target.columns.items() if of == "occurred_at")
+        self._zoned = edges.target.columns.get(next(dates, "")) == "timestamp with time zone"
         self._done = Backfilled(table=self._recorded.table, part=wishes.part)
 
     def run(self) -> Backfilled:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime, tzinfo
 from typing import Any, Literal, NamedTuple
 
 import msgspec
@@ -25,8 +26,8 @@ EVERYTHING = "*"
 class Event(msgspec.Struct, frozen=True):
     """What was recorded of one row. `subject` is the key that it had then, and `before`, if it has moved, until then.
 
-    The latter has the values in the order of the table's index. The row's activities that are not the worker's have
-    neither key nor kind; those of a `skipped` change aren't there.
+    The latter has the values in the order of the table's index. `at` is when it happened, as the target prints it. The
+    row's activities that are not the worker's have neither key nor kind; those of a `skipped` change aren't there.
     """
 
     subject: str
@@ -38,6 +39,7 @@ class Event(msgspec.Struct, frozen=True):
     before: tuple[str, ...] = ()
     change_key: str | None = None
     metadata: Mapping[str, Any] | None = None
+    at: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,3 +120,14 @@ def standing(subject: str, events: Sequence[Event], emptied: Sequence[Place] = (
 def backfill_key(recorded: Recorded, subject: str, rule: str, after: Place) -> Key:
     """The key of what is made up, by a rule, of a row that has had its key since `after`."""
     return Key("backfill", recorded.table, rule, after._replace(rank=1, number=0), subject)
+
+
+def dated(value: Any, zone: tzinfo | None) -> datetime | None:
+    """The moment that a value names, if it is a date, with a zone of its own or in the one that is given."""
+    try:
+        found = value if isinstance(value, datetime) else datetime.fromisoformat(str(value))
+    except ValueError:  # infinity, or before the year 1, or no date at all
+        return None
+    if found.tzinfo is None:
+        return None if zone is None else found.replace(tzinfo=zone)
+    return found
