@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import functools
 import json
+import signal
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from datetime import datetime
 from pathlib import Path
-from typing import IO, Any, ParamSpec
+from typing import IO, Any, Final, ParamSpec
 
 import click
 import psycopg
@@ -137,7 +139,7 @@ def setup(settings: Settings, dry_run: bool, with_backfill: bool, **wishes: Any)
     if with_backfill and not dry_run:
         from cdc_worker import backfill as filling  # noqa: PLC0415  # `run` begins sooner without it
 
-        with beside(settings, loaded, log.get().bind(slot=settings.slot)):
+        with _interruptible(_GOES_ON), beside(settings, loaded, log.get().bind(slot=settings.slot)):
             for done in filling.backfill(settings, loaded, log=log.get()):
                 _echo(filling.lines(done))
 
@@ -275,13 +277,39 @@ def forget(
 _chunk_size = click.option(
     "--chunk-size", type=click.IntRange(1, 100_000), default=1_000, show_default=True, help="Rows read at once."
 )
-_moment = click.DateTime(["%Y-%m-%d", "%Y-%m-%dT%H:%M:%S", "%Y-%m-%dT%H:%M:%S%z"])
+
+
+def _moment(value: str) -> datetime:
+    """A date, with or without a time and its zone."""
+    try:
+        return datetime.fromisoformat(value)
+    except ValueError as error:
+        examples = "2026-01-31, 2026-01-31T12:00 or 2026-01-31T12:00+02:00"
+        raise click.BadParameter(f"'{value}' is no date such as {examples}.") from error
+
+
+_INTERRUPTED: Final = 128 + signal.SIGINT
+"""The exit code of who was interrupted, as shells have it."""
+
+
+@contextmanager
+def _interruptible(left: str) -> Iterator[None]:
+    """Tell who interrupts a long command, by Ctrl-C or SIGTERM, how things are `left`."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    except KeyboardInterrupt:
+        click.echo(f"interrupted: {left}", err=True)
+        sys.exit(_INTERRUPTED)
+
+
+_GOES_ON: Final = "what is written stays, and the same command goes on from there"
 
 
 @main.command()
 @click.argument("tables", nargs=-1, metavar="[TABLE]...")
-@click.option("--since", type=_moment, help="Only what is dated then or later.")
-@click.option("--until", type=_moment, help="Only what is dated before then.")
+@click.option("--since", type=_moment, metavar="DATE", help="Only what is dated then or later.")
+@click.option("--until", type=_moment, metavar="DATE", help="Only what is dated before then.")
 @click.option(
     "--from-key", multiple=True, metavar="KEY", help="Only rows after this key; once for each of its columns."
 )
@@ -295,7 +323,7 @@ def backfill(settings: Settings, tables: tuple[str, ...], dry_run: bool, as_json
     """Write activities for rows that were there before the worker, beside it and the application.
 
     All tables of the profile that have rules with a backfill, if none is named. It may be interrupted, and goes on from
-    there. It takes the right to read the tables.
+    there. It takes the right to read the tables. DATE may have a time and a zone; without one it is the target's.
 
     \b
     Example: cdc-worker backfill lead --rate 2000
@@ -310,8 +338,9 @@ def backfill(settings: Settings, tables: tuple[str, ...], dry_run: bool, as_json
         log=log.get(),
         dry_run=dry_run,
     )
-    for table in done:
-        click.echo(table.model_dump_json() if as_json else "\n".join(filling.lines(table)))
+    with _interruptible("nothing was written" if dry_run else _GOES_ON):
+        for table in done:
+            click.echo(table.model_dump_json() if as_json else "\n".join(filling.lines(table)))
 
 
 @main.group("profile")
