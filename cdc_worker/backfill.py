@@ -38,7 +38,8 @@ from psycopg.waiting import wait
 from pydantic import BaseModel, Field
 
 from cdc_worker import catalog, checkpoint, errors, postgres, profile, rows
-from cdc_worker.activities import Activity, Batch, DeadLetter, Line, Place, Position, Scope, own_key
+from cdc_worker.activities import Activity, Batch, DeadLetter, Key, Line, Place, Position, Scope, own_key
+from cdc_worker.catalog import TargetTable
 from cdc_worker.changes import Change, Row, Transaction
 from cdc_worker.config import Settings
 from cdc_worker.fence import Fence
@@ -48,7 +49,7 @@ from cdc_worker.log import Logger
 from cdc_worker.lookups import Lookups
 from cdc_worker.lsn import LSN
 from cdc_worker.postgres import Connection
-from cdc_worker.profile import Profile
+from cdc_worker.profile import Profile, Target
 from cdc_worker.progress import shown
 from cdc_worker.rows import Read, RowKey, Rows
 from cdc_worker.rules import compile_backfill, qualified
@@ -609,6 +610,47 @@ class _Work:
             "values": {name: value for name, value in told.items() if name in self._values[rule]},
         }
         return msgspec.structs.replace(outcome, change_key=key, fields={**outcome.fields, "metadata": metadata})
+
+
+def replacement(
+    target: Target, table: TargetTable, worker: str, cluster: str, late: Mapping[Place, Collection[Key]]
+) -> str:
+    """The statements by which what was made up gives way to what is recorded after all, in the transaction that does.
+
+    `late` are the keys that may have been made up, by the place of what is recorded. They run after the progress of
+    whoever records it has moved. A backfill that is at it begins its chunk anew, and finds what is recorded.
+    """
+    into, key = sql.Identifier(*qualified(target.table)), catalog.key_column(target)
+    metadata = next((column for column, of in target.columns.items() if of == "metadata"), None)
+    statements = [_ANEW.format(worker)]
+    for place, keys in late.items():
+        names = [own_key(worker, cluster, of) for of in keys]
+        known: sql.Composable = sql.SQL("true")
+        if metadata is not None:  # what was read before it happened is of somebody else
+            known = _READ_SINCE.format(metadata=sql.Identifier(metadata), at=str(place.lsn))
+        if key is not None:
+            statements.append(_REPLACE.format(table=into, key=sql.Identifier(key), names=names, known=known))
+        elif table.numbered is not None:
+            row = sql.Identifier(table.numbered[0])
+            statements.append(_REPLACE_NUMBERED.format(table=into, row=row, names=names, known=known))
+    return sql.SQL("; ").join(statements).as_string()
+
+
+# Queries, because an UPDATE that finds nothing to do would look as if the progress were another's.
+_ANEW: Final = sql.SQL(
+    "WITH anew AS (UPDATE cdc_worker.backfill SET nonce = gen_random_uuid() WHERE worker = {} RETURNING 1)"
+    " SELECT FROM anew"
+)
+
+_READ_SINCE: Final = sql.SQL("({metadata}::jsonb ->> 'as_of_lsn')::pg_lsn >= {at}::pg_lsn")
+
+_REPLACE: Final = sql.SQL("DELETE FROM {table} WHERE {key} = ANY ({names}) AND {known}")
+
+_REPLACE_NUMBERED: Final = sql.SQL(
+    "WITH gone AS (DELETE FROM {table} USING cdc_worker.written_key AS written"
+    " WHERE change_key = ANY ({names}) AND row_id = {table}.{row} AND {known} RETURNING change_key)"
+    " DELETE FROM cdc_worker.written_key USING gone WHERE written_key.change_key = gone.change_key"
+)
 
 
 def _rule(outcome: Outcome) -> str:

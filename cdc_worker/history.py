@@ -122,6 +122,12 @@ def backfill_key(recorded: Recorded, subject: str, rule: str, after: Place) -> K
     return Key("backfill", recorded.table, rule, after._replace(rank=1, number=0), subject)
 
 
+def made_up(recorded: Recorded, event: Event, events: Iterable[Event], emptied: Iterable[Place]) -> list[Key]:
+    """The keys under which a backfill may have told what this event tells, while it was not recorded."""
+    since = [Place(), *emptied, *(of.place for of in events if of.what in ("deleted", "moved"))]
+    return [backfill_key(recorded, event.subject, event.rule, place) for place in since if place < event.place]
+
+
 def dated(value: Any, zone: tzinfo | None) -> datetime | None:
     """The moment that a value names, if it is a date, with a zone of its own or in the one that is given."""
     try:
