@@ -20,6 +20,8 @@ In reading order. The core takes values and returns values:
     templates   its values, templates and conditions, compiled
     rules       its rules, compiled
     history     what is recorded of a row
+    truth       whether that is true
+    reconcile   what is missing, made up for
     written     what its rules write to each column
     transform   transactions to activities
 
@@ -42,6 +44,7 @@ The edges each know one thing outside:
     sink        the writing connection
     lookups     the connection that fetches rows of other tables
     backfill    rows that were there before the worker
+    verify      rows against their log
     cutover     from triggers or the application's own code to the worker, and back
     setup       tables, identities, grants, slot, cut-over
     teardown    the slot, and all that setup made

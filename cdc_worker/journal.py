@@ -44,6 +44,8 @@ class Journal:
         self._rows = rows
         self._worker, self._cluster = checkpoint.worker, checkpoint.system_identifier
         self._links = [recorded.links[column] for column in rows.key]
+        links = catalog.columns(connection, qualified(target.table))[qualified(target.table)]
+        self._link_types = {column: catalog.cast(links[column]) for column in self._links}
         self._columns = {field: column for column, field in target.columns.items()}
         self._table = sql.Identifier(*qualified(target.table))
         key = catalog.row_key(target, table)
@@ -92,6 +94,50 @@ class Journal:
             found.setdefault(event.subject, []).append(event)
         return found
 
+    def keys(self, after: RowKey | None, limit: int) -> list[RowKey]:
+        """Up to so many keys that activities link to, after one of them, in an order of their own."""
+        links = [sql.Identifier(column) for column in self._links]
+        row = sql.SQL("({})").format(sql.SQL(", ").join(links))
+        conditions = [link + sql.SQL(" IS NOT NULL") for link in links]
+        if after is not None:
+            given = sql.SQL(", ").join(sql.SQL("%s::{}").format(self._link_types[link]) for link in self._links)
+            conditions.append(row + sql.SQL(" > (") + given + sql.SQL(")"))
+        query = sql.SQL("SELECT {} FROM (SELECT DISTINCT {} FROM {} WHERE {} ORDER BY {} LIMIT %s) AS linked").format(
+            sql.SQL(", ").join(link + sql.SQL("::text") for link in links),
+            sql.SQL(", ").join(links),
+            self._table,
+            sql.SQL(" AND ").join(conditions),
+            sql.SQL(", ").join(links),
+        )
+        return [(*key,) for key in self._connection.execute(query, [*(after or ()), limit])]
+
+    def left(self, keys: Collection[RowKey], *, until: LSN) -> dict[str, list[Place]]:
+        """When rows that had these keys got others, up to a position."""
+        found: dict[str, list[Place]] = {self._rows.subject(key): [] for key in keys}
+        if not found or not self._changes() or "metadata" not in self._columns:
+            return found
+        asked = {key: self._rows.subject(key) for key in keys}
+        rules = [rule for rule, names in self._recorded.changes.items() if names]
+        for links in self._by_links():
+            column = sql.SQL("{}::jsonb").format(sql.Identifier(self._columns["metadata"]))
+            befores = [
+                sql.SQL("coalesce({}) = ANY (%({})s)").format(
+                    sql.SQL(", ").join(
+                        sql.SQL("{} #>> {}").format(column, [name, key, "old"]) for name in self._changes()
+                    ),
+                    sql.SQL(f"old_{number}"),
+                )
+                for number, key in enumerate(self._rows.key)
+            ]
+            query = self._query(links, None) + sql.SQL(" WHERE {} = ANY (%(rules)s) AND ({})").format(
+                self._rule(), sql.SQL(" OR ").join(befores)
+            )
+            values = {f"old_{number}": [*of] for number, of in enumerate(zip(*asked, strict=True))}
+            for event in self._events(query, {"rules": rules, **values}, until):
+                if event.what == "moved" and event.before in asked:
+                    found[asked[event.before]].append(event.place)
+        return found
+
     def emptied(self, until: LSN) -> list[Place]:
         """When all rows of the table went, up to a position."""
         if self._recorded.emptied and until > self._emptied_until:
@@ -133,6 +179,7 @@ class Journal:
 
     def _query(self, links: Sequence[sql.Composable], since: LSN | None) -> sql.Composed:
         metadata: sql.Composable = sql.SQL("NULL")
+        at: sql.Composable = sql.SQL("NULL")
         befores: list[sql.Composable] = [sql.SQL("NULL") for _ in self._changes() for _ in links]
         if "metadata" in self._columns:
             column = sql.SQL("{}::jsonb").format(sql.Identifier(self._columns["metadata"]))
@@ -142,9 +189,11 @@ class Journal:
                 for key in self._rows.key
             ]
             metadata = column if since is None else metadata
+        if since is None and "occurred_at" in self._columns:
+            at = sql.SQL("{}::text").format(sql.Identifier(self._columns["occurred_at"]))
         kind = sql.Identifier(self._columns["type"]) if "type" in self._columns else sql.SQL("NULL")
         columns = sql.SQL(", ").join(
-            [*(link + sql.SQL("::text") for link in links), self._key, kind, self._is_ours(), metadata, *befores]
+            [*(link + sql.SQL("::text") for link in links), self._key, kind, self._is_ours(), metadata, at, *befores]
         )
         return sql.SQL("SELECT {} FROM {}").format(columns, self._table)
 
@@ -186,11 +235,11 @@ class Journal:
         width = len(self._rows.key)
         for row in self._connection.execute(query, parameters).fetchall():
             key: RowKey = row[:width]
-            change_key, type_, ours, metadata, *befores = row[width:]
+            change_key, type_, ours, metadata, at, *befores = row[width:]
             subject = self._rows.subject(key)
             if change_key is None:
                 if ours and (rule := recorded.types.get(type_)) is not None:
-                    yield Event(subject, rule, recorded.what(rule), Place(), metadata=metadata)
+                    yield Event(subject, rule, recorded.what(rule), Place(), metadata=metadata, at=at or "")
                 continue
             parsed = parsed_key(self._worker, self._cluster, change_key)
             if parsed is None or parsed.table != recorded.table:
@@ -213,6 +262,7 @@ class Journal:
                 before=before if what == "moved" else (),
                 change_key=change_key,
                 metadata=metadata,
+                at=at or "",
             )
 
     def _skipped(self, subjects: list[str], until: LSN) -> Iterator[Event]:

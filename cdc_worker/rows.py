@@ -47,13 +47,13 @@ def connect(settings: Settings) -> Connection:
 
 
 class Rows:
-    """The rows of one table, of which the columns that its rules name are read.
+    """The rows of one table, of which the columns that its rules name are read, or if `whole` all that there are.
 
     `key` are the columns of the index that they are read by. Raises CatalogMismatchError if there is none on the key
     that the profile names.
     """
 
-    def __init__(self, connection: Connection, table: Table) -> None:
+    def __init__(self, connection: Connection, table: Table, *, whole: bool = False) -> None:
         self._connection = connection
         self.table = table
         found = catalog.columns(connection, table.name)[table.name]
@@ -70,7 +70,9 @@ class Rows:
                 if table.key
                 else 'name its primary key as "key" of the table in the profile',
             )
-        self.columns = {column: found[column] for column in dict.fromkeys((*self.key, *sorted(table.columns)))}
+        self.columns = {
+            column: found[column] for column in dict.fromkeys((*self.key, *(found if whole else sorted(table.columns))))
+        }
         keys = sql.SQL(", ").join(map(sql.Identifier, self.key))
         self._select = sql.SQL("SELECT {columns} FROM {table}").format(
             columns=sql.SQL(", ").join(sql.Identifier(table.name[1], column) for column in self.columns),

@@ -11,13 +11,14 @@ import cdc_worker
 
 CORE = [
     *("errors", "lsn", "protocol", "changes", "wal2json", "pgoutput", "activities", "context"),
-    *("profile", "templates", "rules", "history", "written", "transform"),
+    *("profile", "templates", "rules", "history", "truth", "reconcile"),
+    *("written", "transform"),
 ]
 
 EDGES = [
     *("config", "log", "metrics", "postgres", "partitions", "catalog", "ddl", "checkpoint", "slot"),
     *("fence", "rows", "journal", "process", "watch", "replication", "replay", "sink", "lookups"),
-    *("progress", "backfill"),
+    *("progress", "backfill", "verify"),
     *(
         "cutover",
         "setup",
