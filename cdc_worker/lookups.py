@@ -171,24 +171,26 @@ def _select(lookup: Lookup, columns: Mapping[str, Column], kept: Sequence[str]) 
     names = [sql.Identifier(f"value_{number}") for number in range(len(lookup.theirs))]
     arrays = sql.SQL(", ").join(sql.SQL(f"${number}::text[]") for number in range(1, len(names) + 1))
     conditions = [
-        sql.SQL("{} = asked.{}::{}").format(sql.Identifier(column), name, catalog.cast(columns[column]))
+        sql.SQL("found.{} = asked.{}::{}").format(sql.Identifier(column), name, catalog.cast(columns[column]))
         for column, name in zip(lookup.theirs, names, strict=True)
     ]
     conditions += [
-        sql.SQL("{} = {}::{}").format(sql.Identifier(c), sql.Literal(text(v)), catalog.cast(columns[c]))
+        sql.SQL("found.{} = {}::{}").format(sql.Identifier(c), sql.Literal(text(v)), catalog.cast(columns[c]))
         for c, v in lookup.where
     ]
     order = [column for column in lookup.key if column in columns] or ["ctid"]
+    # One by one, each would be sought in the whole table where no index has the columns: this reads it once.
     return sql.SQL(
-        "SELECT asked.number, found.* FROM unnest({arrays}) WITH ORDINALITY AS asked ({names}, number)"
-        " CROSS JOIN LATERAL (SELECT {columns} FROM {table} WHERE {conditions} ORDER BY {order} LIMIT 1) AS found"
+        "SELECT DISTINCT ON (asked.number) {columns}"
+        " FROM unnest({arrays}) WITH ORDINALITY AS asked ({names}, number) JOIN {table} AS found ON {conditions}"
+        " ORDER BY asked.number, {order}"
     ).format(
         arrays=arrays,
         names=sql.SQL(", ").join(names),
-        columns=sql.SQL(", ").join(map(sql.Identifier, kept)),
+        columns=sql.SQL(", ").join([sql.Identifier("asked", "number"), *(sql.Identifier("found", c) for c in kept)]),
         table=sql.Identifier(*lookup.table),
         conditions=sql.SQL(" AND ").join(conditions),
-        order=sql.SQL(", ").join(map(sql.Identifier, order)),
+        order=sql.SQL(", ").join(sql.Identifier("found", column) for column in order),
     )
 
 
