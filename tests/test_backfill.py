@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import random
 import signal
 import threading
@@ -19,12 +20,13 @@ import pytest
 from psycopg import sql
 from psycopg.rows import TupleRow
 from psycopg.waiting import wait
-from support import Crm, WorkerProcess, eventually, storm
+from support import PATIENCE, Crm, WorkerProcess, eventually, having, storm
 
 from cdc_worker import catalog, checkpoint, config, log, postgres, profile
 from cdc_worker.activities import Activity, Batch, Position, parsed_key
 from cdc_worker.backfill import Backfilled, Wishes, backfill, replacement
 from cdc_worker.changes import Change, Transaction
+from cdc_worker.cluster import Cluster
 from cdc_worker.errors import CdcWorkerError
 from cdc_worker.fence import Fence
 from cdc_worker.history import Event, made_up, recorded
@@ -367,6 +369,77 @@ def test_whatever_happens_at_whichever_moment_a_row_is_created_once(
         lead_id for lead_id, (_, old) in cases.items() if old
     }
     assert living <= created.keys()
+    statuses = crm.execute(STATUSES)
+    assert [row for row in statuses if not row[-1]] == []
+    assert statuses
+
+
+STATUSES = """
+SELECT told.lead_id, told.metadata, changed.metadata, changed.change_key,
+       told.metadata -> 'values' ->> 'status' = changed.metadata ->>
+           CASE WHEN ('0/0'::pg_lsn + ('x' || split_part(changed.change_key, '/', 3))::bit(64)::bigint)
+                     <= (told.metadata ->> 'as_of_lsn')::pg_lsn THEN 'new_status' ELSE 'old_status' END
+FROM activity AS told JOIN activity AS changed USING (lead_id)
+WHERE told.metadata ? 'backfilled' AND changed.activity_type = 'status_changed'
+"""
+"""Whether what was made up says how the row was as of the position that it names."""
+
+
+def called(monkeypatch: pytest.MonkeyPatch, of: type, name: str) -> threading.Event:
+    """Set once a method has been called."""
+    event, original = threading.Event(), getattr(of, name)
+
+    def call(*arguments: Any, **named: Any) -> Any:
+        event.set()
+        return original(*arguments, **named)
+
+    monkeypatch.setattr(of, name, call)
+    return event
+
+
+def test_it_waits_for_a_worker_that_lags(crm: Crm, monkeypatch: pytest.MonkeyPatch) -> None:
+    waits = called(monkeypatch, Fence, "pass_")
+    with crm.worker() as worker, ThreadPoolExecutor() as pool:
+        worker.wait_for("replication_started")
+        worker.process.send_signal(signal.SIGSTOP)
+        add_leads(crm, *range(1, 11))
+        filled = pool.submit(fill, crm, "lead")
+        assert waits.wait(PATIENCE)
+        with suppress(TimeoutError):
+            filled.result(0.2)  # it would have been done by then
+        assert (told(crm), filled.done()) == ([], False)
+        worker.process.send_signal(signal.SIGCONT)
+        assert filled.result(PATIENCE)["lead"].activities == {}
+        worker.terminate()
+    assert told(crm) == [("lead_created", lead_id, None) for lead_id in range(1, 11)]
+
+
+def test_a_deletion_that_others_do_not_see_yet_is_no_new_creation(
+    own_server: Cluster, own_crm: Crm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its commit is in the WAL, and recorded, while the session that made it has yet to end its transaction."""
+    crm = own_crm
+    add_leads(crm, 1)
+    crm.record()
+    doubts = called(monkeypatch, Fence, "settle")
+    with crm.worker() as worker, ThreadPoolExecutor() as pool, psycopg.connect(crm.dsn, autocommit=True) as deleting:
+        worker.wait_for("replication_started")
+        pid = deleting.info.backend_pid
+        with having(own_server, synchronous_standby_names="nobody"):
+            deleted = pool.submit(deleting.execute, "DELETE FROM lead")
+            eventually(lambda: crm.value("SELECT wait_event FROM pg_stat_activity WHERE pid = %s", pid) == "SyncRep")
+            os.kill(pid, signal.SIGSTOP)
+        try:
+            eventually(lambda: crm.types() == ["lead_created", "lead_deleted"])
+            assert crm.value("SELECT count(*) FROM lead") == 1
+            filled = pool.submit(fill, crm, "lead")
+            assert doubts.wait(PATIENCE)
+        finally:
+            os.kill(pid, signal.SIGCONT)
+        deleted.result(PATIENCE)
+        assert filled.result(PATIENCE)["lead"].activities == {}
+        worker.terminate()
+    assert crm.types() == ["lead_created", "lead_deleted"]
 
 
 ONCE = """
