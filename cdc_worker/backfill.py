@@ -174,11 +174,12 @@ def backfill(
 
     Raises SettingsError for wishes that mean nothing, and NotRunningError where no worker runs beside it.
     """
+    meant = tables(given, names)
+    if (wishes.from_key or wishes.to_key) and len(meant) > 1:
+        raise errors.SettingsError("keys are of one table", hint=f"name one of: {', '.join(meant)}")
     with ExitStack() as stack:
         edges = _Edges(stack, settings, given, log)
-        meant = tables(given, names)
-        if (wishes.from_key or wishes.to_key) and len(meant) > 1:
-            raise errors.SettingsError("keys are of one table", hint=f"name one of: {', '.join(meant)}")
+        edges.check_rights(meant, dry_run=dry_run)
         works = [edges.work(name, wishes) for name in meant]
         if not dry_run:
             edges.fence.check()
@@ -209,6 +210,17 @@ class _Edges:
         self._lookups = Lookups(opened(postgres.connect_reading(dsn, worker)), self.rules)
         self.time_zone = settings.time_zone or given.target.time_zone or postgres.server(self.control).time_zone
 
+    def check_rights(self, names: Collection[str], *, dry_run: bool) -> None:
+        """Raise TargetUnusableError unless our role may read, and if it is to, write what it takes."""
+        target = _relation(self.profile.target.table)
+        read = [*map(_relation, names)]
+        looked_up = [sql.Identifier(*name).as_string() for name, table in self.rules.items() if table.looked_up]
+        needed = {relation: ["SELECT"] for relation in (*read, *looked_up, target, "cdc_worker.skipped")}
+        if not dry_run:
+            needed[target] = ["SELECT", "INSERT"]
+            needed["cdc_worker.backfill"] = ["SELECT", "INSERT", "UPDATE"]
+        postgres.check_rights(self.control, needed, partly=[*read, *looked_up], whole=[*read, target])
+
     def look_up(self, wanted: Collection[Wanted]) -> Mapping[Wanted, Row | None]:
         """Rows of other tables as they are now."""
         return wait(self._lookups.fetch(wanted), self._lookups.fileno())  # type: ignore[arg-type]  # as Sink.write
@@ -219,6 +231,10 @@ class _Edges:
         for key in filter(None, (wishes.from_key, wishes.to_key)):
             _check_key(found, key)
         return _Work(self, name, found, wishes)
+
+
+def _relation(name: str) -> str:
+    return sql.Identifier(*qualified(name)).as_string()
 
 
 def _check_key(found: Rows, key: RowKey) -> None:

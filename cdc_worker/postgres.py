@@ -6,7 +6,7 @@ import hashlib
 import os
 import re
 import shlex
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, LiteralString
 
@@ -294,6 +294,39 @@ def blockers(connection: Connection, worker: str, tables: Collection[str] = ()) 
     """Who holds a lock that the worker waits for, or one of these `tables` in a way that it would have to."""
     parameters = {"name": application_name(worker), "tables": [*tables]}
     return [Blocker(*row) for row in connection.execute(_BLOCKERS, parameters)]
+
+
+_RIGHTS: Final = """
+SELECT relation, array_agg(privilege ORDER BY number) FILTER (
+           WHERE NOT has_table_privilege(relation, privilege)
+             AND NOT (relation = ANY (%s) AND has_any_column_privilege(relation, privilege))),
+       row_security_active(relation)
+FROM unnest(%s::text[], %s::text[]) WITH ORDINALITY AS needed (relation, privilege, number)
+GROUP BY relation ORDER BY min(number)
+"""
+
+
+def check_rights(
+    connection: Connection, needed: Mapping[str, Sequence[str]], *, partly: Collection[str], whole: Collection[str]
+) -> None:
+    """Raise TargetUnusableError unless our role may do this with tables, and sees all rows of those read as a `whole`.
+
+    Tables are named as in SQL. Of those that are needed `partly` the right to some columns is enough.
+    """
+    pairs = [(relation, privilege) for relation, privileges in needed.items() for privilege in privileges]
+    asked = [relation for relation, _ in pairs], [privilege for _, privilege in pairs]
+    found = connection.execute(_RIGHTS, ([*partly], *asked)).fetchall()
+    role = connection.info.user
+    lacking = [f"{', '.join(privileges)} ON {relation}" for relation, privileges, _ in found if privileges]
+    name = sql.Identifier(role).as_string()
+    if lacking:
+        grants = "; ".join(f"GRANT {grant} TO {name}" for grant in lacking)
+        raise errors.TargetUnusableError(f'role "{role}" lacks {", ".join(lacking)}', hint=f"as the owner: {grants}")
+    if hidden := [relation for relation, _, active in found if active and relation in whole]:
+        raise errors.TargetUnusableError(
+            f'row security is on for {", ".join(hidden)}: rows that it hides from the role "{role}" would be missed',
+            hint=f"as a superuser: ALTER ROLE {name} BYPASSRLS",
+        )
 
 
 def fetch_one(connection: Connection, query: LiteralString, *parameters: Any) -> tuple[Any, ...]:

@@ -422,7 +422,8 @@ class Profile(_Model):
         faults += [
             ProfileFault(
                 ("tables", name, "rules", number, "backfill"),
-                f"tables.{name}: what was recorded of a row is found by its key, and {lacking}",
+                f"tables.{name}, rule {number + 1} ({rule.label}): what was recorded of a row is found by its key, and"
+                f" {lacking}",
             )
             for name, table in self.tables.items()
             for number, rule in enumerate(table.rules)

@@ -324,11 +324,15 @@ def _template(server: Cluster, directory: Path) -> str:
 
 
 @contextmanager
-def crm_on(server: Cluster, directory: Path, *, prepared: bool = False) -> Iterator[Crm]:
-    """A new database with LeadFi's tables, set up if `prepared`, which is dropped afterwards, and its slots with it."""
+def crm_on(server: Cluster, directory: Path, *, prepared: bool = False, begun: bool = True) -> Iterator[Crm]:
+    """A new database with LeadFi's tables, which is dropped afterwards, and its slots with it.
+
+    It is set up if `prepared`; but for slot and checkpoint if it has not `begun`.
+    """
     if prepared:
         crm = make_crm(server, directory, template=_template(server, directory))
-        crm.setup()
+        if begun:
+            crm.setup()
     else:
         crm = make_crm(server, directory)
     try:
