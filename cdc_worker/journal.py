@@ -7,7 +7,7 @@ from typing import Any, Final, LiteralString
 
 from psycopg import sql
 
-from cdc_worker import catalog, errors
+from cdc_worker import catalog, errors, postgres
 from cdc_worker.activities import Place, parsed_key
 from cdc_worker.catalog import TargetTable
 from cdc_worker.checkpoint import Checkpoint
@@ -56,6 +56,15 @@ class Journal:
                 hint="add a column for change keys, and name it in [target.columns] of the profile",
             )
         self._key = key
+        column = catalog.key_column(target)
+        self._keys = (sql.Identifier("cdc_worker", "written_key"), sql.Identifier("change_key"))
+        if column is not None:
+            self._keys = (self._table, sql.Identifier(column))
+        (self._indexed,) = postgres.fetch_one(connection, _INDEXED, *qualified(target.table), self._links)
+        # The target grows beneath plans that would be kept, and each read is to be a small one.
+        connection.execute("SET plan_cache_mode = force_custom_plan")
+        connection.execute("SET jit = off")
+        connection.execute("SET max_parallel_workers_per_gather = 0")
         self._unlinked = bool(table.foreign_keys) and "metadata" in self._columns
         self._emptied: list[Place] = []
         self._emptied_until = INVALID
@@ -77,18 +86,25 @@ class Journal:
         if not asked:
             return found
         for links in self._by_links():
-            query = self._query(links, since) + sql.SQL(" JOIN unnest({arrays}) AS asked ({names}) ON {same}").format(
+            query = sql.SQL(
+                "SELECT told.* FROM unnest({arrays}) AS asked ({names})"
+                " CROSS JOIN LATERAL ({query} WHERE {same}{wanted}{one_by_one}) AS told"
+            ).format(
                 arrays=sql.SQL(", ").join(
                     sql.SQL("%(key_{})s::text[]").format(sql.SQL(str(n))) for n in range(len(links))
                 ),
                 names=sql.SQL(", ").join(sql.Identifier(f"asked_{number}") for number in range(len(links))),
+                query=self._query(links, since),
                 same=sql.SQL(" AND ").join(
                     sql.SQL("{} = {}::{}").format(link, sql.Identifier(f"asked_{number}"), self._type(column, link))
                     for number, (column, link) in enumerate(zip(self._rows.key, links, strict=True))
                 ),
+                wanted=self._wanted(since),
+                # Before the target is analysed, its whole index may look cheaper than a thousand looks into it.
+                one_by_one=sql.SQL(" OFFSET 0" if self._indexed and isinstance(links[0], sql.Identifier) else ""),
             )
             arrays = {f"key_{n}": list(values) for n, values in enumerate(zip(*asked.values(), strict=True))}
-            for event in self._events(query + self._where(since), self._parameters(since) | arrays, until):
+            for event in self._events(query, self._parameters(since) | arrays, until):
                 found.setdefault(event.subject, []).append(event)
         for event in self._skipped([*asked], until):
             found.setdefault(event.subject, []).append(event)
@@ -130,7 +146,7 @@ class Journal:
                 for number, key in enumerate(self._rows.key)
             ]
             query = self._query(links, None) + sql.SQL(" WHERE {} = ANY (%(rules)s) AND ({})").format(
-                self._rule(), sql.SQL(" OR ").join(befores)
+                _rule(self._key), sql.SQL(" OR ").join(befores)
             )
             values = {f"old_{number}": [*of] for number, of in enumerate(zip(*asked, strict=True))}
             for event in self._events(query, {"rules": rules, **values}, until):
@@ -141,15 +157,16 @@ class Journal:
     def emptied(self, until: LSN) -> list[Place]:
         """When all rows of the table went, up to a position."""
         if self._recorded.emptied and until > self._emptied_until:
-            unlinked = [sql.SQL("{} IS NULL").format(sql.Identifier(c)) for c in self._links]
-            query = sql.SQL("SELECT {key} FROM {table} WHERE {unlinked} AND {rule} = ANY (%(rules)s)").format(
-                key=self._key, table=self._table, unlinked=sql.SQL(" AND ").join(unlinked), rule=self._rule()
+            table, key = self._keys
+            query = sql.SQL("SELECT {key} FROM {table} WHERE {rule} = ANY (%(rules)s)").format(
+                key=key, table=table, rule=_rule(key)
             )
             parameters: dict[str, Any] = {"rules": [*self._recorded.emptied]}
             if self._emptied_until:
-                # Keys sort as commits do.
-                query += sql.SQL(" AND {key} > %(from)s").format(key=self._key)
-                parameters["from"] = f"{self._worker}/{self._cluster}/{self._emptied_until:016X}"
+                # Keys sort as commits do. Those of backfills come after them all.
+                query += sql.SQL(" AND {key} > %(from)s AND {key} < %(to)s").format(key=key)
+                prefix = f"{self._worker}/{self._cluster}/"
+                parameters |= {"from": f"{prefix}{self._emptied_until:016X}", "to": f"{prefix}{until + 1:016X}"}
             for (key,) in self._connection.execute(query, parameters).fetchall():
                 parsed = parsed_key(self._worker, self._cluster, key)
                 if parsed is not None and parsed.kind == "stream" and parsed.table == self._recorded.table:
@@ -172,10 +189,6 @@ class Journal:
 
     def _type(self, column: str, link: sql.Composable) -> sql.Composable:
         return catalog.cast(self._rows.columns[column]) if isinstance(link, sql.Identifier) else sql.SQL("text")
-
-    def _rule(self) -> sql.Composable:
-        """The name of the rule in a change key of the stream."""
-        return sql.SQL("substring({} FROM '[^/]*$')").format(self._key)
 
     def _query(self, links: Sequence[sql.Composable], since: LSN | None) -> sql.Composed:
         metadata: sql.Composable = sql.SQL("NULL")
@@ -204,11 +217,11 @@ class Journal:
         """Names in the metadata that may hold an old key."""
         return sorted({name for names in self._recorded.changes.values() for name in names})
 
-    def _where(self, since: LSN | None) -> sql.Composable:
+    def _wanted(self, since: LSN | None) -> sql.Composable:
         if since is None:
             return sql.SQL("")
         conditions = [
-            sql.SQL("{} = ANY (%(rules)s)").format(self._rule()),
+            sql.SQL("{} = ANY (%(rules)s)").format(_rule(self._key)),
             sql.SQL("""split_part({}, '/', 3) COLLATE "C" > %(since)s""").format(self._key),
         ]
         if "type" in self._columns:
@@ -221,7 +234,7 @@ class Journal:
                 for name in self._changes()
                 for key in self._rows.key
             ]
-        return sql.SQL(" WHERE ") + sql.SQL(" OR ").join(conditions)
+        return sql.SQL(" AND ({})").format(sql.SQL(" OR ").join(conditions))
 
     def _parameters(self, since: LSN | None) -> dict[str, Any]:
         if since is None:
@@ -284,6 +297,18 @@ class Journal:
             for subject in asked.intersection(of) if of else asked:
                 yield Event(subject, EVERYTHING, meant.get(operation, "told"), place, skipped=True)
 
+
+def _rule(key: sql.Composable) -> sql.Composable:
+    """The name of the rule in a change key of the stream."""
+    return sql.SQL("split_part({}, '/', -1)").format(key)
+
+
+_INDEXED: Final = """
+SELECT EXISTS (SELECT FROM pg_index JOIN pg_attribute ON attrelid = indrelid AND attnum = indkey[0]
+               WHERE indrelid = to_regclass(format('%%I.%%I', %s::text, %s::text)) AND indisvalid
+                 AND attname = ANY (%s)
+                 AND (indpred IS NULL OR pg_get_expr(indpred, indrelid) = format('(%%I IS NOT NULL)', attname)))
+"""
 
 _SKIPPED: Final[LiteralString] = """
 SELECT subjects, operation, commit_lsn::text, number FROM cdc_worker.skipped
