@@ -46,6 +46,11 @@ class Journal:
         self._links = [recorded.links[column] for column in rows.key]
         links = catalog.columns(connection, qualified(target.table))[qualified(target.table)]
         self._link_types = {column: catalog.cast(links[column]) for column in self._links}
+        # As the target has read it; of numbers the operators know the other's kind, which may be a wider one.
+        self._read_as = {
+            column: catalog.cast(own if own.base == link.base or {own.category, link.category} == {"N"} else link)
+            for column, own, link in ((of, rows.columns[of], links[recorded.links[of]]) for of in rows.key)
+        }
         self._columns = {field: column for column, field in target.columns.items()}
         self._table = sql.Identifier(*qualified(target.table))
         key = catalog.row_key(target, table)
@@ -86,6 +91,8 @@ class Journal:
         if not asked:
             return found
         for links in self._by_links():
+            # A key is told as it was asked for: a link may print it in another way.
+            asked_for = [sql.Identifier(f"asked_{number}") for number in range(len(links))]
             query = sql.SQL(
                 "SELECT told.* FROM unnest({arrays}) AS asked ({names})"
                 " CROSS JOIN LATERAL ({query} WHERE {same}{wanted}{one_by_one}) AS told"
@@ -93,11 +100,11 @@ class Journal:
                 arrays=sql.SQL(", ").join(
                     sql.SQL("%(key_{})s::text[]").format(sql.SQL(str(n))) for n in range(len(links))
                 ),
-                names=sql.SQL(", ").join(sql.Identifier(f"asked_{number}") for number in range(len(links))),
-                query=self._query(links, since),
+                names=sql.SQL(", ").join(asked_for),
+                query=self._query(asked_for, since),
                 same=sql.SQL(" AND ").join(
-                    sql.SQL("{} = {}::{}").format(link, sql.Identifier(f"asked_{number}"), self._type(column, link))
-                    for number, (column, link) in enumerate(zip(self._rows.key, links, strict=True))
+                    sql.SQL("{} = {}::{}").format(link, of, self._type(column, link))
+                    for column, link, of in zip(self._rows.key, links, asked_for, strict=True)
                 ),
                 wanted=self._wanted(since),
                 # Before the target is analysed, its whole index may look cheaper than a thousand looks into it.
@@ -188,7 +195,7 @@ class Journal:
             ]
 
     def _type(self, column: str, link: sql.Composable) -> sql.Composable:
-        return catalog.cast(self._rows.columns[column]) if isinstance(link, sql.Identifier) else sql.SQL("text")
+        return self._read_as[column] if isinstance(link, sql.Identifier) else sql.SQL("text")
 
     def _query(self, links: Sequence[sql.Composable], since: LSN | None) -> sql.Composed:
         metadata: sql.Composable = sql.SQL("NULL")
