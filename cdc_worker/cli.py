@@ -343,6 +343,47 @@ def backfill(settings: Settings, tables: tuple[str, ...], dry_run: bool, as_json
             click.echo(table.model_dump_json() if as_json else "\n".join(filling.lines(table)))
 
 
+@main.command()
+@click.argument("tables", nargs=-1, metavar="[TABLE]...")
+@click.option("--repair", is_flag=True, help="Write activities that make up for what is missing, marked as such.")
+@click.option("--sample", type=click.IntRange(1), help="Look at so many rows only, and so many keys in the log.")
+@_chunk_size
+@click.option(
+    "--patience",
+    type=click.FloatRange(0),
+    default=30,
+    show_default=True,
+    help="Seconds to wait for transactions of others, where it depends on them.",
+)
+@click.option("--values", is_flag=True, help="Print values as well, of columns that differ.")
+@click.option("--json", "as_json", is_flag=True, help="For machines: an object a line, as they are found.")
+@_settings
+def verify(settings: Settings, tables: tuple[str, ...], as_json: bool, **wishes: Any) -> None:
+    """Hold the rows of captured tables against the log, beside the worker and the application.
+
+    All tables of the profile whose log can be found, if none is named. It ends with 1 if the log isn't true, or where
+    that couldn't be told. It takes the right to read the tables and the target.
+
+    \b
+    Example: cdc-worker verify lead --repair
+    """
+    from cdc_worker import verify as verifying  # noqa: PLC0415  # likewise
+
+    true = True
+
+    def found() -> Iterator[verifying.Disagreement | verifying.Verified]:
+        nonlocal true
+        loaded = profile.load(settings.profile)
+        for of in verifying.verify(settings, loaded, tables, verifying.Wishes(**wishes), log=log.get()):
+            true = true and (not isinstance(of, verifying.Verified) or of.true)
+            yield of
+
+    for line in (of.model_dump_json() for of in found()) if as_json else verifying.lines(found()):
+        click.echo(line)
+    if not true:
+        sys.exit(1)
+
+
 @main.group("profile")
 def profiles() -> None:
     """Help to write profiles, which say what a CRM's tables mean.

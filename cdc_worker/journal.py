@@ -8,6 +8,7 @@ from typing import Any, Final, LiteralString
 from psycopg import sql
 
 from cdc_worker import catalog, errors, postgres
+from cdc_worker import rows as captured
 from cdc_worker.activities import Place, parsed_key
 from cdc_worker.catalog import TargetTable
 from cdc_worker.checkpoint import Checkpoint
@@ -117,22 +118,43 @@ class Journal:
             found.setdefault(event.subject, []).append(event)
         return found
 
-    def keys(self, after: RowKey | None, limit: int) -> list[RowKey]:
-        """Up to so many keys that activities link to, after one of them, in an order of their own."""
+    def keys(self, size: int) -> Iterator[list[RowKey]]:
+        """All keys that activities link to, up to so many at once, in an order of their own."""
         links = [sql.Identifier(column) for column in self._links]
         row = sql.SQL("({})").format(sql.SQL(", ").join(links))
-        conditions = [link + sql.SQL(" IS NOT NULL") for link in links]
-        if after is not None:
-            given = sql.SQL(", ").join(sql.SQL("%s::{}").format(self._link_types[link]) for link in self._links)
-            conditions.append(row + sql.SQL(" > (") + given + sql.SQL(")"))
-        query = sql.SQL("SELECT {} FROM (SELECT DISTINCT {} FROM {} WHERE {} ORDER BY {} LIMIT %s) AS linked").format(
-            sql.SQL(", ").join(link + sql.SQL("::text") for link in links),
-            sql.SQL(", ").join(links),
-            self._table,
-            sql.SQL(" AND ").join(conditions),
-            sql.SQL(", ").join(links),
+        given = sql.SQL(", ").join(sql.SQL("%s::{}").format(self._link_types[link]) for link in self._links)
+        after: RowKey = ()
+        while True:
+            further = [row + sql.SQL(" > (") + given + sql.SQL(")")] if after else []
+            query = self._linked(sql.SQL(""), *further) + sql.SQL(" ORDER BY {} LIMIT %s").format(
+                sql.SQL(", ").join(links)
+            )
+            found = self._printed(query, [*after, size])
+            if not found:
+                return
+            yield found
+            after = found[-1]
+
+    def sample(self, count: int) -> list[RowKey]:
+        """About so many of them, from all over the target."""
+        share = captured.share(self._connection, self._table, count)
+        query = sql.SQL("SELECT * FROM ({}) AS linked ORDER BY random() LIMIT %s").format(
+            self._linked(sql.SQL("TABLESAMPLE SYSTEM (%s)"))
         )
-        return [(*key,) for key in self._connection.execute(query, [*(after or ()), limit])]
+        return self._printed(query, [share, count])
+
+    def _linked(self, sample: sql.Composable, *further: sql.Composable) -> sql.Composed:
+        links = [sql.Identifier(column) for column in self._links]
+        conditions = [*(link + sql.SQL(" IS NOT NULL") for link in links), *further]
+        return sql.SQL("SELECT DISTINCT {} FROM {} {} WHERE {}").format(
+            sql.SQL(", ").join(links), self._table, sample, sql.SQL(" AND ").join(conditions)
+        )
+
+    def _printed(self, query: sql.Composed, parameters: Sequence[Any]) -> list[RowKey]:
+        links = sql.SQL(", ").join(sql.Identifier(column) + sql.SQL("::text") for column in self._links)
+        return self._connection.execute(
+            sql.SQL("SELECT {} FROM ({}) AS linked").format(links, query), parameters
+        ).fetchall()
 
     def left(self, keys: Collection[RowKey], *, until: LSN) -> dict[str, list[Place]]:
         """When rows that had these keys got others, up to a position."""

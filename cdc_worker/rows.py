@@ -122,6 +122,12 @@ class Rows:
         read = self._read(self._select + where + self._order + sql.SQL(" OFFSET %s LIMIT 1"), [*parameters, number - 1])
         return next(iter(read.rows), None)
 
+    def sample(self, count: int) -> list[RowKey]:
+        """The keys of about so many rows, from all over the table."""
+        name = sql.Identifier(*self.table.name)
+        query = self._select + sql.SQL(" TABLESAMPLE SYSTEM (%s) ORDER BY random() LIMIT %s")
+        return [*self._read(query, [share(self._connection, name, count), count]).rows]
+
     def _between(self, key: RowKey | None, until: RowKey | None) -> tuple[sql.Composable, list[Any]]:
         bounds = [(">", bound) for bound in (key,) if bound is not None]
         bounds += [("<=", bound) for bound in (until,) if bound is not None]
@@ -143,6 +149,29 @@ class Rows:
                     for (name, column), value in zip(self.columns.items(), values, strict=True)
                 }
         return Read(rows, at)
+
+
+SPARE: Final = 4
+"""So many times as many rows are looked at as are wanted: those of a block are neighbours."""
+
+FEW: Final = 20_000
+"""Of so many rows all are looked at."""
+
+# Who hasn't been counted has at most so many rows in a block.
+_SIZE: Final = """
+SELECT sum(CASE WHEN reltuples < 0 THEN pg_relation_size(oid) / 8192 * 100 ELSE reltuples END)::float8
+FROM pg_class
+WHERE relkind = 'r' AND (oid = to_regclass(%(relation)s)
+                         OR oid IN (SELECT relid FROM pg_partition_tree(to_regclass(%(relation)s))))
+"""
+
+
+def share(connection: Connection, table: sql.Composable, count: int) -> float:
+    """How much of a table must be looked at, in per cent, for so many rows from all over it."""
+    name = table.as_string()
+    found = connection.execute(_SIZE, {"relation": name}).fetchone()
+    size = found[0] if found else None
+    return 100.0 if not size or size < FEW else min(100.0, 100.0 * SPARE * count / size)
 
 
 # Of a partitioned table the sum of its partitions, which it doesn't have itself until someone analyses it.

@@ -371,6 +371,14 @@ class Silence:
     stretches: Sequence[tuple[LSN, LSN]] = ()
     blank: Mapping[str, LSN] = field(default_factory=dict)
 
+    def with_(self, other: Silence) -> Silence:
+        """What is missing for the one or the other reason."""
+        events = {
+            subject: [*self.events.get(subject, ()), *other.events.get(subject, ())]
+            for subject in self.events.keys() | other.events.keys()
+        }
+        return Silence(events, [*self.stretches, *other.stretches], {**self.blank, **other.blank})
+
 
 _SILENCE: Final = Silence()
 
@@ -524,7 +532,7 @@ class _Stories:
     def _reads(self, story: Story, events: Sequence[Event]) -> Iterator[_Step]:
         """What is known of rows that were read, from then on."""
         for event in filter(self._log.is_read, events):
-            at = _position((event.metadata or {}).get("as_of_lsn"))
+            at = as_of(event)
             found = self._log.read(event)
             if at is not None and found:
                 of: list[_Life] = []
@@ -591,8 +599,10 @@ def _pardon(story: Story) -> None:
     story.breaks.clear()
 
 
-def _position(value: Any) -> LSN | None:
+def as_of(event: Event) -> LSN | None:
+    """The position at which a row was as it is told of it, if that is told."""
+    told = event.metadata.get("as_of_lsn") if isinstance(event.metadata, Mapping) else None
     try:
-        return LSN.parse(value)
-    except (AttributeError, TypeError, ValueError):
+        return LSN.parse(told) if isinstance(told, str) else None
+    except ValueError:
         return None
