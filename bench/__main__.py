@@ -1,4 +1,4 @@
-"""`make bench`: how fast a backlog drains beside pg_recvlogical, and how late an activity is.
+"""`make bench`: how fast a backlog drains beside pg_recvlogical, how late an activity is, and what a backfill costs.
 
 Drain: two copies of one slot before the same backlog, in turn written to a file by pg_recvlogical with the worker's own
 options, and drained into `activity` by `cdc-worker run --once` with all guarantees on. Times are of whole processes.
@@ -9,18 +9,25 @@ Shutdown: from the request of a fast shutdown to its end, on a server that would
 
 Latency: from the commit's timestamp to the moment when another session sees the activity, which it asks for every
 millisecond; so what is printed is a little more than what it was.
+
+Backfill (alone: `--part backfill`): of leads, one in ten converted, beside a running worker. First the application's
+updates of single leads are timed by pgbench, from when they were to begin, in turn without a backfill, beside one at
+full speed and beside one with `--rate`; each goes on where the last was. Then what is left is written, as fast as may
+be. Its peak memory is held against that of the same command with a range of keys that no lead has.
 """
 
 from __future__ import annotations
 
 import os
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
@@ -51,8 +58,33 @@ FROM (SELECT change_key, metadata ->> 'old_status' AS old,
 """
 
 
+CONVERTED = """
+WITH converted AS (UPDATE lead SET is_converted = true WHERE lead_id % 10 = 0 RETURNING lead_id, company_name),
+customers AS (INSERT INTO customer (customer_uid, name, type) SELECT lead_id, company_name, 'fund' FROM converted)
+INSERT INTO contact (customer_uid, lead_id) SELECT lead_id, lead_id FROM converted
+"""
+
+BACKFILLED = """
+SELECT count(*) = count(DISTINCT change_key) AND count(*) FILTER (WHERE activity_type = 'lead_created') = %(leads)s
+   AND count(*) FILTER (WHERE activity_type = 'lead_converted') = %(leads)s / 10
+FROM activity WHERE metadata ? 'backfilled'
+"""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What the options say."""
+
+    count: int
+    rounds: int
+    rate: int
+    seconds: int
+    leads: int
+    backfill_rate: int
+
+
 class Bench:
-    """A private server with LeadFi's tables and a base slot before what is to come."""
+    """A private server with LeadFi's tables."""
 
     def __init__(self, cluster: Cluster, directory: Path, *, socket: bool) -> None:
         self.cluster = cluster
@@ -60,14 +92,15 @@ class Bench:
         self.directory = directory
         self.connect()
         self.connection.execute(schema("leadfi.sql").encode())
-        self.cdc("setup", slot="base")
+
+    def fill(self, leads: int) -> None:
         self.connection.execute(
             "INSERT INTO lead (full_name, title, email, telegram, phone_number, source, status, linkedin_url,"
             " company_name, country, bd_in_charge, background, type)"
             " SELECT 'Lead ' || n, 'CTO', 'lead' || n || '@example.com', '@lead' || n, '+49 30 ' || n, 'website',"
             " '1. lead generated', 'https://example.com/in/lead' || n, 'Company ' || n, 'Germany', 'jane',"
             " 'met at a fair', 'exchange' FROM generate_series(1, %s) n",
-            (LEADS,),
+            (leads,),
         )
         self.connection.execute("VACUUM ANALYZE lead")
 
@@ -85,10 +118,15 @@ class Bench:
         command = [sys.executable, "-m", "cdc_worker", *arguments]
         subprocess.run(command, env=self.environment(slot), check=True, stdout=subprocess.DEVNULL)
 
+    def script(self, leads: int) -> Path:
+        """What pgbench does in one transaction."""
+        script = self.directory / "update.sql"
+        script.write_text(UPDATE.format(leads=leads))
+        return script
+
     def updates(self, count: int) -> None:
         """So many single-row transactions."""
-        script = self.directory / "update.sql"
-        script.write_text(UPDATE.format(leads=LEADS))
+        script = self.script(LEADS)
         clients = 4
         self.connection.execute("ALTER SYSTEM SET synchronous_commit = off")
         self.connection.execute("SELECT pg_reload_conf()")
@@ -212,6 +250,62 @@ class Bench:
         self.drop_slot(slot)
         return seconds
 
+    @contextmanager
+    def backfilling(self, *arguments: str) -> Iterator[subprocess.Popen[bytes]]:
+        """A backfill, which is interrupted in the end if it still runs."""
+        command = [sys.executable, "-m", "cdc_worker", "backfill", "lead", *arguments]
+        process = subprocess.Popen(
+            command, env=self.environment("base"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        try:
+            yield process
+        finally:
+            process.send_signal(signal.SIGINT)
+            process.wait()
+
+    def backfilled(self) -> int:
+        """How many leads are done with."""
+        done = self.connection.execute("SELECT rows FROM cdc_worker.backfill WHERE part = ''").fetchone()
+        return 0 if done is None else int(done[0])
+
+    def beside(self, arguments: Sequence[str] | None, rate: int, seconds: int) -> list[float]:
+        """Milliseconds of updates, at so many a second, beside a backfill with these arguments, or none."""
+        if arguments is None:
+            return self.update_times(rate, seconds)
+        before = self.backfilled()
+        with self.backfilling(*arguments) as process:
+            while self.backfilled() == before and process.poll() is None:
+                time.sleep(0.01)
+            found = self.update_times(rate, seconds)
+            if process.poll() is not None:
+                raise click.ClickException("the backfill ended while updates were timed: give it more --leads")
+        return found
+
+    def update_times(self, rate: int, seconds: int) -> list[float]:
+        """Milliseconds from when an update was to begin until the client knew of its commit."""
+        prefix, script = self.directory / "times", self.directory / "update.sql"
+        arguments = ["-n", "-M", "prepared", "-c", "4", "-R", str(rate), "-T", str(seconds), "-f", str(script)]
+        self.cluster.run("pgbench", *arguments, "--log", f"--log-prefix={prefix}", "postgres")
+        found = []
+        for path in self.directory.glob("times.*"):
+            # Manual: "pgbench", Per-Transaction Logging. The third is the time, in microseconds.
+            found += [int(line.split()[2]) / 1000 for line in path.read_text().splitlines()]
+            path.unlink()
+        return found
+
+    def backfill(self, *arguments: str) -> tuple[float, int]:
+        """Seconds that a backfill takes, and the most memory that it has, in bytes."""
+        started, most = time.perf_counter(), 0
+        with self.backfilling(*arguments) as process:
+            while process.poll() is None:
+                with suppress(OSError, IndexError):  # it may have ended meanwhile
+                    status = Path(f"/proc/{process.pid}/status").read_text()
+                    most = int(status.split("VmHWM:")[1].split()[0]) * 1024
+                time.sleep(0.01)
+        if process.returncode != 0:
+            raise click.ClickException("the backfill failed")
+        return time.perf_counter() - started, most
+
     def stop(self) -> float:
         started = time.perf_counter()
         self.cluster.stop("fast")
@@ -226,49 +320,109 @@ def table(title: str, rows: Sequence[Sequence[object]]) -> None:
         click.echo("  " + "  ".join(str(value).rjust(width) for value, width in zip(row, widths, strict=True)))
 
 
+def percentiles(found: Sequence[float]) -> list[float]:
+    """p50, p95 and p99."""
+    cuts = statistics.quantiles(found, n=100)
+    return [cuts[49], cuts[94], cuts[98]]
+
+
+def stream(bench: Bench, sizes: Sizes) -> None:
+    """Drain, shutdown and latency."""
+    count, rate = sizes.count, sizes.rate
+    bench.cdc("setup", slot="base")
+    bench.fill(LEADS)
+    bench.updates(count)
+    lines: list[Sequence[object]] = [("round", "pg_recvlogical /s", "worker /s", "ratio")]
+    ratios = []
+    for number in range(1, sizes.rounds + 1):
+        peer, ours = bench.recvlogical(number), bench.worker(number, count)
+        ratios.append(peer / ours)
+        lines.append((number, f"{count / peer:,.0f}", f"{count / ours:,.0f}", f"{peer / ours:.2f}"))
+    lines.append(("median", "", "", f"{statistics.median(ratios):.2f}"))
+    table(f"Drain of {count:,} single-row transactions, rows checked", lines)
+    shutdowns = [
+        ("caught up", bench.shutdown(1)),
+        ("backlog", bench.shutdown(2, behind=True)),
+        ("target locked", bench.shutdown(3, locked=True)),
+        ("no worker", bench.stop()),
+    ]
+    table("Seconds of a fast shutdown", [*zip(*((name, f"{taken:.2f}") for name, taken in shutdowns), strict=True)])
+    bench.cluster.start()
+    bench.connect()
+    found = bench.latencies(rate, sizes.seconds)
+    table(
+        f"Milliseconds from commit to visible activity at {rate} transactions a second",
+        [
+            ("activities", "p50", "p95", "p99", "max"),
+            (f"{len(found):,}", *(f"{value:.1f}" for value in (*percentiles(found), max(found)))),
+        ],
+    )
+
+
+def backfill(bench: Bench, sizes: Sizes) -> None:
+    """What a backfill costs the application, and how fast it is."""
+    leads, rounds, slow = sizes.leads, sizes.rounds, str(sizes.backfill_rate)
+    bench.fill(leads)
+    bench.connection.execute(CONVERTED.encode())
+    bench.connection.execute("VACUUM ANALYZE")
+    bench.cdc("setup", slot="base")
+    bench.script(leads)
+    stretch = max(1, sizes.seconds // rounds)
+    conditions = {"none": None, "at full speed": [], f"--rate {slow}": ["--rate", slow]}
+    times: dict[str, list[float]] = {name: [] for name in conditions}
+    with bench.daemon("base"):
+        for _ in range(rounds):
+            for name, arguments in conditions.items():
+                times[name] += bench.beside(arguments, sizes.rate, stretch)
+        _, idle = bench.backfill("--to-key", "0")
+        before = bench.backfilled()
+        taken, memory = bench.backfill()
+    ((intact,),) = bench.connection.execute(BACKFILLED.encode(), {"leads": leads}).fetchall()
+    if not intact:
+        raise click.ClickException("the activities are not what they should be")
+    lines: list[Sequence[object]] = [("backfill", "updates", "p50", "p95", "p99")]
+    without = percentiles(times["none"])
+    for name, found in times.items():
+        beside = percentiles(found)
+        lines.append((name, f"{len(found):,}", *(f"{value:.1f}" for value in beside)))
+        if name != "none":
+            lines.append(("ratio", "", *(f"{ours / theirs:.2f}" for ours, theirs in zip(beside, without, strict=True))))
+    table(
+        f"Milliseconds of an update at {sizes.rate} a second, in {rounds} stretches of {stretch} s each in turn", lines
+    )
+    table(
+        f"Backfill of {leads - before:,} leads, activities checked",
+        [
+            ("seconds", "leads /s", "peak MB", "idle MB"),
+            (f"{taken:.1f}", f"{(leads - before) / taken:,.0f}", *(f"{most / 1e6:.1f}" for most in (memory, idle))),
+        ],
+    )
+
+
+PARTS = ("stream", "backfill")
+
+
 @click.command()
+@click.option(
+    "--part", "parts", type=click.Choice(PARTS), multiple=True, default=PARTS, help="Only this; both if not given."
+)
 @click.option("--count", default=200_000, show_default=True, help="Transactions in the backlog.")
-@click.option("--rounds", default=5, show_default=True, help="Rounds of pg_recvlogical and worker in turn.")
+@click.option("--rounds", default=5, show_default=True, help="Rounds of what is measured in turn.")
 @click.option("--rate", default=500, show_default=True, help="Transactions a second while latency is measured.")
 @click.option("--seconds", default=20, show_default=True, help="How long latency is measured.")
+@click.option("--leads", default=1_000_000, show_default=True, help="Leads that a backfill is about.")
+@click.option("--backfill-rate", default=1_000, show_default=True, help="Leads a second of the slow backfill.")
 @click.option("--socket", is_flag=True, help="Connect by Unix socket.")
-def main(count: int, rounds: int, rate: int, seconds: int, socket: bool) -> None:
-    """Measure drain and latency on a private server."""
+def main(parts: Sequence[str], socket: bool, **sizes: int) -> None:
+    """Measure drain, latency and backfill on private servers."""
     binaries = find_binaries()
     click.echo(binaries.origin)
-    zone = time.strftime("%Z")
-    with (
-        tempfile.TemporaryDirectory() as directory,
-        Cluster(binaries, settings=SETTINGS | {"timezone": zone}) as cluster,
-    ):
-        bench = Bench(cluster, Path(directory), socket=socket)
-        bench.updates(count)
-        lines: list[Sequence[object]] = [("round", "pg_recvlogical /s", "worker /s", "ratio")]
-        ratios = []
-        for number in range(1, rounds + 1):
-            peer, ours = bench.recvlogical(number), bench.worker(number, count)
-            ratios.append(peer / ours)
-            lines.append((number, f"{count / peer:,.0f}", f"{count / ours:,.0f}", f"{peer / ours:.2f}"))
-        lines.append(("median", "", "", f"{statistics.median(ratios):.2f}"))
-        table(f"Drain of {count:,} single-row transactions, rows checked", lines)
-        shutdowns = [
-            ("caught up", bench.shutdown(1)),
-            ("backlog", bench.shutdown(2, behind=True)),
-            ("target locked", bench.shutdown(3, locked=True)),
-            ("no worker", bench.stop()),
-        ]
-        table("Seconds of a fast shutdown", [*zip(*((name, f"{taken:.2f}") for name, taken in shutdowns), strict=True)])
-        cluster.start()
-        bench.connect()
-        found = bench.latencies(rate, seconds)
-        cuts = statistics.quantiles(found, n=100)
-        table(
-            f"Milliseconds from commit to visible activity at {rate} transactions a second",
-            [
-                ("activities", "p50", "p95", "p99", "max"),
-                (f"{len(found):,}", *(f"{value:.1f}" for value in (cuts[49], cuts[94], cuts[98], max(found)))),
-            ],
-        )
+    settings = SETTINGS | {"timezone": time.strftime("%Z")}
+    for part in PARTS:
+        if part in parts:
+            with tempfile.TemporaryDirectory() as directory, Cluster(binaries, settings=settings) as cluster:
+                bench = Bench(cluster, Path(directory), socket=socket)
+                (stream if part == "stream" else backfill)(bench, Sizes(**sizes))
 
 
 main()
