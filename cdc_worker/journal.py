@@ -196,7 +196,7 @@ class Journal:
                 query += sql.SQL(" AND {key} > %(from)s AND {key} < %(to)s").format(key=key)
                 prefix = f"{self._worker}/{self._cluster}/"
                 parameters |= {"from": f"{prefix}{self._emptied_until:016X}", "to": f"{prefix}{until + 1:016X}"}
-            for (key,) in self._connection.execute(query, parameters).fetchall():
+            for (key,) in self._connection.execute(postgres.with_parameters(query), parameters).fetchall():
                 parsed = parsed_key(self._worker, self._cluster, key)
                 if parsed is not None and parsed.kind == "stream" and parsed.table == self._recorded.table:
                     self._emptied.append(parsed.place)
@@ -275,7 +275,7 @@ class Journal:
     def _events(self, query: sql.Composed, parameters: Mapping[str, Any], until: LSN) -> Iterator[Event]:
         recorded, names = self._recorded, self._changes()
         width = len(self._rows.key)
-        for row in self._connection.execute(query, parameters).fetchall():
+        for row in self._connection.execute(postgres.with_parameters(query), parameters).fetchall():
             key: RowKey = row[:width]
             change_key, type_, ours, metadata, at, *befores = row[width:]
             subject = self._rows.subject(key)

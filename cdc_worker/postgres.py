@@ -329,6 +329,17 @@ def check_rights(
         )
 
 
+def with_parameters(query: sql.Composed) -> sql.Composed:
+    """The query as psycopg takes it along with parameters: percent signs that names and constants have are doubled."""
+
+    def doubled(part: sql.Composable) -> sql.Composable:
+        if isinstance(part, sql.Composed):
+            return with_parameters(part)
+        return part if isinstance(part, sql.SQL) else sql.SQL(part.as_string().replace("%", "%%"))
+
+    return sql.Composed([doubled(part) for part in query])
+
+
 def fetch_one(connection: Connection, query: LiteralString, *parameters: Any) -> tuple[Any, ...]:
     """The only row of a query that always has one."""
     row = connection.execute(query, parameters).fetchone()

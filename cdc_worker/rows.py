@@ -138,7 +138,7 @@ class Rows:
     def _read(self, query: sql.Composed, parameters: Sequence[Any]) -> Read:
         with self._connection.transaction():
             (at,) = postgres.fetch_one(self._connection, "SELECT now()")
-            result = self._connection.execute(query, parameters).pgresult
+            result = self._connection.execute(postgres.with_parameters(query), parameters).pgresult
             assert result is not None
             rows: dict[RowKey, Row] = {}
             for number in range(result.ntuples):

@@ -69,6 +69,13 @@ def crm(server: Cluster, tmp_path: Path) -> Iterator[Crm]:
 
 
 @pytest.fixture
+def new_crm(server: Cluster, tmp_path: Path) -> Iterator[Crm]:
+    """A database that is set up but for slot and checkpoint: what is written before `setup` was there already."""
+    with crm_on(server, tmp_path, prepared=True, begun=False) as crm:
+        yield crm
+
+
+@pytest.fixture
 def own_server(request: pytest.FixtureRequest) -> Iterator[Cluster]:
     """A server that a test may crash, stop and set as it likes."""
     with _a_server(request) as server:

@@ -16,27 +16,23 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 import psycopg
 import pytest
 from doctoring import mend
 from structlog.testing import capture_logs
-from support import Crm, WorkerProcess, crm_on, eventually, role
+from support import Crm, WorkerProcess, eventually, role
 from test_backfill import add_customer, add_leads, fill, filling, reached, told, waiting_for_locks
 
 from cdc_worker import config, errors, fence, profile, progress
 from cdc_worker.backfill import SAMPLES, Backfilled, Sample
-from cdc_worker.cluster import Cluster
 from cdc_worker.status import Backfill, Status, lines, status
 
 
 @pytest.fixture
-def crm(server: Cluster, tmp_path: Path) -> Iterator[Crm]:
-    """A database in which all that is written before `begin` was there before the worker."""
-    with crm_on(server, tmp_path, prepared=True, begun=False) as crm:
-        yield crm
+def crm(new_crm: Crm) -> Crm:
+    return new_crm
 
 
 @contextmanager
