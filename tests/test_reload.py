@@ -24,8 +24,9 @@ LEADFI = (Path(ddl.__file__).parent / "profiles" / "leadfi.toml").read_text("utf
 OTHER_WORDS = LEADFI.replace("Lead status changed", "Status changed")
 
 WITH_CONTACTS = LEADFI.replace(
-    "[tables.contact]",
+    '[tables.contact]\nkey = "contact_id"\n',
     """[tables.contact]
+key = "contact_id"
 identity = { contact_id = "{row.contact_id}" }
 fields = { lead = "{row.lead_id}", customer = "{row.customer_uid}" }
 
