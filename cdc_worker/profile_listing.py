@@ -22,6 +22,7 @@ class Row(BaseModel):
     condition: str = Field(description="what else must hold of a change")
     type: str = Field(description="type of the activity")
     description: str = Field(description="its text")
+    backfill: str | None = Field(description="how a backfill dates it; null if it tells nothing by this rule")
 
 
 def rows(profile: Profile) -> Iterator[Row]:
@@ -36,6 +37,7 @@ def rows(profile: Profile) -> Iterator[Row]:
                 condition=", ".join(_conditions(rule)),
                 type=says[0],
                 description=says[1],
+                backfill=_value(rule.backfill.at) if rule.backfill is not None else None,
             )
 
 
@@ -53,6 +55,9 @@ def lines(profile: Profile) -> Iterator[str]:
         yield from _table([_HEAD, *cells]) if cells else ["  no rules: captured for what it tells of others"]
         yield from (f"  {{values.{of}}}: {_value(value)}" for of, value in table.values.items())
         for rule in table.rules:
+            if rule.backfill is not None:
+                text_, at = _value(rule.backfill.description), _value(rule.backfill.at)
+                yield f"  backfill of {rule.label}: {text_} (dated {at})"
             yield from (f"  {{values.{of}}} of {rule.label}: {_value(value)}" for of, value in rule.values.items())
 
 

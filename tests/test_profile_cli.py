@@ -478,6 +478,14 @@ def test_show_prints_what_each_rule_is_about() -> None:
     assert "\ncontact\n no rules: captured for what it tells of others\n" in text
 
 
+def test_show_tells_what_a_backfill_makes_of_rows_that_are_there() -> None:
+    shown = cdc("show", "leadfi").stdout.splitlines()
+    assert '  backfill of lead_created: Lead "{row.full_name}" created (dated {row.date_created})' in shown
+    rows = {row["rule"]: row["backfill"] for row in json.loads(cdc("show", "leadfi", "--json").stdout)}
+    assert rows["lead_converted"] == "{lookup.contact.date_added}"
+    assert rows["lead_deleted"] is None
+
+
 def test_show_tells_every_kind_of_condition_and_value(tmp_path: Path) -> None:
     text = """\
 [tables.deal]
@@ -510,6 +518,7 @@ rule = "crm.rules:deal"
             " new.owner and lookup.user.id not empty",
             "type": "x",
             "description": "Deal {values.what}[! if new.a is true else .]",
+            "backfill": None,
         },
         {
             "table": "deal",
@@ -518,6 +527,7 @@ rule = "crm.rules:deal"
             "condition": "",
             "type": "function crm.rules:deal",
             "description": "",
+            "backfill": None,
         },
     ]
     assert (
