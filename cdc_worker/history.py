@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime, tzinfo
+from datetime import datetime, timedelta, tzinfo
 from typing import Any, Literal, NamedTuple
 
 import msgspec
@@ -134,6 +134,9 @@ def dated(value: Any, zone: tzinfo | None) -> datetime | None:
         found = value if isinstance(value, datetime) else datetime.fromisoformat(str(value))
     except ValueError:  # infinity, or before the year 1, or no date at all
         return None
-    if found.tzinfo is None:
-        return None if zone is None else found.replace(tzinfo=zone)
-    return found
+    if found.tzinfo is not None:
+        return found
+    if zone is None:
+        return None
+    # As Postgres has them: what clocks showed twice is in standard time, and what they didn't show as well.
+    return min((found.replace(tzinfo=zone, fold=fold) for fold in (0, 1)), key=lambda at: at.utcoffset() or timedelta())
