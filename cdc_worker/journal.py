@@ -129,11 +129,11 @@ class Journal:
             query = self._linked(sql.SQL(""), *further) + sql.SQL(" ORDER BY {} LIMIT %s").format(
                 sql.SQL(", ").join(links)
             )
-            found = self._printed(query, [*after, size])
+            found = self._connection.execute(self._printed(query), [*after, size]).fetchall()
             if not found:
                 return
-            yield found
-            after = found[-1]
+            yield [row[len(links) :] for row in found]
+            after = found[-1][: len(links)]
 
     def sample(self, count: int) -> list[RowKey]:
         """About so many of them, from all over the target."""
@@ -141,7 +141,8 @@ class Journal:
         query = sql.SQL("SELECT * FROM ({}) AS linked ORDER BY random() LIMIT %s").format(
             self._linked(sql.SQL("TABLESAMPLE SYSTEM (%s)"))
         )
-        return self._printed(query, [share, count])
+        found = self._connection.execute(self._printed(query), [share, count]).fetchall()
+        return [row[len(self._links) :] for row in found]
 
     def _linked(self, sample: sql.Composable, *further: sql.Composable) -> sql.Composed:
         links = [sql.Identifier(column) for column in self._links]
@@ -150,11 +151,13 @@ class Journal:
             sql.SQL(", ").join(links), self._table, sample, sql.SQL(" AND ").join(conditions)
         )
 
-    def _printed(self, query: sql.Composed, parameters: Sequence[Any]) -> list[RowKey]:
-        links = sql.SQL(", ").join(sql.Identifier(column) + sql.SQL("::text") for column in self._links)
-        return self._connection.execute(
-            sql.SQL("SELECT {} FROM ({}) AS linked").format(links, query), parameters
-        ).fetchall()
+    def _printed(self, query: sql.Composed) -> sql.Composed:
+        """Links as they are, and as the row's key prints them."""
+        links = [sql.Identifier(column) for column in self._links]
+        types = [sql.SQL(self._rows.columns[column].declared) for column in self._rows.key]
+        keys = (sql.SQL("format('%%s', {}::{})").format(link, of) for link, of in zip(links, types, strict=True))
+        columns = [*(link + sql.SQL("::text") for link in links), *keys]
+        return sql.SQL("SELECT {} FROM ({}) AS linked").format(sql.SQL(", ").join(columns), query)
 
     def left(self, keys: Collection[RowKey], *, until: LSN) -> dict[str, list[Place]]:
         """When rows that had these keys got others, up to a position."""

@@ -89,12 +89,14 @@ class Telling:
 class Said(NamedTuple):
     """What one change's activities tell: old and new values, and of which columns the value may be another now.
 
-    `changed` is None if that may be any column.
+    `changed` is None if that may be any column. Of those that are `untold` an activity lacks the value that it has
+    by its rule: it was written by another one of that name.
     """
 
     old: Known
     new: Known
     changed: frozenset[str] | None
+    untold: frozenset[Of] = frozenset()
 
 
 _NOTHING: Final = Telling()
@@ -163,6 +165,7 @@ class Log:
         old: Known = {}
         new: Known = {}
         changed: set[str] | None = set()
+        untold: set[Of] = set()
         for event in events:
             telling = self.tellings.get(event.rule)
             metadata = event.metadata or {}
@@ -173,6 +176,7 @@ class Log:
                 continue  # it tells of another time than its place
             old |= {of: Told(metadata[name]) for of, name in telling.old.items() if name in metadata}
             new |= {of: Told(metadata[name]) for of, name in telling.new.items() if name in metadata}
+            untold |= {of for of, name in telling.new.items() if name not in metadata}
             old |= {of: Told(value) for of, value in telling.was_constant.items()}
             new |= {of: Told(value) for of, value in telling.is_constant.items()}
             found = _changes(metadata, telling.changes)
@@ -183,10 +187,10 @@ class Log:
             if found:
                 about: frozenset[str] | None = frozenset(found)
             else:
-                about = telling.about
+                about = None if telling.changes else telling.about
             if event.what in ("told", "moved"):
                 changed = None if changed is None or about is None else changed | about
-        return Said(old, new, None if changed is None else frozenset(changed))
+        return Said(old, new, None if changed is None else frozenset(changed), frozenset(untold - new.keys()))
 
     def is_read(self, event: Event) -> bool:
         """Whether it was made of a row that was there already."""
@@ -501,7 +505,7 @@ class _Stories:
                     story.live(origin.life)
                     origin.end()
                     origin.last = event
-                _learn(story, said)
+                self._learn(story, said)
             case _ if any(map(self._log.lives, events)):
                 if story.exists is False and story.rows:
                     self._missing("creation", story, event, thereafter)
@@ -509,7 +513,7 @@ class _Stories:
                     story.untold = event
                 story.exists = True
                 self._compare(story, story, event, thereafter)
-                _learn(story, said)
+                self._learn(story, said)
             case _:
                 story.forget()  # it may tell that the row is gone
         story.last = event
@@ -528,6 +532,18 @@ class _Stories:
         if differences:
             subject = event.subject if before is story else self._teller.named(event.before)
             story.breaks.append(Break("change", subject, before.last, event, dict(before.known), differences))
+
+    def _learn(self, story: Story, said: Said) -> None:
+        """Take what is told, and forget what may be so no longer. What is always told, and isn't, hasn't changed."""
+        changed, tracks = said.changed, self._log.tracks
+        left: Known = {}
+        if changed is not None:
+            left = {
+                of: told
+                for of, told in story.known.items()
+                if of not in said.untold and (of.column not in changed or tracks(of))
+            }
+        story.known = left | said.new
 
     def _reads(self, story: Story, events: Sequence[Event]) -> Iterator[_Step]:
         """What is known of rows that were read, from then on."""
@@ -561,12 +577,6 @@ def _unchanged(said: Said) -> Known:
     return {of: told for of, told in said.new.items() if of.column not in said.changed}
 
 
-def _learn(story: Story, said: Said) -> None:
-    changed = said.changed
-    left = {} if changed is None else {of: told for of, told in story.known.items() if of.column not in changed}
-    story.known = left | said.new
-
-
 def _note(of: list[_Life], story: Story) -> None:
     of.append(story.life)
 
@@ -575,8 +585,8 @@ def _take(of: Sequence[_Life], found: Known) -> None:
     # What the stream has told is exact, and what it has not told by now has not changed since it was begun.
     for life in of:
         story = life.story
-        if story is not None and story.exists and story.life is life:
-            story.known = found | story.known
+        if story is not None and story.exists is not False and story.life is life:
+            story.exists, story.known = True, found | story.known
 
 
 def _skip(story: Story, exists: bool | None) -> None:

@@ -256,8 +256,8 @@ class _Edges:
         self._stack, self._dsn, self.worker = stack, settings.dsn.get_secret_value(), settings.worker
         self.settings, self.profile, self.log = settings, given, log
         self.rules = settings.rules(given)
-        self.control = self.opened(postgres.connect(self._dsn, self.worker))
-        # A float would lose digits.
+        # To it values print as they do in the stream; and a float would lose digits.
+        self.control = self.opened(postgres.connect_reading(self._dsn, self.worker))
         set_json_loads(partial(json.loads, parse_float=Decimal), self.control)
         self.checkpoint = checkpoint.read(self.control, self.worker)
         self.cluster = self.checkpoint.system_identifier

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager
 from typing import Any
 
+import psycopg
 from support import Crm, eventually
+from test_backfill import fill
 
 from cdc_worker import config, log, profile
 from cdc_worker.verify import Disagreement, Verified, Wishes, verify
@@ -30,7 +34,8 @@ def missing(crm: Crm, *tables: str, **wishes: Any) -> list[tuple[str, str | None
 
 @contextmanager
 def running(crm: Crm) -> Iterator[None]:
-    """With a worker."""
+    """With a worker, whose rows we may spoil."""
+    crm.execute("SET cdc_worker.protect = off")
     with crm.worker() as worker:
         worker.wait_for("replication_started")
         yield
@@ -54,7 +59,6 @@ def caught_up(crm: Crm) -> None:
 
 def lose(crm: Crm, kind: str, lead_id: int, *, last: bool = True) -> None:
     """Take an activity out of the log."""
-    crm.execute("SET cdc_worker.protect = off")
     crm.execute(
         "DELETE FROM activity WHERE activity_id = (SELECT activity_id FROM activity"
         " WHERE activity_type = %s AND lead_id = %s ORDER BY activity_id * (CASE WHEN %s THEN -1 ELSE 1 END) LIMIT 1)",
@@ -114,3 +118,192 @@ def test_each_kind_of_damage_is_found_and_repaired(crm: Crm) -> None:
         assert written == len(expected)
         assert missing(crm, repair=True) == []
         assert crm.value("SELECT count(*) FROM activity") == before + written
+
+
+def test_what_is_made_up_for_is_marked_and_dated_honestly(crm: Crm) -> None:
+    with running(crm):
+        insert(crm, 1, 2, 3)
+        for status in ("2", "3"):
+            crm.execute("UPDATE lead SET status = %s", status)
+        crm.execute("DELETE FROM lead WHERE lead_id = 3")
+        caught_up(crm)
+        lose(crm, "status_changed", 1, last=False)
+        lose(crm, "status_changed", 2)
+        lose(crm, "lead_deleted", 3)
+        dates = {
+            (lead_id, kind, status): at
+            for lead_id, kind, status, at in crm.execute(
+                "SELECT lead_id, activity_type, metadata ->> 'new_status', date_created FROM activity"
+            )
+        }
+        found, done = verified(crm, repair=True)
+        assert [of.repaired for of in found] == ["yes"] * 3
+        assert (done["lead"].disagree, done["lead"].repaired, done["lead"].activities) == (3, 3, 3)
+        made = {a["lead_id"]: a for a in crm.activities() if a["metadata"].get("reconciled")}
+    middle, last, deletion = made[1], made[2], made[3]
+    assert middle["description"] == 'Lead status changed from "1" to "2"'
+    assert middle["date_created"] == dates[1, "status_changed", "3"]
+    assert last["description"] == 'Lead status changed from "2" to "3"'
+    assert last["date_created"] > dates[1, "status_changed", "3"]
+    assert deletion["activity_type"] == "lead_deleted"
+    assert deletion["metadata"]["status"] == "3"
+    for lead_id, activity, kind, status in ((1, middle, "lead_created", None), (2, last, "status_changed", "2")):
+        since = crm.value(
+            "SELECT (%s::timestamptz AT TIME ZONE current_setting('timezone'))", activity["metadata"]["not_before"]
+        )
+        assert since == dates[lead_id, kind, status]
+    for activity in made.values():
+        assert (activity["created_by"], activity["bd_in_charge"]) == ("system", None)
+        assert activity["metadata"]["reconciled"] is True
+        assert {"as_of", "as_of_lsn"} <= activity["metadata"].keys()
+        assert "/repair/public.lead/" in activity["change_key"]
+
+
+def test_a_missing_creation_is_what_a_backfill_would_write(crm: Crm) -> None:
+    with running(crm):
+        insert(crm, 1)
+        caught_up(crm)
+        lose(crm, "lead_created", 1)
+        assert missing(crm, repair=True) == [("1", "creation", [])]
+        (made,) = crm.activities()
+        assert made["change_key"].endswith("/backfill/public.lead/1/lead_created/0")
+        assert made["metadata"]["values"]["status"] == "1"
+        assert made["date_created"] == crm.value("SELECT date_created FROM lead")
+        assert fill(crm, "lead")["lead"].activities == {}
+        assert missing(crm) == []
+        crm.execute("UPDATE lead SET status = '2'")
+        caught_up(crm)
+        assert missing(crm) == []
+        lose(crm, "status_changed", 1)
+        assert missing(crm) == [("1", "change", ["status"])]
+
+
+def test_what_is_known_to_be_missing_is_explained(crm: Crm) -> None:
+    crm.settings["unsigned_control"] = "true"
+    crm.execute("ALTER TABLE activity ADD CONSTRAINT no_poison CHECK (metadata ->> 'new_status' <> 'poison') NOT VALID")
+    with running(crm):
+        insert(crm, *range(1, 9))
+        with crm.connection.transaction():
+            crm.execute("SELECT cdc_worker.set_context('{\"skip\": true}')")
+            crm.execute("UPDATE lead SET status = '2' WHERE lead_id IN (1, 2)")
+            crm.execute("DELETE FROM lead WHERE lead_id = 3")
+            insert(crm, 13)
+            crm.execute("UPDATE lead SET lead_id = 17 WHERE lead_id = 7")
+        with crm.connection.transaction():
+            crm.execute('SELECT cdc_worker.set_context(\'{"collapse": "moved"}\')')
+            crm.execute("UPDATE lead SET status = '3' WHERE lead_id = 4")
+        crm.execute("UPDATE lead SET status = 'poison' WHERE lead_id = 5")
+        crm.execute("UPDATE lead SET status = '2' WHERE lead_id = 6")
+        caught_up(crm)
+        lose(crm, "status_changed", 6)
+        crm.succeed("forget", "--lead", "6", "--yes")
+        lose(crm, "lead_created", 6)
+        crm.execute("UPDATE lead SET status = '9' WHERE lead_id = 2")  # and what comes after it is told
+        caught_up(crm)
+        found, done = verified(crm, repair=True)
+        assert {of.subject: of.explained for of in found} == {
+            "1": "skipped",
+            "2": "skipped",
+            "3": "skipped",
+            "13": "skipped",
+            "7": "skipped",
+            "17": "skipped",
+            "4": "skipped",
+            "5": "dead letter",
+            "6": "erased",
+        }
+        assert (done["lead"].disagree, done["lead"].explained, done["lead"].activities) == (0, 9, 0)
+        crm.execute("UPDATE lead SET status = '10' WHERE lead_id = 2")
+        caught_up(crm)
+        lose(crm, "status_changed", 2)
+        assert missing(crm) == [("2", "change", ["status"])]
+
+
+def test_two_repairs_at_once_write_the_same(crm: Crm) -> None:
+    with running(crm), ThreadPoolExecutor() as pool:
+        insert(crm, *range(1, 60))
+        crm.execute("UPDATE lead SET status = '2'")
+        caught_up(crm)
+        crm.execute("DELETE FROM activity WHERE activity_type = 'status_changed'")
+        crm.execute("DELETE FROM activity WHERE lead_id <= 20")
+        both = [pool.submit(verified, crm, repair=True) for _ in range(2)]
+        done = [of.result()[1]["lead"] for of in both]
+        assert missing(crm) == []
+        assert sum(of.activities for of in done) == 59
+    made = [a["lead_id"] for a in crm.activities() if a["metadata"].get("reconciled")]
+    assert sorted(made) == [*range(1, 60)]
+
+
+def test_what_is_lost_again_is_repaired_again(crm: Crm) -> None:
+    with running(crm):
+        insert(crm, 1)
+        for status in ("2", "3"):
+            crm.execute("UPDATE lead SET status = %s", status)
+            caught_up(crm)
+            lose(crm, "status_changed", 1)
+            assert missing(crm, repair=True) == [("1", "change", ["status"])]
+            assert missing(crm) == []
+    assert [a["change_key"].rpartition(".")[2] for a in crm.activities()[1:]] == ["1", "2"]
+
+
+def test_a_sample_is_of_some_rows_and_of_some_that_are_gone(crm: Crm) -> None:
+    with running(crm):
+        insert(crm, *range(1, 2001))
+        crm.execute("DELETE FROM lead WHERE lead_id > 1000")
+        caught_up(crm)
+        crm.execute("DELETE FROM activity WHERE activity_type = 'lead_deleted'")
+        found, done = verified(crm, "lead", sample=100)
+        assert done["lead"].sample
+        assert 100 < done["lead"].subjects <= 200
+        assert done["lead"].subjects == 100 + len(found)
+        subjects = sorted(int(of.subject) for of in found)
+        assert subjects[0] < 1400
+        assert subjects[-1] > 1600
+
+
+def test_a_transaction_that_does_not_end_leaves_a_row_undecided(crm: Crm) -> None:
+    with running(crm), closing(psycopg.connect(crm.dsn, application_name="import")) as other:
+        insert(crm, 1, 2)
+        caught_up(crm)
+        other.execute("UPDATE contact SET lead_id = lead_id WHERE false; SELECT pg_current_xact_id()")
+        assert missing(crm, patience=0.1) == []
+        lose(crm, "lead_created", 1)
+        found, done = verified(crm, patience=0.1)
+        assert [(of.subject, of.missing) for of in found] == [("1", None)]
+        assert re.fullmatch(
+            r"transactions go on: process \d+ \(import, idle in transaction, for [\d:]+\)", found[0].undecided or ""
+        )
+        assert (done["lead"].undecided, done["lead"].true) == (1, False)
+        other.rollback()
+        assert missing(crm) == [("1", "creation", [])]
+
+
+def test_customers_are_held_against_what_their_columns_are_mapped_to(crm: Crm) -> None:
+    with running(crm):
+        crm.execute("INSERT INTO customer (customer_uid, name, type) SELECT n, 'A', 't' FROM generate_series(1, 3) n")
+        for closed in (True, False, None, True):
+            crm.execute("UPDATE customer SET is_closed = %s", closed)
+        caught_up(crm)
+        assert missing(crm) == []
+        newest = (
+            "DELETE FROM activity WHERE activity_id = (SELECT max(activity_id) FROM activity"
+            " WHERE customer_uid = %s AND activity_type = %s)"
+        )
+        crm.execute(newest, 1, "status_changed")
+        crm.execute(newest, 2, "customer_updated")
+        for kind in ("status_changed", "customer_updated"):
+            crm.execute(newest, 3, kind)
+        expected = [
+            ("1", "change", ["status"]),
+            ("2", "change", ["is_closed"]),
+            ("3", "change", ["is_closed", "status"]),
+        ]
+        assert [(a, b, sorted(c)) for a, b, c in missing(crm, repair=True)] == expected
+        assert missing(crm) == []
+        made = [(a["customer_uid"], a["activity_type"]) for a in crm.activities() if a["metadata"].get("reconciled")]
+    assert made == [
+        (1, "status_changed"),
+        (2, "customer_updated"),
+        (3, "status_changed"),
+        (3, "customer_updated"),
+    ]
