@@ -8,6 +8,7 @@ from typing import Any, Final, NamedTuple
 
 import psycopg
 from psycopg import sql
+from psycopg.rows import TupleRow
 
 from cdc_worker import catalog, errors, postgres
 from cdc_worker.changes import Row
@@ -18,6 +19,13 @@ from cdc_worker.templates import text
 
 RowKey = tuple[str, ...]
 """The values of a row's key as Postgres prints them, in the order of its index."""
+
+
+LONG: Final = 4 << 20
+"""About so many bytes of rows are read at once: what is made of them is several times as much."""
+
+STEP: Final = 10
+"""So many rows show first how long they are."""
 
 
 class Read(NamedTuple):
@@ -97,9 +105,24 @@ class Rows:
         return None if found is None or found[0] is None or found[0] < 0 else int(found[0])
 
     def after(self, key: RowKey | None, limit: int, until: RowKey | None = None) -> Read:
-        """Up to so many rows, in the order of their keys: those after one key and up to another."""
+        """Up to so many rows, in the order of their keys: those after one key and up to another.
+
+        Where they are long there are fewer, but one at least, if there is any.
+        """
         where, parameters = self._between(key, until)
-        return self._read(self._select + where + self._order + sql.SQL(" LIMIT %s"), [*parameters, limit])
+        query = sql.SQL("DECLARE chunk CURSOR FOR ") + self._select + where + self._order + sql.SQL(" LIMIT %s")
+        rows: dict[RowKey, Row] = {}
+        size, count = 0, STEP
+        with self._connection.transaction():
+            (at,) = postgres.fetch_one(self._connection, "SELECT now()")
+            self._connection.execute(postgres.with_parameters(query), [*parameters, limit])
+            while count > 0:
+                found, length = self._rows(self._connection.execute(sql.SQL("FETCH {} FROM chunk").format(count)))
+                rows |= found
+                size += length
+                left = (LONG - size) * len(rows) // max(1, size)
+                count = min(2 * count, left) if len(found) == count else 0
+        return Read(rows, at)
 
     def of(self, keys: Sequence[RowKey]) -> Read:
         """The rows that have these keys, as far as there are any."""
@@ -138,17 +161,23 @@ class Rows:
     def _read(self, query: sql.Composed, parameters: Sequence[Any]) -> Read:
         with self._connection.transaction():
             (at,) = postgres.fetch_one(self._connection, "SELECT now()")
-            result = self._connection.execute(postgres.with_parameters(query), parameters).pgresult
-            assert result is not None
-            rows: dict[RowKey, Row] = {}
-            for number in range(result.ntuples):
-                values = [result.get_value(number, place) for place in range(len(self.columns))]
-                key = tuple((value or b"").decode() for value in values[: len(self.key)])
-                rows[key] = {
-                    name: catalog.value(value, column)
-                    for (name, column), value in zip(self.columns.items(), values, strict=True)
-                }
+            rows, _ = self._rows(self._connection.execute(postgres.with_parameters(query), parameters))
         return Read(rows, at)
+
+    def _rows(self, cursor: psycopg.Cursor[TupleRow]) -> tuple[dict[RowKey, Row], int]:
+        """Rows that have come, and how many bytes they have."""
+        result, size = cursor.pgresult, 0
+        assert result is not None
+        rows: dict[RowKey, Row] = {}
+        for number in range(result.ntuples):
+            values = [result.get_value(number, place) for place in range(len(self.columns))]
+            size += sum(map(len, filter(None, values)))
+            key = tuple((value or b"").decode() for value in values[: len(self.key)])
+            rows[key] = {
+                name: catalog.value(value, column)
+                for (name, column), value in zip(self.columns.items(), values, strict=True)
+            }
+        return rows, size
 
 
 SPARE: Final = 4
