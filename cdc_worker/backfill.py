@@ -34,7 +34,6 @@ from zoneinfo import ZoneInfo
 import msgspec
 import psycopg
 from psycopg import sql
-from psycopg.waiting import wait
 from pydantic import BaseModel, Field
 
 from cdc_worker import catalog, checkpoint, errors, postgres, profile, rows
@@ -53,7 +52,7 @@ from cdc_worker.profile import Profile, Target
 from cdc_worker.progress import shown
 from cdc_worker.rows import Read, RowKey, Rows
 from cdc_worker.rules import compile_backfill, qualified
-from cdc_worker.sink import Sink
+from cdc_worker.sink import Sink, finished
 from cdc_worker.transform import ERASED, Transformer, Wanted, settled
 
 CHUNK: Final = 1_000
@@ -223,7 +222,7 @@ class _Edges:
 
     def look_up(self, wanted: Collection[Wanted]) -> Mapping[Wanted, Row | None]:
         """Rows of other tables as they are now."""
-        return wait(self._lookups.fetch(wanted), self._lookups.fileno())  # type: ignore[arg-type]  # as Sink.write
+        return finished(self._lookups.fetch(wanted), self._lookups.fileno())
 
     def work(self, name: str, wishes: Wishes) -> _Work:
         """What there is to do about a table."""
@@ -452,7 +451,7 @@ class _Work:
         lines = [self._line(sink, outcome, read.at) for outcome in outcomes]
         batch.add(lines, mark.chunk(read.at), done=len(read.rows), complete=True)
         try:
-            written = wait(sink.write(batch), sink.fileno())  # type: ignore[arg-type]  # it may send plain numbers
+            written = finished(sink.write(batch), sink.fileno())
         except KeyboardInterrupt:
             sink.cancel()  # a session that waits for a lock would go on waiting without us
             raise

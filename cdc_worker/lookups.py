@@ -10,14 +10,13 @@ from typing import Final
 import psycopg
 from psycopg import generators, pq, sql
 from psycopg.pq.abc import PGresult
-from psycopg.waiting import wait
 
 from cdc_worker import catalog, postgres
 from cdc_worker.catalog import Column
 from cdc_worker.changes import Row, Value
 from cdc_worker.postgres import Connection
 from cdc_worker.rules import Lookup, Rules
-from cdc_worker.sink import Writing
+from cdc_worker.sink import Writing, finished
 from cdc_worker.templates import text
 from cdc_worker.transform import Wanted
 
@@ -149,7 +148,7 @@ class Lookups:
 def fetch(connection: Connection, rules: Rules, wanted: Collection[Wanted]) -> Found:
     """What is there of the rows that are `wanted`."""
     lookups = Lookups(connection, rules)
-    return wait(lookups.fetch(wanted), lookups.fileno())  # type: ignore[arg-type]  # it may send plain numbers
+    return finished(lookups.fetch(wanted), lookups.fileno())
 
 
 _SNAPSHOT: Final = b"SELECT pg_current_snapshot()::text FROM pg_sleep($1::float8)"

@@ -1,7 +1,7 @@
 """The sink: writes activities, dead letters, what was skipped and the checkpoint in one database transaction.
 
 Nothing here waits. `write` is a generator that yields what it waits for on its socket, as psycopg's own do, so that
-the stream can be read meanwhile; `psycopg.waiting.wait` runs it to its end for those who have nothing else to do.
+the stream can be read meanwhile; `finished` runs it to its end for those who have nothing else to do.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import msgspec
 import psycopg
 from psycopg import pq, sql
 from psycopg.pq.abc import PGresult
-from psycopg.waiting import Ready, Wait
+from psycopg.waiting import Ready, Wait, wait
 
 from cdc_worker import catalog, errors, postgres
 from cdc_worker.activities import Activity, Batch, DeadLetter, Line, Position, Prepared, Skipped
@@ -32,6 +32,13 @@ from cdc_worker.rules import qualified
 
 T = TypeVar("T")
 Writing = Generator[Wait, Ready, T]
+
+
+def finished(writing: Writing[T], fileno: int) -> T:
+    """What it comes to. May be interrupted."""
+    # Without an interval the socket would be asked again and again, at once.
+    return wait(writing, fileno, interval=0.1)  # type: ignore[arg-type]  # it may send plain numbers
+
 
 MAX_SAVEPOINTS: Final = 50
 """Savepoints in one transaction: beyond 64 subtransactions every snapshot in the server becomes slower."""

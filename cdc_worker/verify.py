@@ -38,7 +38,6 @@ from zoneinfo import ZoneInfo
 import msgspec
 from psycopg import sql
 from psycopg.types.json import set_json_loads
-from psycopg.waiting import wait
 from pydantic import BaseModel, Field
 
 from cdc_worker import catalog, checkpoint, errors, postgres, reconcile, rows
@@ -57,7 +56,7 @@ from cdc_worker.progress import shown
 from cdc_worker.reconcile import Moment
 from cdc_worker.rows import Read, RowKey, Rows
 from cdc_worker.rules import compile_backfill, qualified
-from cdc_worker.sink import Sink
+from cdc_worker.sink import Sink, finished
 from cdc_worker.transform import Transformer, Wanted, settled
 from cdc_worker.truth import Break, Log, Silence, Story, Teller, as_of
 
@@ -279,7 +278,7 @@ class _Edges:
         """Rows of other tables as they are now."""
         if self._lookups is None:
             self._lookups = Lookups(self.opened(postgres.connect_reading(self._dsn, self.worker)), self.rules)
-        return wait(self._lookups.fetch(wanted), self._lookups.fileno())  # type: ignore[arg-type]  # as Sink.write
+        return finished(self._lookups.fetch(wanted), self._lookups.fileno())
 
 
 class _Seen(NamedTuple):
@@ -733,7 +732,7 @@ class _Repairs:
             return set()
         batch = Batch(progress.position)
         batch.add(lines, Transaction(0, LSN(1), LSN(2), at, [], [], [], 0, True, True), done=len(groups), complete=True)
-        written = wait(sink.write(batch), sink.fileno())  # type: ignore[arg-type]  # it may send plain numbers
+        written = finished(sink.write(batch), sink.fileno())
         done.activities += written.activities
         return {letter.change_key for letter in written.dead_letters}
 
