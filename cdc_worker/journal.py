@@ -129,7 +129,7 @@ class Journal:
             query = self._linked(sql.SQL(""), *further) + sql.SQL(" ORDER BY {} LIMIT %s").format(
                 sql.SQL(", ").join(links)
             )
-            found = self._connection.execute(self._printed(query), [*after, size]).fetchall()
+            found = self._connection.execute(postgres.with_parameters(self._printed(query)), [*after, size]).fetchall()
             if not found:
                 return
             yield [row[len(links) :] for row in found]
@@ -141,7 +141,7 @@ class Journal:
         query = sql.SQL("SELECT * FROM ({}) AS linked ORDER BY random() LIMIT %s").format(
             self._linked(sql.SQL("TABLESAMPLE SYSTEM (%s)"))
         )
-        found = self._connection.execute(self._printed(query), [share, count]).fetchall()
+        found = self._connection.execute(postgres.with_parameters(self._printed(query)), [share, count]).fetchall()
         return [row[len(self._links) :] for row in found]
 
     def _linked(self, sample: sql.Composable, *further: sql.Composable) -> sql.Composed:

@@ -437,7 +437,7 @@ class Teller:
             found.append(Break("creation", subject, None, story.untold, {}))
         differences = tuple(
             Difference(of, told, row[of])
-            for of, told in story.known.items()
+            for of, told in sorted(story.known.items(), key=_named)
             if of in row and log.tracks(of) and not told.agrees(row[of])
         )
         if differences:
@@ -526,7 +526,7 @@ class _Stories:
         """See whether what is told of a row before an event is what is known of it, maybe by another key."""
         differences = tuple(
             Difference(of, before.known[of], found)
-            for of, found in told.items()
+            for of, found in sorted(told.items(), key=_named)
             if of in before.known and self._log.tracks(of) and not before.known[of].agrees(found)
         )
         if differences:
@@ -561,13 +561,18 @@ class _Stories:
         for lsn, group in groupby(events, key=lambda event: event.place.lsn):
             # Where in its commit it was isn't known.
             meant = {event.what for event in group}
-            certain = lsn not in commits and meant in ({"created"}, {"deleted"})
+            there = "deleted" not in meant
+            certain = lsn not in commits and (there or meant == {"deleted"})
             for ordinal in (-1, AFTER_ALL):
-                yield Place(1, lsn, ordinal), 3, partial(_skip, story, meant == {"created"} if certain else None)
+                yield Place(1, lsn, ordinal), 3, partial(_skip, story, there if certain else None)
         for begin, end in silence.stretches:
             yield Place(1, end, -1), 0, partial(_pass_over, story, begin)
         if subject in silence.blank:
             yield Place(1, silence.blank[subject], -1), 0, partial(_pardon, story)
+
+
+def _named(item: tuple[Of, Told]) -> str:
+    return str(item[0])
 
 
 def _unchanged(said: Said) -> Known:

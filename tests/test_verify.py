@@ -147,11 +147,13 @@ def test_what_is_made_up_for_is_marked_and_dated_honestly(crm: Crm) -> None:
     assert last["date_created"] > dates[1, "status_changed", "3"]
     assert deletion["activity_type"] == "lead_deleted"
     assert deletion["metadata"]["status"] == "3"
-    for lead_id, activity, kind, status in ((1, middle, "lead_created", None), (2, last, "status_changed", "2")):
+    before: list[tuple[int, dict[str, Any], str, str | None]]
+    before = [(1, middle, "lead_created", None), (2, last, "status_changed", "2")]
+    for lead_id, activity, kind, earlier in before:
         since = crm.value(
             "SELECT (%s::timestamptz AT TIME ZONE current_setting('timezone'))", activity["metadata"]["not_before"]
         )
-        assert since == dates[lead_id, kind, status]
+        assert since == dates[lead_id, kind, earlier]
     for activity in made.values():
         assert (activity["created_by"], activity["bd_in_charge"]) == ("system", None)
         assert activity["metadata"]["reconciled"] is True
