@@ -76,9 +76,10 @@ class DeadLetter(msgspec.Struct, frozen=True):
 class Skipped(msgspec.Struct, frozen=True):
     """Rows of a table whose changes were to leave nothing, or were `collapsed` into one activity.
 
-    `subjects` are their keys as text, in the order of the changes, and of a changed key both; a TRUNCATE has none, for
-    it is about all rows of the table. `number` counts the changes of the same commit before the first of these. Only
-    what is before `index` is done: who resumes the commit there makes the same of the rest, portion by portion.
+    `subjects` are their keys as text, in the order of the changes; a row with a new key is deleted as the one and
+    inserted as the other. A TRUNCATE has none, for it is about all rows of the table. `number` counts the changes of
+    the same commit before the first of these. Only what is before `index` is done: who resumes the commit there makes
+    the same of the rest, portion by portion.
     """
 
     table: tuple[str, str]

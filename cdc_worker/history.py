@@ -112,7 +112,7 @@ def standing(subject: str, events: Sequence[Event], emptied: Sequence[Place] = (
             rules, after, before = set(), event.place, ()
         elif event.what == "moved":
             rules, after, before = {event.rule}, event.place, event.before
-        else:
+        elif not event.skipped or event.what == "created":
             rules.add(event.rule)
     return Standing(frozenset(rules), after, before)
 

@@ -158,9 +158,17 @@ class _Passed(msgspec.Struct, eq=False):
     count: int = 0
     found: dict[tuple[tuple[str, str], Operation], tuple[int, dict[str, None]]] = {}
 
-    def add(self, change: Change, table: Table, subjects: Collection[str], index: int) -> None:
-        self.count += 1
-        self.found.setdefault((table.name, change.operation), (index, {}))[1].update(dict.fromkeys(subjects))
+    def add(self, operation: Operation, table: Table, subjects: Collection[str], index: int) -> None:
+        self.found.setdefault((table.name, operation), (index, {}))[1].update(dict.fromkeys(subjects))
+
+    def after(self, operation: Operation, table: Table, subjects: Collection[str]) -> bool:
+        """Whether rows that come or go had gone or come in here: which of it was last would not be noted."""
+        return operation != "update" and any(
+            name == table.name
+            and of not in (operation, "update")
+            and ("truncate" in (of, operation) or not noted.keys().isdisjoint(subjects))
+            for (name, of), (_, noted) in self.found.items()
+        )
 
     def skipped(self, commit_lsn: LSN) -> Iterator[Skipped]:
         for (table, operation), (number, subjects) in self.found.items():
@@ -354,15 +362,30 @@ class Transformer:
             self._put(skipped)
 
     def _pass_over(self, change: Change, table: Table, index: int) -> None:
-        """Note which row it is that is not told of, or not by itself, if that is known."""
-        found = (table.subject(change.old), table.subject(change.new))
-        subjects = [subject for subject in found if subject is not None and len(subject) <= MAX_SUBJECT]
-        if not subjects and not (change.operation == "truncate" and table.key):
+        """Note which row it is that is not told of, or not by itself, if that is known.
+
+        With a new key it is another one, as for who asks what became of the row with that key.
+        """
+        operation = change.operation
+        found = {operation: [table.subject(change.old), table.subject(change.new)]}
+        if operation == "update" and None not in found[operation] and len({*found[operation]}) > 1:
+            (old, new) = found.pop(operation)
+            found |= {"delete": [old], "insert": [new]}
+        noted = [
+            (of, [subject for subject in subjects if subject is not None and len(subject) <= MAX_SUBJECT])
+            for of, subjects in found.items()
+        ]
+        if not any(subjects for _, subjects in noted) and not (operation == "truncate" and table.key):
             return
+        if self._passed is not None and any(self._passed.after(of, table, subjects) for of, subjects in noted):
+            self._note()
         if self._passed is None:
             summary = self._summary
             self._passed = _Passed(index if summary is None else summary.index, summary is not None)
-        self._passed.add(change, table, subjects, index)
+        self._passed.count += 1
+        for of, subjects in noted:
+            if subjects or of == "truncate":
+                self._passed.add(of, table, subjects, index)
         if self._passed.count >= MAX_SKIPPED:
             self._note()
 
