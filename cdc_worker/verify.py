@@ -528,12 +528,15 @@ class _Work:
             meant: list[tuple[str | None, What]] = [(before, "deleted")] if before not in (None, after) else []
             meant += [(after, "created" if operation in ("insert", "read") else "told")] if after is not None else []
             if operation == "truncate":  # of a part of the table
-                meant = [(subject, "told") for subject in subjects]
+                meant = [(subject, what) for subject in subjects for what in UNCLEAR]
             for subject, what in meant:
                 if subject is not None and subject in subjects:
                     found.setdefault(subject, []).append(Event(subject, EVERYTHING, what, place, skipped=True))
         return found
 
+
+UNCLEAR: Final[tuple[What, ...]] = ("deleted", "created")
+"""What may have become of a row of which it isn't known."""
 
 _DEAD_LETTERS: Final = """
 SELECT change_key, change ->> 'operation', nullif(change -> 'old', 'null'), nullif(change -> 'new', 'null')
