@@ -126,6 +126,23 @@ class Rows:
 
     def of(self, keys: Sequence[RowKey]) -> Read:
         """The rows that have these keys, as far as there are any."""
+        join, arrays = self._asked(keys)
+        return self._read(self._select + join + self._order, arrays)
+
+    def there(self, keys: Sequence[RowKey]) -> set[RowKey]:
+        """Those of these keys that rows have."""
+        join, arrays = self._asked(keys)
+        columns = sql.SQL(", ").join(sql.Identifier(self.table.name[1], column) for column in self.key)
+        query = sql.SQL("SELECT {} FROM {}").format(columns, sql.Identifier(*self.table.name)) + join
+        result = self._connection.execute(postgres.with_parameters(query), arrays).pgresult
+        assert result is not None
+        return {
+            tuple((result.get_value(number, place) or b"").decode() for place in range(len(self.key)))
+            for number in range(result.ntuples)
+        }
+
+    def _asked(self, keys: Sequence[RowKey]) -> tuple[sql.Composable, list[list[str]]]:
+        """What joins a query with keys, and its parameters."""
         asked = [sql.Identifier(f"asked_{number}") for number in range(len(self.key))]
         join = sql.SQL(" JOIN unnest({arrays}) AS asked ({names}) ON {conditions}").format(
             arrays=sql.SQL(", ").join(sql.SQL("%s::text[]") for _ in asked),
@@ -137,13 +154,7 @@ class Rows:
                 for column, name in zip(self.key, asked, strict=True)
             ),
         )
-        return self._read(self._select + join + self._order, [list(values) for values in zip(*keys, strict=True)])
-
-    def nth(self, key: RowKey | None, number: int) -> RowKey | None:
-        """The key that comes so many rows after another; None if there are fewer."""
-        where, parameters = self._between(key, None)
-        read = self._read(self._select + where + self._order + sql.SQL(" OFFSET %s LIMIT 1"), [*parameters, number - 1])
-        return next(iter(read.rows), None)
+        return join, [list(values) for values in zip(*keys, strict=True)]
 
     def sample(self, count: int) -> list[RowKey]:
         """The keys of about so many rows, from all over the table."""

@@ -47,6 +47,8 @@ class Told(NamedTuple):
     def agrees(self, other: Told) -> bool:
         """Whether both can be the same value, which is told as JSON here and a column's there."""
         ours, theirs = self.value, other.value
+        if type(ours) is type(theirs) and ours == theirs:  # as nearly all are
+            return True
         if ours is None or theirs is None:
             return ours is theirs
         if isinstance(ours, bool) or isinstance(theirs, bool):
@@ -435,10 +437,10 @@ class Teller:
             return found
         if story.untold is not None and log.creation:
             found.append(Break("creation", subject, None, story.untold, {}))
-        differences = tuple(
+        differences = _differences(
             Difference(of, told, row[of])
-            for of, told in sorted(story.known.items(), key=_named)
-            if of in row and log.tracks(of) and not told.agrees(row[of])
+            for of, told in story.known.items()
+            if of in row and not told.agrees(row[of]) and log.tracks(of)
         )
         if differences:
             found.append(Break("change", subject, story.last, None, story.known, differences))
@@ -524,10 +526,10 @@ class _Stories:
 
     def _compare(self, story: Story, before: Story, event: Event, told: Known) -> None:
         """See whether what is told of a row before an event is what is known of it, maybe by another key."""
-        differences = tuple(
+        differences = _differences(
             Difference(of, before.known[of], found)
-            for of, found in sorted(told.items(), key=_named)
-            if of in before.known and self._log.tracks(of) and not before.known[of].agrees(found)
+            for of, found in told.items()
+            if of in before.known and not before.known[of].agrees(found) and self._log.tracks(of)
         )
         if differences:
             subject = event.subject if before is story else self._teller.named(event.before)
@@ -571,8 +573,9 @@ class _Stories:
             yield Place(1, silence.blank[subject], -1), 0, partial(_pardon, story)
 
 
-def _named(item: tuple[Of, Told]) -> str:
-    return str(item[0])
+def _differences(found: Iterable[Difference]) -> tuple[Difference, ...]:
+    """In the order of their names."""
+    return tuple(sorted(found, key=lambda difference: str(difference.of)))
 
 
 def _unchanged(said: Said) -> Known:

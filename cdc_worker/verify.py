@@ -32,6 +32,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from decimal import Decimal
 from functools import partial
+from itertools import islice
 from typing import Any, Final, Literal, NamedTuple
 from zoneinfo import ZoneInfo
 
@@ -55,7 +56,7 @@ from cdc_worker.profile import Profile
 from cdc_worker.progress import shown
 from cdc_worker.reconcile import Moment
 from cdc_worker.rows import Read, RowKey, Rows
-from cdc_worker.rules import compile_backfill, qualified
+from cdc_worker.rules import qualified
 from cdc_worker.sink import Sink, finished
 from cdc_worker.transform import Transformer, Wanted, settled
 from cdc_worker.truth import Break, Log, Silence, Story, Teller, as_of
@@ -63,8 +64,8 @@ from cdc_worker.truth import Break, Log, Silence, Story, Teller, as_of
 CHUNK: Final = 1_000
 """So many rows are read at once, if nothing else is asked for."""
 
-SUSPECTS: Final = 1_000
-"""So many rows that disagree, at most, wait to be read again."""
+SUSPECTS: Final = 250
+"""When so many rows disagree they are read again."""
 
 SHOWN: Final = 20
 """Of so many rows that disagree a person is told, of each table."""
@@ -328,12 +329,12 @@ class _Work:
             for keys, read in self._chunks():
                 self._look(keys, read)
                 advance(len(keys))
-                if len(self._suspects) >= SUSPECTS:
+                while len(self._suspects) >= SUSPECTS:
                     yield from self._settled()
             yield from self._settled()
         yield done
 
-    def _chunks(self) -> Iterator[tuple[Sequence[RowKey], Read]]:
+    def _chunks(self) -> Iterator[tuple[Sequence[RowKey], Read | None]]:
         """Rows as they are read, and then the keys that activities link to and that have no row."""
         size, sample = self._wishes.chunk_size, self._wishes.sample
         if sample is None:
@@ -343,16 +344,16 @@ class _Work:
                 key = next(reversed(read.rows))
         else:
             for keys in _batched(self._rows.sample(sample), size):
-                yield keys, self._rows.of(keys)
+                yield keys, None
         for linked in self._journal.keys(size) if sample is None else _batched(self._journal.sample(sample), size):
-            read = self._rows.of(linked)
-            yield [key for key in linked if key not in read.rows], read._replace(rows={})
+            there = self._rows.there(linked)
+            yield [key for key in linked if key not in there], None
 
-    def _look(self, keys: Sequence[RowKey], read: Read) -> None:
+    def _look(self, keys: Sequence[RowKey], read: Read | None) -> None:
         """Note whose history doesn't fit."""
         self._done.subjects += len(keys)
         if keys:
-            seen = self._tell(keys, read)
+            seen = self._tell(keys, self._rows.of(keys) if read is None else read)
             self._suspects |= {subject: key for key in keys if self._breaks(seen, subject := self._rows.subject(key))}
 
     def _tell(self, keys: Sequence[RowKey], read: Read) -> _Seen:
@@ -387,7 +388,8 @@ class _Work:
     def _settled(self) -> Iterator[Disagreement]:
         """Look again at those whose history doesn't fit, until it is certain that it doesn't."""
         fence, deadline = self._edges.fence, time.monotonic() + self._wishes.patience
-        suspects, self._suspects = self._suspects, {}
+        suspects = dict(islice(self._suspects.items(), SUSPECTS))
+        self._suspects = {subject: key for subject, key in self._suspects.items() if subject not in suspects}
         while suspects:
             here = fence.here()
             if not fence.settle(self._wishes.patience):
@@ -620,8 +622,7 @@ class _Repairs:
 
     def __init__(self, edges: _Edges, log: Log, recorded: Recorded, rows: Rows, name: str) -> None:
         self._edges, self._log, self._recorded, self._rows = edges, log, recorded, rows
-        key = None if edges.settings.mask_key is None else edges.settings.mask_key.get_secret_value()
-        self._reading = reconcile.unmasked(compile_backfill(edges.profile, mask_key=key), qualified(name))
+        self._reading = reconcile.unmasked(edges.settings.backfill_rules(edges.profile), qualified(name))
         self._rules = reconcile.unmasked(edges.settings.rules(reconcile.of_nobody(edges.profile)), qualified(name))
         self._zone = ZoneInfo(edges.time_zone)
         dates = (column for column, of in edges.profile.target.columns.items() if of == "occurred_at")
