@@ -51,7 +51,7 @@ from cdc_worker.postgres import Connection
 from cdc_worker.profile import Profile, Target
 from cdc_worker.progress import shown
 from cdc_worker.rows import Read, RowKey, Rows
-from cdc_worker.rules import compile_backfill, qualified
+from cdc_worker.rules import qualified
 from cdc_worker.sink import Sink, finished
 from cdc_worker.transform import ERASED, Transformer, Wanted, settled
 
@@ -196,9 +196,8 @@ class _Edges:
             return stack.enter_context(closing(connection))
 
         self.settings, self.profile, self.log = settings, given, log
-        key = None if settings.mask_key is None else settings.mask_key.get_secret_value()
         settings.rules(given)  # which has all that is wrong with it
-        self.rules = compile_backfill(given, mask_key=key)
+        self.rules = settings.backfill_rules(given)
         self.control = opened(postgres.connect(dsn, worker))
         self.checkpoint = checkpoint.read(self.control, worker)
         read = profile.backfilled(given)

@@ -23,7 +23,7 @@ from pydantic_settings import (
 from cdc_worker.context import Policy
 from cdc_worker.errors import ConnectionStringError, SettingsError
 from cdc_worker.profile import Profile
-from cdc_worker.rules import Function, Rules, compile_rules
+from cdc_worker.rules import Function, Rules, compile_backfill, compile_rules
 
 PREFIX = "CDC_WORKER_"
 
@@ -104,8 +104,15 @@ class Settings(BaseSettings):
 
     def rules(self, profile: Profile) -> Rules:
         """A profile's rules, with what these settings allow them. Raises ProfileError."""
-        key = None if self.mask_key is None else self.mask_key.get_secret_value()
-        return compile_rules(profile, function=self._function, mask_key=key)
+        return compile_rules(profile, function=self._function, mask_key=self._mask_key)
+
+    def backfill_rules(self, profile: Profile) -> Rules:
+        """Those of them that are for rows that are there already. Raises ProfileError."""
+        return compile_backfill(profile, mask_key=self._mask_key)
+
+    @property
+    def _mask_key(self) -> str | None:
+        return None if self.mask_key is None else self.mask_key.get_secret_value()
 
     def policy(self, profile: Profile) -> Policy:
         """What of context messages these settings believe and allow, and a profile keeps."""

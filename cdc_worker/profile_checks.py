@@ -15,7 +15,7 @@ from cdc_worker.errors import ProfileError, ProfileFault
 from cdc_worker.places import Places
 from cdc_worker.profile import Profile
 from cdc_worker.rules import Rules
-from cdc_worker.table_checks import misfit
+from cdc_worker.table_checks import backfill_faults, misfit
 
 PROFILE: Final = f"{postgres.APPLICATION_NAME}-profile"
 """What the connections are called that only look at what a profile comes to."""
@@ -93,7 +93,7 @@ def _misfits(look: Look, places: Places, *, target: bool) -> Iterator[Told]:
     for check in _CHECKS if target else ():
         for finding in examine(check, look):
             yield from _told(finding, places.line(("target",)))
-    for fault in catalog.faults(look.connection, look.profile, look.rules):
+    for fault in (*catalog.faults(look.connection, look.profile, look.rules), *backfill_faults(look)):
         if fault.captured or target:
             at = places.mention(fault.place, fault.missing) if fault.captured else places.line(fault.place)
             yield from _told(misfit(look, fault), at)

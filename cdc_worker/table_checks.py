@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Final
 
 import psycopg
 from psycopg import sql
 
 from cdc_worker import catalog, checkpoint, cutover, errors, target_checks, written
+from cdc_worker import profile as profiles
 from cdc_worker.activities import OpenEnds, key_prefix
 from cdc_worker.catalog import Fault, quoted, section
 from cdc_worker.checks import Check, Finding, Look, failed, ok, unknown, warning
@@ -27,6 +29,26 @@ def profile(look: Look) -> Iterator[Finding]:
 def _misfits(look: Look) -> Iterator[Finding]:
     for fault in catalog.faults(look.connection, look.profile, look.rules):
         yield misfit(look, fault)
+    for fault in backfill_faults(look):
+        yield misfit(look, replace(fault, certain=False))  # the worker doesn't mind
+
+
+def backfill_faults(look: Look) -> Iterator[Fault]:
+    """Where the profile and the database disagree in what is told of rows that are there already, and in that alone."""
+    if not any(rule.backfill for table in look.profile.tables.values() for rule in table.rules):
+        return
+    # Of a column of the target that has a fault it doesn't matter which rules make more of it.
+    known = {of for fault in catalog.faults(look.connection, look.profile, look.rules) for of in _identity(fault)}
+    read = profiles.backfilled(look.profile)
+    dates = [("target", "columns", column) for column, of in read.target.columns.items() if of == "occurred_at"]
+    for fault in catalog.faults(look.connection, read, look.settings.backfill_rules(look.profile)):
+        if known.isdisjoint(_identity(fault)):
+            fix = 'name a column of dates as "at" of the backfill' if fault.place in dates else fault.fix
+            yield replace(fault, message=f"for backfill: {fault.message}", fix=fix)
+
+
+def _identity(fault: Fault) -> set[object]:
+    return {fault.message, fault.place if fault.place[:2] == ("target", "columns") else fault.message}
 
 
 def misfit(look: Look, fault: Fault) -> Finding:

@@ -13,7 +13,7 @@ from doctoring import ailing, cure, findings, healthy, mend, report
 from psycopg import sql
 from support import Crm, crm_on, grant, role
 from test_bad_input import leadfi_with
-from test_unprepared_target import LEAD_KEY, TARGET, use
+from test_unprepared_target import LEAD_KEY, TARGET, use, without_backfill
 
 from cdc_worker import catalog, ddl, errors, postgres, profile
 from cdc_worker.checks import Finding
@@ -476,7 +476,7 @@ def test_what_columns_ask(plain: Crm, change: LiteralString, outcome: str, messa
     crm.connection.execute(change)
     if "state" in change:  # in place of the links, which customers have not
         profile = Path(crm.settings["profile"])
-        text = profile.read_text().replace('"lead_id" = "lead"', '"state" = "state"')
+        text = without_backfill(profile.read_text()).replace('"lead_id" = "lead"', '"state" = "state"')
         text = text.replace('lead = "{row.lead_id}"', 'state = "{context.state}"')
         profile.write_text(text.replace('fields = { customer = "{row', 'fields = { state = "x", customer = "{row'))
     found = cure(crm, "target")

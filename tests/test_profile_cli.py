@@ -19,6 +19,7 @@ from support import Crm, crm_on, role
 from cdc_worker import config, profile, profile_checks
 from cdc_worker.cli import main
 from cdc_worker.cluster import Cluster
+from cdc_worker.doctor import doctor
 from cdc_worker.errors import ProfileError
 from cdc_worker.places import Places
 from cdc_worker.profile import shipped
@@ -362,6 +363,67 @@ description = "x"
         "23: captured table public.lead has no column nickname",
         "30: captured table public.nowhere does not exist",
     ]
+
+
+def test_what_is_told_of_rows_that_are_there_is_held_against_the_catalog_as_well(shared: Crm, tmp_path: Path) -> None:
+    text = """\
+name = "test"
+
+[target]
+table = "activity"
+
+[target.columns]
+activity_type = "type"
+description = "description"
+date_created = "occurred_at"
+lead_id = "lead"
+change_key = "change_key"
+
+[tables.lead]
+key = "lead_id"
+fields = { lead = "{row.lead_id}" }
+
+[[tables.lead.rules]]
+on = "insert"
+type = "created"
+description = "{new.full_name}"
+
+[tables.lead.rules.backfill]
+when = { row = { is_converted = "yes" } }
+at = "{row.is_converted}"
+description = "{row.nickname}"
+
+[[tables.lead.rules]]
+on = "update"
+changed = "email"
+type = "converted"
+description = "{new.full_name}"
+
+[tables.lead.rules.backfill]
+at = "{lookup.contact.date_added}"
+description = "{old.full_name}"
+"""
+    assert told(tmp_path, text, crm=shared)[:2] == [
+        '34: tables.lead, rule 2 (converted): {lookup.contact.date_added}: there is no lookup "contact" here',
+        "35: tables.lead, rule 2 (converted): {old.full_name}: there is no old row at read",
+    ]
+    mended = text.replace("{lookup.contact.date_added}", "{row.date_created}").replace("{old.", "{row.")
+    assert told(tmp_path, mended, crm=shared) == [
+        "9: for backfill: target column public.activity.date_created is of the type timestamp without time zone, as"
+        " which public.lead.is_converted can't be read: created of public.lead",
+        '  fix: name a column of dates as "at" of the backfill',
+        '17: for backfill: rule created of public.lead is about is_converted = "yes", which a boolean is never',
+        "  fix: write true or false there, without quotes",
+        "25: for backfill: captured table public.lead has no column nickname",
+        "  fix: name columns that it has in [tables.lead] of the profile",
+    ]
+
+
+def test_what_is_wrong_for_a_backfill_alone_stops_no_worker(shared: Crm, tmp_path: Path) -> None:
+    text = profile.read("leadfi").replace('at = "{row.date_created}"', 'at = "{row.lead_id}"', 1)
+    settings = config.load(None, {"dsn": shared.dsn, "slot": shared.slot, "profile": written(tmp_path, text)})
+    found = [finding for finding in doctor(settings).findings if "for backfill: " in finding.message]
+    assert [(finding.check, finding.outcome) for finding in found] == [("profile", "warning")]
 
 
 def test_lookups_and_constants_are_held_against_the_types_of_columns(bare_crm: Crm, tmp_path: Path) -> None:

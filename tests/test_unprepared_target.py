@@ -60,11 +60,18 @@ POISON = "INSERT INTO lead (full_name, source, bd_in_charge, type) VALUES ('pois
 BACKEND = "SELECT {} FROM pg_stat_activity WHERE application_name = %s AND backend_type = 'client backend'"
 
 
+def without_backfill(rules: str) -> str:
+    """Rules for a target without links, by which is found what was recorded of a row."""
+    return re.sub(r"\[\S+\.backfill\]\n(?:[^\[\n].*\n)*", "", rules)
+
+
 def use(crm: Crm, *statements: LiteralString, table: str = "activity", columns: dict[str, str] = COLUMNS) -> Crm:
     """Let the worker write to a table as these statements leave it, by LeadFi's rules."""
     for statement in statements:
         crm.execute(statement)
     rules = (resources.files("cdc_worker") / "profiles" / "leadfi.toml").read_text("utf-8")
+    if not {"lead", "customer"} <= {*columns.values()}:
+        rules = without_backfill(rules)
     lines = ['name = "theirs"', "[target]", f'table = "{table}"', "[target.columns]"]
     lines += [f'"{column}" = "{field}"' for column, field in columns.items()]
     profile = crm.directory / "theirs.toml"
