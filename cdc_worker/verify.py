@@ -104,7 +104,7 @@ class Difference(BaseModel):
 class Disagreement(BaseModel):
     """A row whose log is not true. These are the fields of the lines of `verify --json` with that record."""
 
-    record: Literal["disagreement"] = "disagreement"
+    record: Literal["disagreement"] = Field(default="disagreement", description="`disagreement`")
     table: str = Field(description="schema and table")
     subject: str = Field(description="key of the row")
     missing: Literal["creation", "deletion", "change"] | None = Field(
@@ -131,7 +131,7 @@ class Disagreement(BaseModel):
 class Verified(BaseModel):
     """What a table came to. These are the fields of the lines of `verify --json` with the record `summary`."""
 
-    record: Literal["summary"] = "summary"
+    record: Literal["summary"] = Field(default="summary", description="`summary`")
     table: str = Field(description="schema and table")
     subjects: int = Field(default=0, description="rows, and keys of rows that are gone, that were looked at")
     sample: bool = Field(default=False, description="whether those are not all")
@@ -150,17 +150,20 @@ class Verified(BaseModel):
 def lines(found: Iterable[Disagreement | Verified]) -> Iterator[str]:
     """What was found as a person reads it: of each table what it came to, then some of those that disagree."""
     shown: list[str] = []
-    more = 0
+    more = untold = 0
     for of in found:
         if isinstance(of, Disagreement):
             more += len(shown) >= SHOWN
             shown += [_described(of)] if len(shown) < SHOWN else []
+            untold += of.missing == "creation" and of.after is None and of.repaired is None and of.explained is None
             continue
         yield _summarised(of)
         yield from shown
         if more:
             yield f"  and {more:,} more: --json tells of all"
-        shown, more = [], 0
+        if untold:
+            yield f"  of {untold:,} nothing says that they came to be: were they there before, run cdc-worker backfill"
+        shown, more, untold = [], 0, 0
 
 
 def _described(of: Disagreement) -> str:

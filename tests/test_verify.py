@@ -9,10 +9,12 @@ from contextlib import closing, contextmanager
 from typing import Any
 
 import psycopg
+import pytest
 from support import Crm, eventually
 from test_backfill import fill
 
 from cdc_worker import config, log, profile
+from cdc_worker import verify as module
 from cdc_worker.verify import Disagreement, Verified, Wishes, verify
 
 
@@ -219,6 +221,33 @@ def test_what_is_known_to_be_missing_is_explained(crm: Crm) -> None:
         caught_up(crm)
         lose(crm, "status_changed", 2)
         assert missing(crm) == [("2", "change", ["status"])]
+
+
+def test_who_is_forgotten_meanwhile_is_not_told_of_again(crm: Crm, monkeypatch: pytest.MonkeyPatch) -> None:
+    with running(crm):
+        insert(crm, 1, 2)
+        for status in ("2", "3"):
+            crm.execute("UPDATE lead SET status = %s", status)
+        caught_up(crm)
+        for lead_id in (1, 2):
+            lose(crm, "status_changed", lead_id)
+        write, forgotten = module._Repairs._write, list[str]()
+
+        def forgetting(*arguments: Any) -> Any:
+            if not forgotten:
+                forgotten.append(crm.succeed("forget", "--lead", "1", "--yes"))
+            return write(*arguments)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(module._Repairs, "_write", forgetting)
+            found, done = verified(crm, repair=True)
+        assert [(of.subject, of.repaired) for of in found] == [
+            ("1", "a person was erased of whom it would tell"),
+            ("2", "yes"),
+        ]
+        assert (done["lead"].repaired, done["lead"].activities) == (1, 1)
+        assert crm.value("SELECT count(*) FROM activity WHERE lead_id = 1 AND metadata <> '{\"erased\": true}'") == 0
+        assert missing(crm) == []
 
 
 def test_two_repairs_at_once_write_the_same(crm: Crm) -> None:

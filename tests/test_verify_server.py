@@ -14,11 +14,13 @@ import pytest
 from psycopg import sql
 from support import PATIENCE, Crm, eventually, having, role
 from test_backfill import called
+from test_docs import assert_has, fields_table, shown
 from test_verify import caught_up, insert, lose, missing, running, verified
 
 from cdc_worker import errors, profile
 from cdc_worker.cluster import Cluster
 from cdc_worker.fence import Fence
+from cdc_worker.verify import Difference, Disagreement, Verified
 
 
 def test_a_commit_that_others_do_not_see_yet_is_no_fault(
@@ -189,3 +191,26 @@ def test_a_role_that_may_not_read_is_told_so(crm: Crm) -> None:
         lose(crm, "lead_created", 1)
         mended = crm.command("verify", "lead", "--repair")
         assert mended.returncode == 0, mended.stderr
+
+
+# What its page says
+
+
+def test_its_page_lists_the_fields_that_it_prints() -> None:
+    assert_has("docs/verify.md", fields_table(Disagreement, Difference))
+    assert_has("docs/verify.md", fields_table(Verified))
+
+
+def test_it_prints_what_its_page_shows(crm: Crm) -> None:
+    with running(crm):
+        insert(crm, *range(1, 7))
+        crm.execute("UPDATE lead SET status = '2' WHERE lead_id = 2")
+        crm.execute("DELETE FROM lead WHERE lead_id = 6")
+        caught_up(crm)
+        lose(crm, "status_changed", 2)
+        lose(crm, "lead_created", 3)
+        lose(crm, "lead_deleted", 6)
+        printed = crm.command("verify", "lead").stdout
+    (page,) = shown("docs/verify.md", "public.lead: 6 rows")
+    alike = re.compile(r"\S+/\d+/[0-9A-F]{16}/")
+    assert alike.sub("#/", page) == alike.sub("#/", printed)
