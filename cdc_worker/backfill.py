@@ -267,15 +267,14 @@ class Mark:
     nonce: str
     last_key: RowKey | None
     rows: int
+    since: LSN
     position: Position = _START
     keys: Sequence[RowKey] = ()
 
-    def begin(self, keys: Sequence[RowKey]) -> Batch:
-        """Begin the next chunk; returns its batch."""
-        if self.keys:
-            self.last_key, self.position = self.keys[-1], Position(LSN(self.position.lsn + 2))
-        self.keys = keys
-        return Batch(self.position)
+    def begin(self, keys: Sequence[RowKey], position: Position) -> Batch:
+        """Begin the next chunk where the last one has ended; returns its batch. Without keys the mark stays."""
+        self.last_key, self.position, self.keys = self.next_key, position, keys
+        return Batch(position)
 
     def chunk(self, at: datetime) -> Transaction:
         """The chunk as a commit of rows that were read then."""
@@ -289,7 +288,7 @@ class Mark:
 
     def _done(self, at: Position) -> int:
         if at.commit_lsn:
-            return at.changes
+            return min(at.changes, len(self.keys))
         return len(self.keys) if at.lsn > self.position.lsn else 0
 
     def _key(self, at: Position) -> list[str] | None:
@@ -333,12 +332,13 @@ _BEGIN: Final = """
 INSERT INTO cdc_worker.backfill (worker, table_name, part, expected, last_key) VALUES (%s, %s, %s, %s, %s)
 ON CONFLICT (worker, table_name, part) DO UPDATE SET expected = EXCLUDED.expected, last_key = EXCLUDED.last_key,
     rows = 0, activities = 0, dead_letters = 0, started_at = now(), written_at = now(), finished_at = NULL,
+    started_lsn = EXCLUDED.started_lsn,
     system_identifier = EXCLUDED.system_identifier
 WHERE backfill.finished_at IS NOT NULL OR backfill.system_identifier <> EXCLUDED.system_identifier
 """
 
 _MARK: Final = """
-SELECT nonce::text, last_key, rows, finished_at IS NOT NULL FROM cdc_worker.backfill
+SELECT nonce::text, last_key, rows, started_lsn::text, finished_at IS NOT NULL FROM cdc_worker.backfill
 WHERE worker = %s AND table_name = %s AND part = %s
 """
 
@@ -349,6 +349,14 @@ WHERE worker = %s AND table_name = %s AND part = %s AND finished_at IS NULL
 """
 
 Outcome = Activity | DeadLetter
+
+
+class _Pass(NamedTuple):
+    """A backfill that nobody has disturbed yet."""
+
+    mark: Mark
+    sink: Sink
+    scope: Scope
 
 
 class _Verdict(NamedTuple):
@@ -398,10 +406,11 @@ class _Work:
         done.resumed = mark is not None and mark.rows > 0
         with shown(edges.log, done.table, unit="rows", total=expected, done=mark.rows if mark else 0) as advance:
             while mark is not None:
-                sink, scope = self._sink(mark), self._scope()
+                going = _Pass(mark, self._sink(mark), self._scope())
                 try:
-                    while (count := self._chunk(mark, sink, scope)) > 0:
+                    while (count := self._chunk(going)) > 0:
                         advance(count)
+                    self._moved(going)
                 except errors.FencedError:
                     edges.writing.rollback()
                     mark = self._mark()  # which another process may have moved
@@ -418,10 +427,10 @@ class _Work:
     def _mark(self) -> Mark | None:
         """How far it has come; None if it has come to the end."""
         found = self._edges.control.execute(_MARK, self._job).fetchone()
-        if found is None or found[3]:
+        if found is None or found[-1]:
             return None
-        nonce, key, count, _ = found
-        return Mark(*self._job, nonce, None if key is None else tuple(key), count)
+        nonce, key, count, since, _ = found
+        return Mark(*self._job, nonce, None if key is None else tuple(key), count, LSN.parse(since))
 
     def _scope(self) -> Scope:
         """Who was erased: read it after the mark, whose nonce it goes with."""
@@ -438,14 +447,35 @@ class _Work:
             decode=lambda change: change,
         )
 
-    def _chunk(self, mark: Mark, sink: Sink, scope: Scope) -> int:
+    def _chunk(self, going: _Pass) -> int:
         """Deal with the next rows; returns how many there were."""
-        done, wishes, began = self._done, self._wishes, time.monotonic()
         here = self._edges.fence.here()
-        read = self._rows.after(mark.next_key, self._size, wishes.to_key or None)
-        if not read.rows:
-            return 0
-        batch = mark.begin([*read.rows])
+        read = self._rows.after(going.mark.next_key, self._size, self._wishes.to_key or None)
+        if read.rows:
+            self._deal(going, here, read, going.mark.begin([*read.rows], going.sink.position))
+        return len(read.rows)
+
+    def _moved(self, going: _Pass) -> None:
+        """Deal with rows that may have got a key behind us since we began, and had one ahead of us before."""
+        fence, since, wishes = self._edges.fence, going.mark.since, self._wishes
+        if wishes.from_key or wishes.to_key:
+            return
+        while True:
+            until = fence.here()
+            fence.pass_(until)
+            keys = self._journal.moved(since=since, until=until)
+            if not keys:
+                return
+            for start in range(0, len(keys), self._size):
+                here = fence.here()
+                read = self._rows.of(keys[start : start + self._size])
+                self._deal(going, here, read, going.mark.begin((), going.sink.position))
+            since = until
+
+    def _deal(self, going: _Pass, here: LSN, read: Read, batch: Batch) -> None:
+        """Write what is missing of rows that were read after a position."""
+        done, wishes, began = self._done, self._wishes, time.monotonic()
+        mark, sink, scope = going
         outcomes, undecided = self._certain(here, read, scope)
         lines = [self._line(sink, outcome, read.at) for outcome in outcomes]
         batch.add(lines, mark.chunk(read.at), done=len(read.rows), complete=True)
@@ -464,7 +494,6 @@ class _Work:
         done.undecided += undecided
         if wishes.rate is not None:
             time.sleep(max(0.0, began + len(read.rows) / wishes.rate - time.monotonic()))
-        return len(read.rows)
 
     @property
     def _size(self) -> int:
@@ -594,14 +623,16 @@ class _Work:
         self, subject: str, events: Mapping[str, Sequence[Event]], emptied: Sequence[Place], until: LSN
     ) -> _Verdict:
         """What is recorded of a row, also by the keys that it had before."""
+        known = dict(events)
         found = standing(subject, events[subject], emptied)
         rules = set(found.rules)
         gone = found.after.current > 0 and not rules
         while found.before:
             at, subject = found.after, self._rows.subject(found.before)
-            # What is made up of a row goes by its first key, and links to the one that it has.
-            earlier = [*self._journal.of([found.before], until=until, since=until)[subject], *events.get(subject, ())]
-            found = standing(subject, [e for e in earlier if e.place < at], [place for place in emptied if place < at])
+            for name, of in self._journal.of([found.before], until=until, since=until).items():
+                known[name] = [*known.get(name, ()), *of]  # what is made up goes by the first key, and links to a later
+            earlier = [event for event in known[subject] if event.place < at]
+            found = standing(subject, earlier, [place for place in emptied if place < at])
             rules |= found.rules
         return _Verdict(frozenset(rules), subject, found.after, gone)
 

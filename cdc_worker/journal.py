@@ -195,10 +195,8 @@ class Journal:
             )
             parameters: dict[str, Any] = {"rules": [*self._recorded.emptied]}
             if self._emptied_until:
-                # Keys sort as commits do. Those of backfills come after them all.
                 query += sql.SQL(" AND {key} > %(from)s AND {key} < %(to)s").format(key=key)
-                prefix = f"{self._worker}/{self._cluster}/"
-                parameters |= {"from": f"{prefix}{self._emptied_until:016X}", "to": f"{prefix}{until + 1:016X}"}
+                parameters |= {"from": self._first_key(self._emptied_until), "to": self._first_key(LSN(until + 1))}
             for (key,) in self._connection.execute(postgres.with_parameters(query), parameters).fetchall():
                 parsed = parsed_key(self._worker, self._cluster, key)
                 if parsed is not None and parsed.kind == "stream" and parsed.table == self._recorded.table:
@@ -206,6 +204,35 @@ class Journal:
             self._emptied = sorted({*self._emptied})
             self._emptied_until = until
         return [place for place in self._emptied if place.lsn <= until or not place.current]
+
+    def moved(self, *, since: LSN, until: LSN) -> list[RowKey]:
+        """The keys that rows got in place of others, after one position and up to another."""
+        if not self._changes() or "metadata" not in self._columns:
+            return []
+        metadata = sql.Identifier(self._columns["metadata"])
+        query = sql.SQL(
+            "SELECT {key}, {links} FROM {table} WHERE {key} > %(from)s AND {key} < %(to)s AND ({moved})"
+        ).format(
+            key=self._key,
+            links=sql.SQL(", ").join(sql.SQL("{}::text").format(sql.Identifier(link)) for link in self._links),
+            table=self._table,
+            moved=sql.SQL(" OR ").join(
+                sql.SQL("{}::jsonb #> {} IS NOT NULL").format(metadata, [name, key])
+                for name in self._changes()
+                for key in self._rows.key
+            ),
+        )
+        bounds = {"from": self._first_key(since), "to": self._first_key(LSN(until + 1))}
+        found: dict[RowKey, None] = {}
+        for change_key, *key in self._connection.execute(postgres.with_parameters(query), bounds).fetchall():
+            parsed = parsed_key(self._worker, self._cluster, change_key)
+            if parsed is not None and parsed.kind == "stream" and parsed.table == self._recorded.table:
+                found[tuple(key)] = None
+        return [key for key in found if None not in key]
+
+    def _first_key(self, lsn: LSN) -> str:
+        """Where the change keys of a commit begin: they sort as commits do, and those of other kinds come after all."""
+        return f"{self._worker}/{self._cluster}/{lsn:016X}"
 
     def _by_links(self) -> Iterator[list[sql.Composable]]:
         """How rows are linked to: by the columns for it, or where the target refused that by what metadata tells."""

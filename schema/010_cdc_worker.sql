@@ -151,6 +151,7 @@ CREATE TABLE IF NOT EXISTS cdc_worker.backfill (
     activities         bigint NOT NULL DEFAULT 0,
     dead_letters       bigint NOT NULL DEFAULT 0,
     started_at         timestamptz NOT NULL DEFAULT now(),
+    started_lsn        pg_lsn NOT NULL DEFAULT pg_current_wal_insert_lsn(),
     written_at         timestamptz NOT NULL DEFAULT now(),
     finished_at        timestamptz,
     PRIMARY KEY (worker, table_name, part)
@@ -161,6 +162,7 @@ COMMENT ON COLUMN cdc_worker.backfill.table_name IS 'Schema and table';
 COMMENT ON COLUMN cdc_worker.backfill.part IS 'Which of its rows, as the command was asked; empty for all';
 COMMENT ON COLUMN cdc_worker.backfill.nonce IS 'Made anew with each erasure: who writes must know the last';
 COMMENT ON COLUMN cdc_worker.backfill.last_key IS 'Rows up to this key are dealt with, in the order of its index';
+COMMENT ON COLUMN cdc_worker.backfill.started_lsn IS 'Rows that got other keys since then may have been passed by';
 COMMENT ON COLUMN cdc_worker.backfill.expected IS 'About how many rows there are; NULL if nobody knows';
 
 CREATE TABLE IF NOT EXISTS cdc_worker.skipped (

@@ -653,3 +653,21 @@ def test_a_backfill_that_is_at_it_hears_of_what_is_recorded_after_all(crm: Crm) 
             assert process.wait() == 0, process.said
         worker.terminate()
     assert ["backfilled" in activity["metadata"] for activity in crm.activities()] == [False]
+
+
+def test_a_row_that_gets_a_key_behind_it_is_not_passed_by(bare_crm: Crm) -> None:
+    crm = bare_crm
+    add_leads(crm, *range(10, 20))
+    crm.setup()
+    with crm.worker() as worker:
+        worker.wait_for("replication_started")
+        with filling(crm, "lead", "--rate", "0.001") as interrupted:
+            reached(crm, 1)
+            interrupted.kill()
+        change(crm, 15, "lead_id = 5")
+        fill(crm, "lead")
+        change(crm, 5, "lead_id = 4")
+        assert fill(crm, "lead")["lead"].activities == {}
+        worker.terminate()
+    created = [a["lead_id"] for a in crm.activities() if a["activity_type"] == "lead_created"]
+    assert sorted(created) == [5, 10, 11, 12, 13, 14, 16, 17, 18, 19]
