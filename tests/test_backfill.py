@@ -543,6 +543,7 @@ def race(crm: Crm, seed: int) -> None:
     with crm.worker() as worker:
         worker.wait_for("replication_started")
         fill(crm, "lead")
+        crm.succeed("verify", "lead")
         worker.terminate()
     created = {name: (count, backfilled) for name, count, backfilled in crm.execute(ONCE)}
     living = {name for (name,) in crm.execute("SELECT company_name FROM lead")}
