@@ -335,11 +335,14 @@ def test_a_target_without_metadata(crm: Crm) -> None:
         add(crm, table, 2, 4)
         fill(crm)
         assert fill(crm)["thing"].activities == {}
+        crm.execute("UPDATE thing SET id = 30 WHERE id = 3")
+        assert fill(crm)["thing"].activities == {"created": 1}  # nothing tells that it was there before as another
     assert crm.execute("SELECT link, what FROM log WHERE kind = 'created' ORDER BY link") == [
         (1, "Thing 1 was there"),
         (2, "Thing 2 came"),
         (3, "Thing 3 was there"),
         (4, "Thing 4 came"),
+        (30, "Thing 3 was there"),
     ]
 
 

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import re
+import signal
 from contextlib import ExitStack, closing
 from pathlib import Path
 from socket import gethostname
+from typing import LiteralString
 
 import psycopg
 from pydantic import BaseModel
-from support import GRANTS, Crm, eventually
+from support import GRANTS, Crm, WorkerProcess, eventually, role
 
+from cdc_worker.backfill import Backfilled, Sample
 from cdc_worker.checks import Finding
 from cdc_worker.config import PREFIX, Settings
 from cdc_worker.doctor import CHECKS, Report
+from cdc_worker.profile import read
 from cdc_worker.status import Backfill, Counts, Failure, Process, Status
 
 ROOT = Path(__file__).parent.parent
@@ -53,6 +57,10 @@ def fields_table(*models: type[BaseModel]) -> list[str]:
 
 def test_operating_lists_the_fields_of_the_doctor() -> None:
     assert_has("docs/operating.md", fields_table(Report, Finding))
+
+
+def test_backfill_lists_the_fields_of_its_json() -> None:
+    assert_has("docs/backfill.md", fields_table(Backfilled, Sample))
 
 
 def test_operating_lists_the_checks_of_the_doctor() -> None:
@@ -143,3 +151,43 @@ def test_operating_prints_what_its_page_shows(bare_crm: Crm) -> None:
         for part in shown("docs/operating.md", "warning  max_slot_wal_keep_size"):
             assert [line for line in varying(part) if line not in printed] == []
         assert worker.process.poll() is None
+
+
+HISTORY: LiteralString = """
+INSERT INTO lead (lead_id, full_name, source, bd_in_charge, type, status, is_converted, date_created)
+SELECT n, (ARRAY['Ada Lind', 'Grace Tan', 'Ken Abe'])[1 + n % 3], 'web', 'jane', 'exchange', '2. proposal', n % 10 = 3,
+       timestamp '2024-03-01 09:00' + n * interval '7 hours' FROM generate_series(1, 1204) n;
+INSERT INTO customer (customer_uid, name, type, date_created) VALUES (70, 'Lind Ltd', 'fund', '2024-05-06 07:08:09');
+INSERT INTO contact (customer_uid, lead_id, date_added) VALUES (70, 3, '2024-05-06 07:08:09');
+ANALYZE lead
+"""
+
+
+def test_backfill_prints_what_its_page_shows_with_the_grants_that_it_lists(new_crm: Crm) -> None:
+    crm = new_crm
+    crm.slot = crm.settings["slot"] = "cdc_worker"
+    crm.connection.execute(HISTORY.encode())
+    crm.setup()
+    page = (ROOT / "docs" / "backfill.md").read_text()
+    with role(crm):
+        for grant in re.findall(r"^    (GRANT .*);$", page, re.M):
+            crm.connection.execute(grant.encode())
+        assert shown("docs/backfill.md", "error: ") == [crm.command("backfill").stderr]
+        assert shown("docs/backfill.md", "public.lead: 1,204") == [crm.succeed("backfill", "--dry-run")]
+        with crm.worker() as worker:
+            worker.wait_for("replication_started")
+            arguments = ["backfill", "lead", "--chunk-size", "500", "--rate", "500"]
+            with WorkerProcess(arguments, crm.environment(), crm.directory / "backfill.log") as filling:
+                eventually(lambda: crm.value("SELECT max(rows) >= 500 FROM cdc_worker.backfill"))
+                filling.process.send_signal(signal.SIGINT)
+                assert filling.wait() == 130
+                assert shown("docs/backfill.md", "interrupted") == [filling.said]
+            (line,) = shown("docs/backfill.md", "backfill: ")
+            assert varying(line)[0] in varying(crm.succeed("status"))
+            (lines,) = shown("docs/backfill.md", "public.lead: 704")
+            assert varying(lines) == varying(crm.succeed("backfill"))
+    metadata = "SELECT jsonb_pretty(metadata) FROM activity WHERE activity_type = 'lead_converted'"
+    (example,) = shown("docs/backfill.md", "{\n")
+    assert varying(example) == varying(crm.value(metadata))
+    (rule,) = shown("docs/backfill.md", "[tables.lead.rules.backfill]")
+    assert rule in read("leadfi")

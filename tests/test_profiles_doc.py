@@ -7,6 +7,7 @@ import inspect
 import re
 import shlex
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -84,7 +85,10 @@ class Practice:
     def printed(self, console: str) -> str:
         """Commands, each with what it prints."""
         commands = re.findall(r"^\$ cdc-worker (.*)$", console, re.M)
-        return "".join(f"$ cdc-worker {command}\n{self.crm.succeed(*shlex.split(command))}" for command in commands)
+        with ExitStack() as stack:
+            if "backfill" in commands:
+                stack.enter_context(self.crm.worker()).wait_for("replication_started")
+            return "".join(f"$ cdc-worker {command}\n{self.crm.succeed(*shlex.split(command))}" for command in commands)
 
     def told(self, head: str) -> str:
         """What has been written since, as a table of these columns of the target."""
