@@ -206,7 +206,7 @@ class _Edges:
         self.writing = opened(postgres.connect(dsn, worker))
         self.fence = Fence(opened(postgres.connect(dsn, worker)), settings, log)
         self._lookups = Lookups(opened(postgres.connect_reading(dsn, worker)), self.rules)
-        self.time_zone = settings.time_zone or given.target.time_zone or postgres.server(self.control).time_zone
+        self.time_zone = settings.zone(given, postgres.server(self.control).time_zone)
 
     def check_rights(self, names: Collection[str], *, dry_run: bool) -> None:
         """Raise TargetUnusableError unless our role may read, and if it is to, write what it takes."""

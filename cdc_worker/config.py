@@ -8,7 +8,7 @@ import re
 import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
-from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
+from zoneinfo import ZoneInfo, ZoneInfoNotFoundError, available_timezones
 
 from psycopg.conninfo import conninfo_to_dict
 from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, StringConstraints, ValidationError
@@ -113,6 +113,22 @@ class Settings(BaseSettings):
     @property
     def _mask_key(self) -> str | None:
         return None if self.mask_key is None else self.mask_key.get_secret_value()
+
+    def zone(self, profile: Profile, database: str) -> str:
+        """Zone of timestamps without one in the target, where that of the `database` is known.
+
+        Raises SettingsError if it has to be that, and it is one that Postgres alone knows.
+        """
+        named = self.time_zone or profile.target.time_zone
+        try:
+            return named or known_time_zone(database)
+        except ValueError as error:
+            for name in available_timezones():
+                if name.lower() == database.lower():  # as Postgres compares them
+                    return name
+            raise SettingsError(
+                f"the database's time zone: {error}", hint="name one in CDC_WORKER_TIME_ZONE, or for the database"
+            ) from error
 
     def policy(self, profile: Profile) -> Policy:
         """What of context messages these settings believe and allow, and a profile keeps."""

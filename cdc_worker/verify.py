@@ -267,7 +267,7 @@ class _Edges:
         self.target = catalog.check(self.control, given, self.rules)
         self.reading = self.opened(rows.connect(settings))
         self.fence = Fence(self.opened(postgres.connect(self._dsn, self.worker)), settings, log)
-        self.time_zone = settings.time_zone or given.target.time_zone or postgres.server(self.control).time_zone
+        self.time_zone = settings.zone(given, postgres.server(self.control).time_zone)
         self._lookups: Lookups | None = None
 
     def opened(self, connection: Connection) -> Connection:

@@ -353,7 +353,7 @@ class Worker:
             # While we waited for the slot it may have become another one.
             _, replica = slot.check_checkpoint(connection, worker, settings.slot)
             self._watch.retained(replica, found)
-            time_zone = settings.time_zone or self._profile.target.time_zone or server.time_zone
+            time_zone = settings.zone(self._profile, server.time_zone)
             sink = Sink(
                 connection,
                 self._profile.target,

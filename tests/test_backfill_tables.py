@@ -18,7 +18,7 @@ from test_backfill import told as told_of
 from test_backfill_cli import begun
 
 from cdc_worker import backfill as module
-from cdc_worker import postgres
+from cdc_worker import errors, postgres
 
 LOG: LiteralString = """
 CREATE TABLE log (
@@ -465,6 +465,20 @@ def test_what_the_target_refuses_becomes_a_dead_letter_and_the_rest_goes_on(crm:
     cluster = crm.value("SELECT cdc_worker.cluster()")
     key = f"{crm.slot}/{cluster}/backfill/public.thing/7/created/0"
     assert letter == [(key, "refused", "23514", "read", "7")]
+
+
+def test_a_target_that_refuses_row_after_row_ends_it_and_it_goes_on_when_that_is_mended(crm: Crm) -> None:
+    table = make(crm, "thing")
+    add(crm, table, *range(1, 1201))
+    crm.execute("ALTER TABLE log ADD CONSTRAINT nothing CHECK (id < 0) NOT VALID")
+    use(crm, section("thing", {"id": "link"}))
+    with running(crm):
+        with pytest.raises(errors.TooManyRefusalsError, match="refused 1000 rows in a row"):
+            fill(crm)
+        crm.execute("ALTER TABLE log DROP CONSTRAINT nothing")
+        assert fill(crm)["thing"].resumed
+        fill(crm)
+    assert crm.value("SELECT count(DISTINCT link) FROM log") == crm.value("SELECT count(*) FROM log") == 1200
 
 
 def test_what_is_masked_is_not_told(crm: Crm) -> None:

@@ -12,7 +12,7 @@ import pytest
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from support import Crm, crm_on
 
-from cdc_worker import config
+from cdc_worker import config, profile
 from cdc_worker.cluster import Binaries, Cluster
 from cdc_worker.errors import ConnectionStringError, SettingsError
 
@@ -229,3 +229,13 @@ def test_a_service_and_a_password_file(untouched: Crm, monkeypatch: pytest.Monke
     passwords.write_text(f"{of['host']}:{of['port']}:*:cdc:{CANARY}\n")
     passwords.chmod(0o600)
     recorded(untouched, monkeypatch, "service=crm", PGSERVICEFILE=str(services), PGPASSFILE=str(passwords))
+
+
+def test_the_databases_time_zone_is_compared_as_it_does_and_has_to_be_known() -> None:
+    given = profile.load("leadfi")
+    assert config.load(None, {}).zone(given, "europe/BERLIN") == "Europe/Berlin"
+    assert config.load(None, {"time_zone": "Asia/Tokyo"}).zone(given, "<+03>-03") == "Asia/Tokyo"
+    with pytest.raises(SettingsError) as raised:
+        config.load(None, {}).zone(given, "<+03>-03")
+    assert str(raised.value).startswith('the database\'s time zone: "<+03>-03" is not the name of a time zone such as')
+    assert raised.value.hint == "name one in CDC_WORKER_TIME_ZONE, or for the database"
