@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Final
 
 import msgspec
 
 from cdc_worker.activities import Activity, Key, Kind, Place, own_key
 from cdc_worker.changes import Change, Row
-from cdc_worker.history import Event, Recorded
+from cdc_worker.history import Recorded
 from cdc_worker.lsn import LSN
 from cdc_worker.profile import Profile
 from cdc_worker.rules import Table, qualified
@@ -140,7 +140,7 @@ def finished(
     metadata |= {"reconciled": True, "as_of": moment.at, "as_of_lsn": str(moment.lsn)}
     if moment.not_before:
         metadata["not_before"] = moment.not_before
-    anchor = gap.before.place if gap.before is not None and gap.before.place.current else Place()
+    anchor = _anchor(gap)
     kind: Kind = "repair"
     place = anchor._replace(rank=2, number=number)
     if made.change.operation == "read":
@@ -161,12 +161,20 @@ def _unknown(telling: Telling, made: Mend) -> set[str]:
     return {name for names, known in sides for of, name in names.items() if of not in known}
 
 
-def number_at(events: Sequence[Event], before: Event | None) -> int:
-    """How many were made up for at a place by now, and one more: whoever does so at the same time comes to the same."""
-    anchor = before.place if before is not None and before.place.current else Place()
-    there = [
-        event.place.number
-        for event in events
-        if event.kind == "repair" and event.place[:3] == (anchor.current, anchor.lsn, anchor.ordinal)
-    ]
-    return max(there, default=0) + 1
+STEP: Final = 1_000
+"""Between two that were made up for at a place there is room for those that are lost, and made up for again."""
+
+
+def number(gap: Break) -> int | None:
+    """Which number at its place is between what is before it and after it, the same for all; None if there is none."""
+    before = _anchor(gap)._replace(rank=2)
+    first = gap.before.place.number if gap.before is not None and gap.before.place.rank == before.rank else 0
+    if gap.after is None or gap.after.place[:4] != before[:4]:
+        return first + STEP
+    middle = (first + gap.after.place.number) // 2
+    return middle if first < middle else None
+
+
+def _anchor(gap: Break) -> Place:
+    """After which change it is missing."""
+    return gap.before.place if gap.before is not None and gap.before.place.current else Place()

@@ -56,9 +56,9 @@ from cdc_worker.profile import Profile
 from cdc_worker.progress import shown
 from cdc_worker.reconcile import Moment
 from cdc_worker.rows import Read, RowKey, Rows
-from cdc_worker.rules import qualified
+from cdc_worker.rules import Rules, qualified
 from cdc_worker.sink import Sink, finished
-from cdc_worker.transform import Transformer, Wanted, settled
+from cdc_worker.transform import Fetch, Transformer, settled
 from cdc_worker.truth import Break, Log, Silence, Story, Teller, as_of
 
 CHUNK: Final = 1_000
@@ -268,7 +268,6 @@ class _Edges:
         self.reading = self.opened(rows.connect(settings))
         self.fence = Fence(self.opened(postgres.connect(self._dsn, self.worker)), settings, log)
         self.time_zone = settings.zone(given, postgres.server(self.control).time_zone)
-        self._lookups: Lookups | None = None
 
     def opened(self, connection: Connection) -> Connection:
         """A connection that is closed in the end."""
@@ -278,11 +277,10 @@ class _Edges:
         """A connection to write with."""
         return self.opened(postgres.connect(self._dsn, self.worker))
 
-    def look_up(self, wanted: Collection[Wanted]) -> Mapping[Wanted, Row | None]:
-        """Rows of other tables as they are now."""
-        if self._lookups is None:
-            self._lookups = Lookups(self.opened(postgres.connect_reading(self._dsn, self.worker)), self.rules)
-        return finished(self._lookups.fetch(wanted), self._lookups.fileno())
+    def look_up(self, rules: Rules) -> Fetch:
+        """Rows of other tables as they are now, for these rules."""
+        lookups = Lookups(self.opened(postgres.connect_reading(self._dsn, self.worker)), rules)
+        return lambda wanted: finished(lookups.fetch(wanted), lookups.fileno())
 
 
 class _Seen(NamedTuple):
@@ -625,8 +623,9 @@ class _Repairs:
 
     def __init__(self, edges: _Edges, log: Log, recorded: Recorded, rows: Rows, name: str) -> None:
         self._edges, self._log, self._recorded, self._rows = edges, log, recorded, rows
-        self._reading = reconcile.unmasked(edges.settings.backfill_rules(edges.profile), qualified(name))
-        self._rules = reconcile.unmasked(edges.settings.rules(reconcile.of_nobody(edges.profile)), qualified(name))
+        reading = reconcile.unmasked(edges.settings.backfill_rules(edges.profile), qualified(name))
+        changing = reconcile.unmasked(edges.settings.rules(reconcile.of_nobody(edges.profile)), qualified(name))
+        self._reading, self._changing = ((rules, edges.look_up(rules)) for rules in (reading, changing))
         self._zone = ZoneInfo(edges.time_zone)
         dates = (column for column, of in edges.profile.target.columns.items() if of == "occurred_at")
         self._zoned = edges.target.columns.get(next(dates, "")) == "timestamp with time zone"
@@ -662,16 +661,18 @@ class _Repairs:
         }
         row = seen.rows.get(subject)
         mend = reconcile.mend(self._log, self._recorded, gap, key=key, columns=[*self._rows.columns], row=row)
-        if mend is None:
-            return _Made([], "no value of the column is known that is mapped so")
+        number = reconcile.number(gap)
+        if mend is None or number is None:
+            return _Made(
+                [], "no value of the column is known that is mapped so" if mend is None else "no place is left"
+            )
         when = self._moment(seen, gap, there=mend.there)
         at = when.lsn
-        rules = self._reading if mend.change.operation == "read" else self._rules
+        rules, look_up = self._reading if mend.change.operation == "read" else self._changing
         transformer = Transformer(rules, worker=self._edges.worker, system_identifier=self._edges.cluster, scope=scope)
         commit = Transaction(0, at, at, when.date, [mend.change], [], [mend.change], 0, True, True)
-        number = reconcile.number_at(seen.events[gap.subject], gap.before)
         found: dict[str, Activity] = {}
-        for outcome in settled(transformer, commit, self._edges.look_up):
+        for outcome in settled(transformer, commit, look_up):
             rule = outcome.change_key.rpartition("/")[2]
             if not reconcile.meant(self._log, self._recorded, gap, rule):
                 continue

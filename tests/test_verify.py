@@ -274,7 +274,7 @@ def test_what_is_lost_again_is_repaired_again(crm: Crm) -> None:
             lose(crm, "status_changed", 1)
             assert missing(crm, repair=True) == [("1", "change", ["status"])]
             assert missing(crm) == []
-    assert [a["change_key"].rpartition(".")[2] for a in crm.activities()[1:]] == ["1", "2"]
+    assert [a["change_key"].rpartition(".")[2] for a in crm.activities()[1:]] == ["1000", "2000"]
 
 
 def test_a_sample_is_of_some_rows_and_of_some_that_are_gone(crm: Crm) -> None:

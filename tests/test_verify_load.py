@@ -10,8 +10,8 @@ from contextlib import contextmanager, suppress
 
 import psycopg
 from psycopg.rows import TupleRow
-from support import Crm, storm
-from test_verify import running, verified
+from support import Crm, eventually, storm
+from test_verify import caught_up, running, verified
 
 INSERT = """
 INSERT INTO lead (lead_id, full_name, company_name, source, bd_in_charge, type, status)
@@ -95,4 +95,24 @@ def test_nothing_is_found_in_a_true_log_of_ten_thousand_rows_under_load(crm: Crm
                 assert done["lead"].subjects >= 9_000
                 number += 1
         disagreements, _ = verified(crm)
+        assert disagreements == []
+
+
+@storm(2, chaos=30)
+def test_a_log_that_is_damaged_under_load_is_repaired_under_load(crm: Crm, seed: int, rounds: int) -> None:
+    chance = random.Random(seed)
+    with running(crm):
+        with at_work(crm, seed, keys=150):
+            crm.add_leads(100)
+            for _ in range(rounds):
+                eventually(lambda: crm.value("SELECT count(*) > 200 FROM activity"))
+                crm.execute("DELETE FROM activity WHERE random() < %s", chance.choice((0.01, 0.1, 0.5)))
+                for _ in range(2):
+                    verified(crm, "lead", repair=True, chunk_size=chance.choice((7, 1_000)), patience=2)
+        caught_up(crm)
+        found, _ = verified(crm, "lead", repair=True)
+        assert {of.repaired for of in found} <= {"yes"}
+        for _ in range(2):
+            verified(crm, "lead", repair=True)
+        disagreements, _ = verified(crm, "lead")
         assert disagreements == []
