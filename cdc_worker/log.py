@@ -28,6 +28,8 @@ def configure(level: str, form: Literal["console", "json"] | None) -> None:
         logger_factory=structlog.PrintLoggerFactory(sys.stderr),
         cache_logger_on_first_use=True,
     )
+    # It warns of time zones that Python doesn't know, and takes UTC: moments are the same there.
+    logging.getLogger("psycopg").addHandler(logging.NullHandler())
 
 
 def get() -> Logger:

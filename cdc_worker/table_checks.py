@@ -31,6 +31,10 @@ def _misfits(look: Look) -> Iterator[Finding]:
         yield misfit(look, fault)
     for fault in backfill_faults(look):
         yield misfit(look, replace(fault, certain=False))  # the worker doesn't mind
+    try:
+        look.settings.zone(look.profile, look.server.time_zone)
+    except errors.SettingsError as error:
+        yield failed(str(error), error.hint or "")
 
 
 def backfill_faults(look: Look) -> Iterator[Fault]:

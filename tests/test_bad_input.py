@@ -699,3 +699,14 @@ def test_an_error_that_nobody_foresaw_is_told_without_the_values_of_rows(
     assert type(failure) is kind
     assert str(failure) == said
     assert failure.hint
+
+
+def test_a_time_zone_that_postgres_alone_knows(crm: Crm) -> None:
+    add(crm, "Ann")
+    database = sql.Identifier(crm.connection.info.dbname)
+    crm.connection.execute(sql.SQL("ALTER DATABASE {} SET timezone = '<+03>-03'").format(database))
+    said, _ = refused(crm, errors.SettingsError)
+    assert said.startswith('the database\'s time zone: "<+03>-03" is not the name of a time zone such as')
+    assert one_error(crm, ["backfill", "--dry-run"], 2)[0] == said
+    crm.record(time_zone="Asia/Baghdad")
+    assert names(crm) == ["Ann"]
