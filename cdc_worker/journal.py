@@ -22,6 +22,11 @@ from cdc_worker.rules import qualified
 Events = Mapping[str, Sequence[Event]]
 """Events by the row that they were recorded of."""
 
+MOVES: Final = 100_000
+"""So many changes of keys are remembered."""
+
+_NOTHING: Final = sql.SQL("")
+
 
 class Journal:
     """The activities of one captured table, read through a connection of its own `rows`.
@@ -72,6 +77,8 @@ class Journal:
         connection.execute("SET jit = off")
         connection.execute("SET max_parallel_workers_per_gather = 0")
         self._unlinked = bool(table.foreign_keys) and "metadata" in self._columns
+        self._moves: dict[RowKey, list[Place]] | None = {}
+        self._moved_until = INVALID
         self._emptied: list[Place] = []
         self._emptied_until = INVALID
         # Of rows that triggers wrote no more is known than their type, and the constants that are texts.
@@ -160,30 +167,63 @@ class Journal:
         return sql.SQL("SELECT {} FROM ({}) AS linked").format(sql.SQL(", ").join(columns), query)
 
     def left(self, keys: Collection[RowKey], *, until: LSN) -> dict[str, list[Place]]:
-        """When rows that had these keys got others, up to a position."""
-        found: dict[str, list[Place]] = {self._rows.subject(key): [] for key in keys}
+        """When rows that had these keys got others, up to a position.
+
+        Nothing links to a key that was left: it takes a look at the whole target, of which is remembered what it finds.
+        """
+        asked = {key: self._rows.subject(key) for key in keys}
+        found: dict[str, list[Place]] = {subject: [] for subject in asked.values()}
         if not found or not self._changes() or "metadata" not in self._columns:
             return found
-        asked = {key: self._rows.subject(key) for key in keys}
-        rules = [rule for rule, names in self._recorded.changes.items() if names]
-        for links in self._by_links():
-            column = sql.SQL("{}::jsonb").format(sql.Identifier(self._columns["metadata"]))
-            befores = [
+        self._remember_moves(until)
+        moves = self._moves
+        if moves is None:
+            olds = [
                 sql.SQL("coalesce({}) = ANY (%({})s)").format(
-                    sql.SQL(", ").join(
-                        sql.SQL("{} #>> {}").format(column, [name, key, "old"]) for name in self._changes()
-                    ),
-                    sql.SQL(f"old_{number}"),
+                    sql.SQL(", ").join(self._olds(column)), sql.SQL(f"old_{place}")
                 )
-                for number, key in enumerate(self._rows.key)
+                for place, column in enumerate(self._rows.key)
             ]
-            query = self._query(links, None) + sql.SQL(" WHERE {} = ANY (%(rules)s) AND ({})").format(
-                _rule(self._key), sql.SQL(" OR ").join(befores)
+            values = {f"old_{place}": [*of] for place, of in enumerate(zip(*asked, strict=True))}
+            moves = self._moved(sql.SQL(" OR ").join(olds), values, until)
+        for key, subject in asked.items():
+            found[subject] = [place for place in moves.get(key, ()) if place.lsn <= until]
+        return found
+
+    def _remember_moves(self, until: LSN) -> None:
+        if self._moves is None or until <= self._moved_until:
+            return
+        changed = sql.SQL(" OR ").join(
+            sql.SQL("{} IS NOT NULL").format(old) for column in self._rows.key for old in self._olds(column)
+        )
+        parameters: dict[str, Any] = {"most": MOVES}
+        if self._moved_until:
+            changed = sql.SQL("({}) AND {key} > %(from)s AND {key} < %(to)s").format(changed, key=self._key)
+            parameters |= {"from": self._first_key(self._moved_until), "to": self._first_key(LSN(until + 1))}
+        for key, places in self._moved(changed, parameters, until, limit=sql.SQL(" LIMIT %(most)s")).items():
+            self._moves.setdefault(key, []).extend(places)
+        self._moved_until = until
+        if sum(map(len, self._moves.values())) >= MOVES:
+            self._moves = None  # too many to be remembered
+
+    def _olds(self, column: str) -> list[sql.Composable]:
+        """Where metadata may have the old value of a key's column."""
+        metadata = sql.Identifier(self._columns["metadata"])
+        return [sql.SQL("{}::jsonb #>> {}").format(metadata, [name, column, "old"]) for name in self._changes()]
+
+    def _moved(
+        self, condition: sql.Composable, parameters: Mapping[str, Any], until: LSN, *, limit: sql.Composable = _NOTHING
+    ) -> dict[RowKey, list[Place]]:
+        """When keys were left, for whatever others, as far as the condition says it."""
+        rules = [rule for rule, names in self._recorded.changes.items() if names]
+        found: dict[RowKey, list[Place]] = {}
+        for links in self._by_links():
+            query = self._query(links, until) + sql.SQL(" WHERE {} = ANY (%(rules)s) AND ({})").format(
+                _rule(self._key), condition
             )
-            values = {f"old_{number}": [*of] for number, of in enumerate(zip(*asked, strict=True))}
-            for event in self._events(query, {"rules": rules, **values}, until):
-                if event.what == "moved" and event.before in asked:
-                    found[asked[event.before]].append(event.place)
+            for event in self._events(query + limit, {"rules": rules, **parameters}, until):
+                if event.what == "moved":
+                    found.setdefault(event.before, []).append(event.place)
         return found
 
     def emptied(self, until: LSN) -> list[Place]:

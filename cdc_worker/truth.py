@@ -377,6 +377,10 @@ class Silence:
     stretches: Sequence[tuple[LSN, LSN]] = ()
     blank: Mapping[str, LSN] = field(default_factory=dict)
 
+    def about(self, subject: str) -> bool:
+        """Whether it is about a row."""
+        return bool(self.events.get(subject) or self.stretches) or subject in self.blank
+
     def with_(self, other: Silence) -> Silence:
         """What is missing for the one or the other reason."""
         events = {

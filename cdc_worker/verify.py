@@ -475,9 +475,7 @@ class _Work:
             self._done.undecided += 1
             yield Disagreement(table=self._done.table, subject=subject, undecided=why)
 
-    def _explained(
-        self, seen: _Seen, broken: Mapping[str, list[Break]]
-    ) -> dict[str, tuple[list[Break], Explanation | None]]:
+    def _explained(self, seen: _Seen, broken: Mapping[str, list[Break]]) -> dict[str, tuple[list[Break], str | None]]:
         """What is missing that isn't known to be; or, where all of it is, that and why."""
         if not broken:
             return {}
@@ -493,11 +491,12 @@ class _Work:
             together = together.with_(silence)
         alone = {why: self._stories(seen, self._begun.with_(silence)) for why, silence in known.items()}
         all_ = self._stories(seen, together)
-        found: dict[str, tuple[list[Break], Explanation | None]] = {}
+        found: dict[str, tuple[list[Break], str | None]] = {}
         for subject, gaps in broken.items():
             reasons = [why for why in known if not self._breaks(seen._replace(stories=alone[why]), subject)]
             rest = self._breaks(seen._replace(stories=all_), subject)
-            found[subject] = (gaps, (reasons or [*known])[0]) if not rest else (rest, None)
+            concerned = [why for why, of in known.items() if of.about(subject)]
+            found[subject] = (rest, None) if rest else (gaps, reasons[0] if reasons else " and ".join(concerned))
         return found
 
     def _erased(self, seen: _Seen, subjects: Collection[str]) -> dict[str, LSN]:

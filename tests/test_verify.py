@@ -13,7 +13,7 @@ import pytest
 from support import Crm, eventually
 from test_backfill import fill
 
-from cdc_worker import config, log, profile
+from cdc_worker import config, journal, log, profile
 from cdc_worker import verify as module
 from cdc_worker.verify import Disagreement, Verified, Wishes, verify
 
@@ -338,3 +338,43 @@ def test_customers_are_held_against_what_their_columns_are_mapped_to(crm: Crm) -
         (3, "status_changed"),
         (3, "customer_updated"),
     ]
+
+
+def test_what_was_left_to_triggers_for_a_while_is_explained(crm: Crm) -> None:
+    with running(crm):
+        insert(crm, 1, 2, 3)
+        caught_up(crm)
+        begin = crm.value("SELECT pg_current_wal_insert_lsn()")
+        crm.execute("UPDATE lead SET status = '2' WHERE lead_id < 3")
+        crm.execute("DELETE FROM lead WHERE lead_id = 3")
+        end = crm.value("SELECT pg_current_wal_insert_lsn()")
+        crm.execute("UPDATE lead SET status = '3' WHERE lead_id = 2")
+        caught_up(crm)
+        crm.execute("DELETE FROM activity WHERE metadata ->> 'new_status' = '2' OR activity_type = 'lead_deleted'")
+        assert len(missing(crm)) == 3
+        crm.execute(
+            "INSERT INTO cdc_worker.excluded (worker, table_name, from_lsn, until_lsn, triggers)"
+            " VALUES (%s, 'public.lead', %s, %s, true)",
+            crm.slot,
+            begin,
+            end,
+        )
+        found, done = verified(crm, repair=True)
+        assert {of.subject: of.explained for of in found} == dict.fromkeys("123", "left to triggers")
+        assert (done["lead"].explained, done["lead"].activities, done["lead"].true) == (3, 0, True)
+
+
+def test_more_new_keys_than_can_be_remembered_are_looked_for_each_time(
+    crm: Crm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with running(crm):
+        insert(crm, *range(1, 7))
+        crm.execute("UPDATE lead SET lead_id = lead_id + 100")
+        caught_up(crm)
+        for most in (3, 100):
+            monkeypatch.setattr(journal, "MOVES", most)
+            assert missing(crm, chunk_size=2) == []
+        lose(crm, "lead_updated", 103)
+        for most in (3, 100):
+            monkeypatch.setattr(journal, "MOVES", most)
+            assert missing(crm, chunk_size=2) == [("103", "creation", []), ("3", "deletion", [])]
