@@ -23,6 +23,7 @@ has got further meanwhile, or if a person was erased: both begin anew from what 
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
@@ -51,7 +52,7 @@ from cdc_worker.postgres import Connection
 from cdc_worker.profile import Profile, Target
 from cdc_worker.progress import shown
 from cdc_worker.rows import Read, RowKey, Rows
-from cdc_worker.rules import qualified
+from cdc_worker.rules import qualified, subject
 from cdc_worker.sink import Sink, finished
 from cdc_worker.transform import ERASED, Transformer, Wanted, settled
 
@@ -81,12 +82,12 @@ class Wishes:
     def part(self) -> str:
         """Which rows, in words; the speed doesn't matter."""
         said = [
-            ("since", self.since and self.since.isoformat()),
-            ("until", self.until and self.until.isoformat()),
-            ("from", ",".join(self.from_key)),
-            ("to", ",".join(self.to_key)),
+            ("since", None if self.since is None else self.since.isoformat()),
+            ("until", None if self.until is None else self.until.isoformat()),
+            ("from", subject(self.from_key) if self.from_key else None),
+            ("to", subject(self.to_key) if self.to_key else None),
         ]
-        return " ".join(f"{name} {value}" for name, value in said if value)
+        return " ".join(f"{name} {shlex.quote(value)}" for name, value in said if value is not None)
 
 
 _PLAIN: Final = Wishes()

@@ -42,6 +42,7 @@ SELECT ARRAY(SELECT attname::text FROM unnest(indkey) WITH ORDINALITY AS k (numb
 FROM pg_index
 WHERE indrelid = to_regclass(format('%%I.%%I', %s::text, %s::text)) AND indisunique AND indisvalid AND indimmediate
   AND indpred IS NULL AND indexprs IS NULL AND indnkeyatts = indnatts AND indnkeyatts = %s
+  AND NOT EXISTS (SELECT FROM pg_attribute WHERE attrelid = indrelid AND attnum = ANY (indkey) AND NOT attnotnull)
 ORDER BY NOT indisprimary, indexrelid
 """
 

@@ -26,7 +26,7 @@ from support import Crm, WorkerProcess, eventually, role
 from test_backfill import add_customer, add_leads, fill, filling, reached, told, waiting_for_locks
 
 from cdc_worker import config, errors, fence, profile, progress
-from cdc_worker.backfill import SAMPLES, Backfilled, Sample
+from cdc_worker.backfill import SAMPLES, Backfilled, Sample, Wishes
 from cdc_worker.status import Backfill, Status, lines, status
 
 
@@ -89,6 +89,20 @@ def test_different_wishes_are_parts_with_a_progress_of_their_own(crm: Crm) -> No
         fill(crm, "lead", chunk_size=2, rate=1e6)  # how fast makes no part
         parts = crm.execute("SELECT part, rows FROM cdc_worker.backfill ORDER BY part")
     assert parts == [("", 6), ("from 3", 3), ("since 2020-01-04T00:00:00", 6), ("to 3", 3)]
+
+
+def test_no_two_parts_have_one_name() -> None:
+    keys = [(), ("",), ("a",), ("b",), ("a to b",), ("a,b",), ("a", "b"), ("'a'",), ("%2C",), (",",)]
+    wishes = [Wishes(since, from_key=one, to_key=other) for since in MOMENTS for one in keys for other in keys]
+    assert len({wish.part for wish in wishes}) == len(wishes)
+    assert Wishes().part == ""
+    assert (
+        Wishes(datetime(2020, 1, 2), from_key=("a b",), to_key=("7",)).part
+        == "since 2020-01-02T00:00:00 from 'a b' to 7"
+    )
+
+
+MOMENTS = [None, datetime(2020, 1, 2), datetime(2020, 1, 2, tzinfo=UTC)]
 
 
 def test_so_many_rows_are_written_at_once(crm: Crm) -> None:
@@ -424,6 +438,20 @@ def test_without_a_primary_key_it_prints_the_statement_that_makes_one(crm: Crm) 
         assert message == (
             'public.lead has no primary key on its "key" in the profile (lead_id), by which its rows could be read'
         )
+        mend(crm, hint)
+        crm.succeed("backfill", "lead")
+    assert leads(crm) == [1]
+
+
+def test_a_key_that_may_be_null_is_no_primary_key(crm: Crm) -> None:
+    add_leads(crm, 1)
+    crm.execute("ALTER TABLE lead DROP CONSTRAINT lead_pkey CASCADE, ADD UNIQUE (lead_id)")
+    crm.execute("ALTER TABLE lead ALTER lead_id DROP NOT NULL")
+    with begun(crm):
+        message, hint = refused(crm, "lead")
+        assert message.startswith("public.lead has no primary key")
+        crm.execute("ALTER TABLE lead ALTER lead_id SET NOT NULL")  # of a unique index that is enough
+        crm.succeed("backfill", "lead", "--to-key", "0")
         mend(crm, hint)
         crm.succeed("backfill", "lead")
     assert leads(crm) == [1]
