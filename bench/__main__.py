@@ -19,7 +19,6 @@ be. Its peak memory is held against that of the same command with a range of key
 from __future__ import annotations
 
 import os
-import signal
 import statistics
 import subprocess
 import sys
@@ -252,7 +251,7 @@ class Bench:
 
     @contextmanager
     def backfilling(self, *arguments: str) -> Iterator[subprocess.Popen[bytes]]:
-        """A backfill, which is interrupted in the end if it still runs."""
+        """A backfill, which is ended if it still runs."""
         command = [sys.executable, "-m", "cdc_worker", "backfill", "lead", *arguments]
         process = subprocess.Popen(
             command, env=self.environment("base"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
@@ -260,7 +259,7 @@ class Bench:
         try:
             yield process
         finally:
-            process.send_signal(signal.SIGINT)
+            process.terminate()
             process.wait()
 
     def backfilled(self) -> int:
