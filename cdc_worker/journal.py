@@ -279,11 +279,13 @@ class Journal:
         yield [sql.Identifier(column) for column in self._links]
         if self._unlinked:
             metadata = sql.Identifier(self._columns["metadata"])
+            columns = [sql.Identifier(column) for column in self._links]
+            some = sql.SQL(" OR ").join(column + sql.SQL(" IS NULL") for column in columns)
             yield [
-                sql.SQL("CASE WHEN {} IS NULL THEN {}::jsonb #>> {} END").format(
-                    sql.Identifier(column), metadata, ["unlinked", column]
+                sql.SQL("CASE WHEN {} THEN coalesce({}::text, {}::jsonb #>> {}) END").format(
+                    some, column, metadata, ["unlinked", name]
                 )
-                for column in self._links
+                for name, column in zip(self._links, columns, strict=True)
             ]
 
     def _type(self, column: str, link: sql.Composable) -> sql.Composable:
@@ -347,6 +349,8 @@ class Journal:
         width = len(self._rows.key)
         for row in self._connection.execute(postgres.with_parameters(query), parameters).fetchall():
             key: RowKey = row[:width]
+            if None in key:  # it isn't linked to like this
+                continue
             change_key, type_, ours, metadata, at, *befores = row[width:]
             subject = self._rows.subject(key)
             if change_key is None:

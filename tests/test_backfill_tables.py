@@ -395,6 +395,25 @@ def test_links_that_the_target_refused_are_known_by_its_metadata(crm: Crm) -> No
     assert crm.value("SELECT count(*) FROM log WHERE change_key LIKE '%%/backfill/public.thing/3/created/0'") == 0
 
 
+def test_a_link_of_several_columns_that_the_target_refused_in_part(crm: Crm) -> None:
+    crm.execute("CREATE TABLE parent (id int PRIMARY KEY)")
+    crm.execute("INSERT INTO parent SELECT generate_series(1, 3)")
+    crm.execute("CREATE TABLE child (a int, b text, name text, made_at timestamptz DEFAULT now(), PRIMARY KEY (a, b))")
+    crm.execute("INSERT INTO child VALUES (1, 'x'), (2, 'x')")
+    crm.execute("ALTER TABLE log ADD other text, ADD FOREIGN KEY (link) REFERENCES parent")
+    use(crm, section("child", {"a": "link", "b": "other"}), links=["link", "other"])
+    crm.execute("INSERT INTO child VALUES (3, 'x'), (3, 'y')")
+    crm.execute("DELETE FROM child WHERE a = 2")
+    crm.execute("DELETE FROM parent WHERE id > 1")
+    with running(crm):
+        fill(crm)
+    assert crm.execute("SELECT link, other, details ? 'backfilled' FROM log WHERE kind = 'created' ORDER BY id") == [
+        (None, "x", False),
+        (None, "y", False),
+        (1, "x", True),
+    ]
+
+
 # Dates
 
 DATES = [
