@@ -50,12 +50,12 @@ class Journal:
         self._rows = rows
         self._worker, self._cluster = checkpoint.worker, checkpoint.system_identifier
         self._links = [recorded.links[column] for column in rows.key]
-        links = catalog.columns(connection, qualified(target.table))[qualified(target.table)]
-        self._link_types = {column: catalog.cast(links[column]) for column in self._links}
+        of_target = catalog.columns(connection, qualified(target.table))[qualified(target.table)]
+        self._link_types = {column: catalog.cast(of_target[column]) for column in self._links}
         # As the target has read it; of numbers the operators know the other's kind, which may be a wider one.
         self._read_as = {
             column: catalog.cast(own if own.base == link.base or {own.category, link.category} == {"N"} else link)
-            for column, own, link in ((of, rows.columns[of], links[recorded.links[of]]) for of in rows.key)
+            for column, own, link in ((of, rows.columns[of], of_target[recorded.links[of]]) for of in rows.key)
         }
         self._columns = {field: column for column, field in target.columns.items()}
         self._table = sql.Identifier(*qualified(target.table))
@@ -67,6 +67,11 @@ class Journal:
                 hint="add a column for change keys, and name it in [target.columns] of the profile",
             )
         self._key = key
+        self._metadata: sql.Composable = sql.SQL("NULL::jsonb")
+        if "metadata" in self._columns:
+            self._metadata = sql.Identifier(self._columns["metadata"])
+            if of_target[self._columns["metadata"]].base != "jsonb":  # the application may have any text there
+                self._metadata = sql.SQL("CASE WHEN {} IS NOT NULL THEN {}::jsonb END").format(key, self._metadata)
         column = catalog.key_column(target)
         self._keys = (sql.Identifier("cdc_worker", "written_key"), sql.Identifier("change_key"))
         if column is not None:
@@ -208,8 +213,7 @@ class Journal:
 
     def _olds(self, column: str) -> list[sql.Composable]:
         """Where metadata may have the old value of a key's column."""
-        metadata = sql.Identifier(self._columns["metadata"])
-        return [sql.SQL("{}::jsonb #>> {}").format(metadata, [name, column, "old"]) for name in self._changes()]
+        return [sql.SQL("({}) #>> {}").format(self._metadata, [name, column, "old"]) for name in self._changes()]
 
     def _moved(
         self, condition: sql.Composable, parameters: Mapping[str, Any], until: LSN, *, limit: sql.Composable = _NOTHING
@@ -249,7 +253,6 @@ class Journal:
         """The keys that rows got in place of others, after one position and up to another."""
         if not self._changes() or "metadata" not in self._columns:
             return []
-        metadata = sql.Identifier(self._columns["metadata"])
         query = sql.SQL(
             "SELECT {key}, {links} FROM {table} WHERE {key} > %(from)s AND {key} < %(to)s AND ({moved})"
         ).format(
@@ -257,7 +260,7 @@ class Journal:
             links=sql.SQL(", ").join(sql.SQL("{}::text").format(sql.Identifier(link)) for link in self._links),
             table=self._table,
             moved=sql.SQL(" OR ").join(
-                sql.SQL("{}::jsonb #> {} IS NOT NULL").format(metadata, [name, key])
+                sql.SQL("({}) #> {} IS NOT NULL").format(self._metadata, [name, key])
                 for name in self._changes()
                 for key in self._rows.key
             ),
@@ -278,12 +281,11 @@ class Journal:
         """How rows are linked to: by the columns for it, or where the target refused that by what metadata tells."""
         yield [sql.Identifier(column) for column in self._links]
         if self._unlinked:
-            metadata = sql.Identifier(self._columns["metadata"])
             columns = [sql.Identifier(column) for column in self._links]
             some = sql.SQL(" OR ").join(column + sql.SQL(" IS NULL") for column in columns)
             yield [
-                sql.SQL("CASE WHEN {} THEN coalesce({}::text, {}::jsonb #>> {}) END").format(
-                    some, column, metadata, ["unlinked", name]
+                sql.SQL("CASE WHEN {} THEN coalesce({}::text, ({}) #>> {}) END").format(
+                    some, column, self._metadata, ["unlinked", name]
                 )
                 for name, column in zip(self._links, columns, strict=True)
             ]
@@ -296,13 +298,12 @@ class Journal:
         at: sql.Composable = sql.SQL("NULL")
         befores: list[sql.Composable] = [sql.SQL("NULL") for _ in self._changes() for _ in links]
         if "metadata" in self._columns:
-            column = sql.SQL("{}::jsonb").format(sql.Identifier(self._columns["metadata"]))
             befores = [
-                sql.SQL("{} #>> {}").format(column, [name, key, "old"])
+                sql.SQL("({}) #>> {}").format(self._metadata, [name, key, "old"])
                 for name in self._changes()
                 for key in self._rows.key
             ]
-            metadata = column if since is None else metadata
+            metadata = self._metadata if since is None else metadata
         if since is None and "occurred_at" in self._columns:
             at = sql.SQL("{}::text").format(sql.Identifier(self._columns["occurred_at"]))
         kind = sql.Identifier(self._columns["type"]) if "type" in self._columns else sql.SQL("NULL")
@@ -329,9 +330,8 @@ class Journal:
             kind = sql.Identifier(self._columns["type"])
             conditions.append(sql.SQL("({} IS NULL AND {} = ANY (%(types)s))").format(self._key, kind))
         if "metadata" in self._columns:
-            column = sql.Identifier(self._columns["metadata"])
             conditions += [
-                sql.SQL("{}::jsonb #> {} IS NOT NULL").format(column, [name, key])
+                sql.SQL("({}) #> {} IS NOT NULL").format(self._metadata, [name, key])
                 for name in self._changes()
                 for key in self._rows.key
             ]

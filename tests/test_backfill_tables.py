@@ -395,6 +395,24 @@ def test_links_that_the_target_refused_are_known_by_its_metadata(crm: Crm) -> No
     assert crm.value("SELECT count(*) FROM log WHERE change_key LIKE '%%/backfill/public.thing/3/created/0'") == 0
 
 
+@pytest.mark.parametrize("kind", ["text", "json"])
+def test_metadata_that_is_text_may_be_anything_in_rows_of_the_application(crm: Crm, kind: LiteralString) -> None:
+    table = make(crm, "thing")
+    add(crm, table, 1, 2, 3)
+    crm.connection.execute(sql.SQL("ALTER TABLE log ALTER details TYPE {}").format(sql.SQL(kind)))
+    crm.execute("ALTER TABLE log ADD FOREIGN KEY (link) REFERENCES thing")
+    if kind == "text":
+        crm.execute(
+            "INSERT INTO log (kind, what, link, details) VALUES ('call', '', 1, 'not at home'), ('x', '', 2, '')"
+        )
+    use(crm, section("thing", {"id": "link"}))
+    with running(crm):
+        crm.execute("UPDATE thing SET id = 30 WHERE id = 3")
+        fill(crm)
+        assert fill(crm)["thing"].activities == {}
+    assert crm.execute("SELECT link FROM log WHERE kind = 'created' ORDER BY 1") == [(1,), (2,), (30,)]
+
+
 def test_a_link_of_several_columns_that_the_target_refused_in_part(crm: Crm) -> None:
     crm.execute("CREATE TABLE parent (id int PRIMARY KEY)")
     crm.execute("INSERT INTO parent SELECT generate_series(1, 3)")

@@ -682,7 +682,7 @@ def test_who_may_not_change_activities_erases_nothing(crm: Crm) -> None:
     grant(crm, f"{crm.slot}_role")
     done = crm.command("forget", "--yes", "--lead", "7")
     assert (done.returncode, done.stdout) == (1, "")
-    assert "permission denied for table erased (SQLSTATE 42501)\nhint: " in done.stderr
+    assert "permission denied for table backfill (SQLSTATE 42501)\nhint: " in done.stderr
     assert (told(crm), crm.execute(REGISTER)) == (1, [])
 
 
