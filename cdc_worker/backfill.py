@@ -2,9 +2,10 @@
 
 A row is created once in the log, whoever tells of it. To know whether the stream has told, or will tell, of a row:
 
-    L0 = where the WAL is            before the read
-    rows                             a short read, by the index of their key
-    F  = where the WAL is            after it: whatever the read has seen was committed by then
+    L    up to where all that is committed is to be seen by the read: a position that all transactions have passed that
+         were in progress there, which is a moment ago
+    rows a short read, by the index of their key
+    F    where the WAL is after it: whatever the read has seen was committed by then
     wait until the checkpoint has passed F
     events                           what the target has recorded of these rows up to F
 
@@ -13,9 +14,8 @@ last deleted was there before. The verdict depends on the row and on what was re
 whoever comes to it; and so is the key under which it is written, which says from which deletion on the row has had its
 own key (or from which change of key on, back to where it was first). Two backfills at once write one activity.
 
-What was recorded between L0 and F may be older than the read, or not: such a row is read again. And where a deletion
-is the last that was recorded of a row that is there, its commit may be in the WAL and not be seen by others yet: such
-a row is read again after all transactions are over that went on then.
+What was recorded between L and F the read may have seen, or not: such a row is read again, after all transactions are
+over that are in progress by then, unless there is nothing to tell of it anyway.
 
 Activities, and how far we have come, are one transaction, as the stream's are. It touches nothing if another process
 has got further meanwhile, or if a person was erased: both begin anew from what is now so.
@@ -58,6 +58,9 @@ from cdc_worker.transform import ERASED, Transformer, Wanted, settled
 
 CHUNK: Final = 1_000
 """Rows that are read and written at once, if nothing else is asked for."""
+
+ROUNDS: Final = 100
+"""So often a row that changes all the time is read again, at most."""
 
 SAMPLES: Final = 3
 """So many activities of each type a dry run shows."""
@@ -361,13 +364,11 @@ class _Pass(NamedTuple):
 
 
 class _Verdict(NamedTuple):
-    """What is recorded of a row, by its rules; the key that it had first, since when; and whether it is `gone` for all
-    that is recorded."""
+    """What is recorded of a row, by its rules; and the key that it had first, since when."""
 
     rules: frozenset[str]
     subject: str
     after: Place
-    gone: bool
 
 
 class _Work:
@@ -450,10 +451,10 @@ class _Work:
 
     def _chunk(self, going: _Pass) -> int:
         """Deal with the next rows; returns how many there were."""
-        here = self._edges.fence.here()
+        seen = self._edges.fence.horizon()
         read = self._rows.after(going.mark.next_key, self._size, self._wishes.to_key or None)
         if read.rows:
-            self._deal(going, here, read, going.mark.begin([*read.rows], going.sink.position))
+            self._deal(going, seen, read, going.mark.begin([*read.rows], going.sink.position))
         return len(read.rows)
 
     def _moved(self, going: _Pass) -> None:
@@ -468,16 +469,16 @@ class _Work:
             if not keys:
                 return
             for start in range(0, len(keys), self._size):
-                here = fence.here()
+                seen = fence.horizon()
                 read = self._rows.of(keys[start : start + self._size])
-                self._deal(going, here, read, going.mark.begin((), going.sink.position))
+                self._deal(going, seen, read, going.mark.begin((), going.sink.position))
             since = until
 
-    def _deal(self, going: _Pass, here: LSN, read: Read, batch: Batch) -> None:
-        """Write what is missing of rows that were read after a position."""
+    def _deal(self, going: _Pass, seen: LSN, read: Read, batch: Batch) -> None:
+        """Write what is missing of rows that were read by who has `seen` all up to a position."""
         done, wishes, began = self._done, self._wishes, time.monotonic()
         mark, sink, scope = going
-        outcomes, undecided = self._certain(here, read, scope)
+        outcomes, undecided = self._certain(seen, read, scope)
         lines = [self._line(sink, outcome, read.at) for outcome in outcomes]
         batch.add(lines, mark.chunk(read.at), done=len(read.rows), complete=True)
         try:
@@ -513,7 +514,7 @@ class _Work:
         with shown(self._edges.log, done.table, unit="rows", total=self._rows.count()) as advance:
             while (read := self._rows.after(key, self._size, self._wishes.to_key or None)).rows:
                 here = self._edges.fence.here()
-                outcomes, _, _ = self._judged(read, self._transformed(read, here, scope), here, here, read.rows)
+                outcomes, _ = self._judged(read, self._transformed(read, here, scope), here, here)
                 for outcome in outcomes:
                     self._count(outcome)
                 key = next(reversed(read.rows))
@@ -539,27 +540,27 @@ class _Work:
                 )
             )
 
-    def _certain(self, here: LSN, read: Read, scope: Scope) -> tuple[list[Outcome], int]:
-        """What is to be written of rows that were read after a position, in order; and of how many it isn't certain."""
+    def _certain(self, seen: LSN, read: Read, scope: Scope) -> tuple[list[Outcome], int]:
+        """What is to be written of rows, in order, and of how many it isn't certain.
+
+        They were read by somebody who has `seen` all that was committed up to there.
+        """
         fence = self._edges.fence
         places = {key: place for place, key in enumerate(read.rows)}
         found: list[Outcome] = []
-        settled: set[RowKey] = set()
-        while True:
-            outcomes = self._transformed(read, here, scope)
+        again: list[RowKey] = []
+        for _ in range(ROUNDS):
+            outcomes = self._transformed(read, seen, scope)
             until = fence.here()
             fence.pass_(until)
-            judged, again, doubted = self._judged(read, outcomes, here, until, settled)
+            judged, again = self._judged(read, outcomes, seen, until)
             keys = [*read.rows]
             found += (msgspec.structs.replace(outcome, index=places[keys[outcome.index]]) for outcome in judged)
-            undecided = len(doubted) if doubted and not fence.settle() else 0
-            if not undecided:
-                settled.update(doubted)
-                again += doubted
-            if not again:
-                return sorted(found, key=lambda outcome: outcome.index), undecided
-            here = fence.here()
+            if not again or not fence.settle():
+                break
+            seen = fence.horizon()
             read = self._rows.of(again)
+        return sorted(found, key=lambda outcome: outcome.index), len(again)
 
     def _transformed(self, read: Read, here: LSN, scope: Scope) -> list[Outcome]:
         """What the rules make of rows, whose places are the indexes of what they make."""
@@ -588,54 +589,53 @@ class _Work:
         return msgspec.structs.replace(outcome, fields={**outcome.fields, "occurred_at": moment})
 
     def _judged(
-        self, read: Read, outcomes: Sequence[Outcome], here: LSN, until: LSN, settled: Collection[RowKey]
-    ) -> tuple[list[Outcome], list[RowKey], list[RowKey]]:
-        """What is to be written; the rows that are to be read again, and those that are to be settled before.
+        self, read: Read, outcomes: Sequence[Outcome], seen: LSN, until: LSN
+    ) -> tuple[list[Outcome], list[RowKey]]:
+        """What is to be written, and the rows that are to be read again: something was recorded of them meanwhile.
 
-        All is recorded up to `until`. What was recorded up to `here` the read has seen, but for what was being
-        committed then: of rows that were read again since, that is over.
+        All is recorded up to `until`, and what was committed up to `seen` was to be seen by the read.
         """
         keys = [*read.rows]
-        concerned = dict.fromkeys(keys[outcome.index] for outcome in outcomes)
-        events = self._journal.of(concerned, until=until, since=here)
+        rules: dict[RowKey, set[str]] = {}
+        for outcome in outcomes:
+            rules.setdefault(keys[outcome.index], set()).add(_rule(outcome))
+        events = self._journal.of(rules, until=until, since=seen)
         emptied = self._journal.emptied(until)
+        before = {subject: [e for e in of if not _later(e.place, seen)] for subject, of in events.items()}
+        emptied_before = [place for place in emptied if not _later(place, seen)]
         verdicts: dict[RowKey, _Verdict] = {}
         again: list[RowKey] = []
-        doubted: list[RowKey] = []
-        for key in concerned:
+        for key, of in rules.items():
             subject = self._rows.subject(key)
-            places = [*(event.place for event in events[subject]), *emptied]
-            if any(place.current and place.lsn > here for place in places):
+            verdict = verdicts[key] = self._verdict(subject, before, emptied_before, seen)
+            # What stood recorded when the row was read is about it, whatever came later.
+            late = len(before[subject]) < len(events[subject]) or len(emptied_before) < len(emptied)
+            if late and not all(self._told(rule, verdict) for rule in of):
                 again.append(key)
-                continue
-            verdict = self._verdict(subject, events, emptied, until)
-            if verdict.gone and key not in settled:
-                doubted.append(key)
-                continue
-            verdicts[key] = verdict
+                del verdicts[key]
         found = [
             self._finished(outcome, known, read.at, until)
             for outcome in outcomes
             if (known := verdicts.get(keys[outcome.index])) is not None and not self._told(_rule(outcome), known)
         ]
-        return found, again, doubted
+        return found, again
 
     def _verdict(
         self, subject: str, events: Mapping[str, Sequence[Event]], emptied: Sequence[Place], until: LSN
     ) -> _Verdict:
         """What is recorded of a row, also by the keys that it had before."""
         known = dict(events)
-        found = standing(subject, events[subject], emptied)
+        follow = self._journal.links_follow
+        found = standing(subject, events[subject], emptied, links_follow=follow)
         rules = set(found.rules)
-        gone = found.after.current > 0 and not rules
         while found.before:
             at, subject = found.after, self._rows.subject(found.before)
             for name, of in self._journal.of([found.before], until=until, since=until).items():
                 known[name] = [*known.get(name, ()), *of]  # what is made up goes by the first key, and links to a later
             earlier = [event for event in known[subject] if event.place < at]
-            found = standing(subject, earlier, [place for place in emptied if place < at])
+            found = standing(subject, earlier, [place for place in emptied if place < at], links_follow=follow)
             rules |= found.rules
-        return _Verdict(frozenset(rules), subject, found.after, gone)
+        return _Verdict(frozenset(rules), subject, found.after)
 
     def _told(self, rule: str, verdict: _Verdict) -> bool:
         """Whether what a rule would tell is recorded, or was kept from being recorded."""
@@ -697,6 +697,10 @@ _REPLACE_NUMBERED: Final = sql.SQL(
     " WHERE change_key = ANY ({names}) AND row_id = {table}.{row} AND {known} RETURNING change_key)"
     " DELETE FROM cdc_worker.written_key USING gone WHERE written_key.change_key = gone.change_key"
 )
+
+
+def _later(place: Place, seen: LSN) -> bool:
+    return place.current > 0 and place.lsn > seen
 
 
 def _rule(outcome: Outcome) -> str:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import time
-from typing import Final
+from collections import deque
+from decimal import Decimal
+from typing import Final, NamedTuple
 
 from cdc_worker import checkpoint, errors, slot
 from cdc_worker.changes import CUTOVER_PREFIX
 from cdc_worker.config import Settings
 from cdc_worker.log import Logger
-from cdc_worker.lsn import LSN
+from cdc_worker.lsn import INVALID, LSN
 from cdc_worker.postgres import Connection, fetch_one
 
 ABSENCE: Final = 30.0
@@ -21,8 +23,18 @@ SLOW: Final = 5.0
 PATIENCE: Final = 30.0
 """So many seconds the transactions of others may go on, of which it isn't known whether they are about to be seen."""
 
+SAMPLES: Final = 1_000
+"""Of so many positions it is remembered, at most, which transactions were in progress there."""
+
 PAUSES: Final = (0.002, 0.1)
 """Seconds between two looks, at first and in the end."""
+
+
+class _Sample(NamedTuple):
+    """A position, and a transaction that is newer than all that had begun by then."""
+
+    lsn: LSN
+    newest: Decimal
 
 
 class Fence:
@@ -32,6 +44,9 @@ class Fence:
         self._connection = connection
         self._worker, self._slot = settings.worker, settings.slot
         self._log = log
+        self._sampled: deque[_Sample] = deque()
+        self._horizon = INVALID
+        self._in_vain = Decimal(-1)  # what was waited for and did not end
         # The marker is not waited for on stand-bys, only until it is in the WAL that the worker may read.
         connection.execute("SET synchronous_commit = local")
 
@@ -68,21 +83,45 @@ class Fence:
             time.sleep(pause)
             pause = min(2 * pause, PAUSES[1])
 
+    def horizon(self) -> LSN:
+        """Up to where all that was committed is seen by whoever looks from now on.
+
+        A commit may be in the WAL, and recorded, before others see it. So this is a position at which all transactions
+        that were in progress are over by now.
+        """
+        self._sampled.append(self._sample())
+        oldest = self._oldest()
+        while self._sampled and self._sampled[0].newest < oldest:
+            self._horizon = self._sampled.popleft().lsn
+        if len(self._sampled) > SAMPLES:
+            del self._sampled[1]  # some transaction takes very long: those in between may be fewer
+        return self._horizon
+
     def settle(self, timeout: float = PATIENCE) -> bool:
         """Wait until all transactions are over that are in progress now; returns whether that was in time.
 
-        A commit may be in the WAL, and recorded, before others see it.
+        Then the horizon is where the WAL is now, or later. If it was not, the same transactions are not waited for
+        again.
         """
-        (newest,) = fetch_one(self._connection, "SELECT pg_current_xact_id()::text::numeric")
+        sample = self._sample()
         deadline, pause = time.monotonic() + timeout, PAUSES[0]
-        while True:
-            (oldest,) = fetch_one(self._connection, "SELECT pg_snapshot_xmin(pg_current_snapshot())::text::numeric")
-            if oldest > newest:
-                return True
-            if time.monotonic() > deadline:
+        while (oldest := self._oldest()) <= sample.newest:
+            if time.monotonic() > deadline or oldest <= self._in_vain:
+                self._in_vain = max(self._in_vain, oldest)
                 return False
             time.sleep(pause)
             pause = min(2 * pause, PAUSES[1])
+        self._horizon = max(self._horizon, sample.lsn)
+        return True
+
+    def _sample(self) -> _Sample:
+        here = self.here()
+        return _Sample(here, *fetch_one(self._connection, "SELECT pg_current_xact_id()::text::numeric"))
+
+    def _oldest(self) -> Decimal:
+        """The oldest transaction that is in progress, or that could be next."""
+        (oldest,) = fetch_one(self._connection, "SELECT pg_snapshot_xmin(pg_current_snapshot())::text::numeric")
+        return Decimal(oldest)
 
     def _running(self) -> bool:
         (pid,) = fetch_one(self._connection, _READER, self._slot)

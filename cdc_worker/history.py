@@ -41,6 +41,11 @@ class Event(msgspec.Struct, frozen=True):
     metadata: Mapping[str, Any] | None = None
     at: str = ""
 
+    @property
+    def foreign(self) -> bool:
+        """Whether it is an activity that is not the worker's."""
+        return self.kind is None and not self.skipped and bool(self.rule)
+
 
 @dataclass(frozen=True, slots=True)
 class Recorded:
@@ -95,6 +100,7 @@ class Standing(NamedTuple):
     """What is recorded of the row that has a key now: the rules that have told of it.
 
     It has had the key since `after`. If it came from another key, `before`, what was recorded of it there counts too.
+    Of what others wrote it is only known when: in doubt it is about this row.
     """
 
     rules: frozenset[str]
@@ -102,18 +108,28 @@ class Standing(NamedTuple):
     before: tuple[str, ...] = ()
 
 
-def standing(subject: str, events: Sequence[Event], emptied: Sequence[Place] = ()) -> Standing:
-    """What is recorded of the row that has the key at the end of these events; `emptied` is when all rows went."""
+def standing(
+    subject: str, events: Sequence[Event], emptied: Sequence[Place] = (), *, links_follow: bool = False
+) -> Standing:
+    """What is recorded of the row that has the key at the end of these events; `emptied` is when all rows went.
+
+    Where `links_follow` changes of keys, what was recorded of a row under its other keys is among them.
+    """
     rules: set[str] = set()
-    after, before = Place(), tuple[str, ...]()
+    after, since, before = Place(), "", tuple[str, ...]()
     gone = [Event(subject, "", "deleted", place) for place in emptied]
-    for event in sorted((event for event in [*events, *gone] if event.subject == subject), key=lambda e: e.place):
+    own = [event for event in [*events, *gone] if event.subject == subject]
+    for event in sorted(own, key=lambda event: event.place):
+        if event.foreign:
+            continue
         if event.what == "deleted":
-            rules, after, before = set(), event.place, ()
+            rules, after, since, before = set(), event.place, event.at, ()
         elif event.what == "moved":
-            rules, after, before = {event.rule}, event.place, event.before
+            rules = {*(rules if links_follow else ()), event.rule}
+            after, since, before = event.place, event.at, event.before
         elif not event.skipped or event.what == "created":
             rules.add(event.rule)
+    rules |= {event.rule for event in own if event.foreign and not (event.at and since and event.at <= since)}
     return Standing(frozenset(rules), after, before)
 
 

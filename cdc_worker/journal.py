@@ -18,6 +18,7 @@ from cdc_worker.postgres import Connection
 from cdc_worker.profile import Target
 from cdc_worker.rows import RowKey, Rows
 from cdc_worker.rules import qualified
+from cdc_worker.templates import text
 
 Events = Mapping[str, Sequence[Event]]
 """Events by the row that they were recorded of."""
@@ -81,6 +82,9 @@ class Journal:
         connection.execute("SET plan_cache_mode = force_custom_plan")
         connection.execute("SET jit = off")
         connection.execute("SET max_parallel_workers_per_gather = 0")
+        self.links_follow = bool(table.foreign_keys)  # such a key may have ON UPDATE CASCADE
+        self._letters: dict[str, list[Event]] = {}
+        self._last_letter = 0
         self._unlinked = bool(table.foreign_keys) and "metadata" in self._columns
         self._moves: dict[RowKey, list[Place]] | None = {}
         self._moved_until = INVALID
@@ -126,7 +130,7 @@ class Journal:
             arrays = {f"key_{n}": list(values) for n, values in enumerate(zip(*asked.values(), strict=True))}
             for event in self._events(query, self._parameters(since) | arrays, until):
                 found.setdefault(event.subject, []).append(event)
-        for event in self._skipped([*asked], until):
+        for event in (*self._skipped([*asked], until), *self._unwritten(asked, until)):
             found.setdefault(event.subject, []).append(event)
         return found
 
@@ -304,7 +308,7 @@ class Journal:
                 for key in self._rows.key
             ]
             metadata = self._metadata if since is None else metadata
-        if since is None and "occurred_at" in self._columns:
+        if "occurred_at" in self._columns:
             at = sql.SQL("{}::text").format(sql.Identifier(self._columns["occurred_at"]))
         kind = sql.Identifier(self._columns["type"]) if "type" in self._columns else sql.SQL("NULL")
         columns = sql.SQL(", ").join(
@@ -381,6 +385,27 @@ class Journal:
                 at=at or "",
             )
 
+    def _unwritten(self, subjects: Collection[str], until: LSN) -> Iterator[Event]:
+        """Changes of key of which the activities are dead letters."""
+        parameters = {"worker": self._worker, "schema": self._rows.table.name[0], "table": self._rows.table.name[1]}
+        differ = sql.SQL(" OR ").join(
+            sql.SQL("change -> 'old' ->> {key} <> change -> 'new' ->> {key}").format(key=key) for key in self._rows.key
+        )
+        found = self._connection.execute(
+            postgres.with_parameters(_UNWRITTEN.format(differ=differ)), {**parameters, "last": self._last_letter}
+        ).fetchall()
+        for number, change_key, old, new in found:
+            self._last_letter = max(self._last_letter, number)
+            parsed = parsed_key(self._worker, self._cluster, change_key)
+            if parsed is not None and parsed.kind == "stream":
+                key, before = (tuple(text(row[column]) for column in self._rows.key) for row in (new, old))
+                subject = self._rows.subject(key)
+                self._letters.setdefault(subject, []).append(Event(subject, "", "moved", parsed.place, before=before))
+        for subject in subjects:
+            for event in self._letters.get(subject, ()):
+                if event.place.lsn <= until or not event.place.current:
+                    yield event
+
     def _skipped(self, subjects: list[str], until: LSN) -> Iterator[Event]:
         """What context messages kept from being told."""
         found = self._connection.execute(
@@ -412,6 +437,12 @@ SELECT EXISTS (SELECT FROM pg_index JOIN pg_attribute ON attrelid = indrelid AND
                  AND attname = ANY (%s)
                  AND (indpred IS NULL OR pg_get_expr(indpred, indrelid) = format('(%%I IS NOT NULL)', attname)))
 """
+
+_UNWRITTEN: Final = sql.SQL("""
+SELECT dead_letter_id, change_key, change -> 'old', change -> 'new' FROM cdc_worker.dead_letter
+WHERE dead_letter_id > %(last)s AND worker = %(worker)s AND change ->> 'operation' = 'update'
+  AND change ->> 'schema' = %(schema)s AND change ->> 'table' = %(table)s AND ({differ})
+""")
 
 _SKIPPED: Final[LiteralString] = """
 SELECT subjects, operation, commit_lsn::text, number FROM cdc_worker.skipped

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any, LiteralString
 
 import psycopg
@@ -20,7 +21,7 @@ import pytest
 from psycopg import sql
 from psycopg.rows import TupleRow
 from psycopg.waiting import wait
-from support import PATIENCE, Crm, WorkerProcess, eventually, having, storm
+from support import PATIENCE, Crm, WorkerProcess, crm_on, eventually, having, storm
 
 from cdc_worker import catalog, checkpoint, config, log, postgres, profile
 from cdc_worker.activities import Activity, Batch, Position, parsed_key
@@ -414,32 +415,63 @@ def test_it_waits_for_a_worker_that_lags(crm: Crm, monkeypatch: pytest.MonkeyPat
     assert told(crm) == [("lead_created", lead_id, None) for lead_id in range(1, 11)]
 
 
-def test_a_deletion_that_others_do_not_see_yet_is_no_new_creation(
-    own_server: Cluster, own_crm: Crm, monkeypatch: pytest.MonkeyPatch
+def test_what_others_do_not_see_yet_is_waited_for(
+    own_server: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its commit is in the WAL, and recorded, while the session that made it has yet to end its transaction."""
-    crm = own_crm
-    add_leads(crm, 1)
-    crm.record()
     doubts = called(monkeypatch, Fence, "settle")
-    with crm.worker() as worker, ThreadPoolExecutor() as pool, psycopg.connect(crm.dsn, autocommit=True) as deleting:
+    with crm_on(own_server, tmp_path) as crm:
+        add_leads(crm, 2, 3, 4)
+        crm.setup()
+        add_leads(crm, 1)
+        crm.record()
+        with crm.worker() as worker, ThreadPoolExecutor() as pool, psycopg.connect(crm.dsn, autocommit=True) as other:
+            worker.wait_for("replication_started")
+            pid = other.info.backend_pid
+            with having(own_server, synchronous_standby_names="nobody"):
+                committed = pool.submit(
+                    other.execute,
+                    "DELETE FROM lead WHERE lead_id = 1; UPDATE lead SET status = '3. negotiation' WHERE lead_id = 4;"
+                    "UPDATE lead SET lead_id = 9 WHERE lead_id = 2; UPDATE lead SET lead_id = 2 WHERE lead_id = 3",
+                )
+                eventually(
+                    lambda: crm.value("SELECT wait_event FROM pg_stat_activity WHERE pid = %s", pid) == "SyncRep"
+                )
+                os.kill(pid, signal.SIGSTOP)
+            try:
+                eventually(lambda: len(crm.activities()) == 5)
+                assert crm.value("SELECT array_agg(lead_id ORDER BY lead_id) FROM lead") == [1, 2, 3, 4]
+                filled = pool.submit(fill, crm, "lead")
+                assert doubts.wait(PATIENCE)
+            finally:
+                os.kill(pid, signal.SIGCONT)
+            committed.result(PATIENCE)
+            filled.result(PATIENCE)
+            fill(crm, "lead")
+            worker.terminate()
+        created = [a["lead_id"] for a in crm.activities() if a["activity_type"] == "lead_created"]
+        assert sorted(created) == [1, 2, 4, 9]
+        assert [row[-1] for row in crm.execute(STATUSES)] == [True]
+
+
+def test_what_triggers_wrote_since_a_deletion_is_about_the_new_row(bare_crm: Crm) -> None:
+    crm = bare_crm
+    crm.setup()
+    add_leads(crm, 7)
+    crm.record()
+    crm.execute("DELETE FROM lead")
+    crm.record()
+    crm.execute("UPDATE cdc_worker.excluded SET from_lsn = pg_current_wal_lsn(), until_lsn = NULL")
+    crm.execute("UPDATE cdc_worker.checkpoint SET nonce = gen_random_uuid()")
+    add_leads(crm, 7)
+    crm.execute("SELECT create_system_activity('lead_created', 'by a trigger', 7)")
+    with crm.worker() as worker:
         worker.wait_for("replication_started")
-        pid = deleting.info.backend_pid
-        with having(own_server, synchronous_standby_names="nobody"):
-            deleted = pool.submit(deleting.execute, "DELETE FROM lead")
-            eventually(lambda: crm.value("SELECT wait_event FROM pg_stat_activity WHERE pid = %s", pid) == "SyncRep")
-            os.kill(pid, signal.SIGSTOP)
-        try:
-            eventually(lambda: crm.types() == ["lead_created", "lead_deleted"])
-            assert crm.value("SELECT count(*) FROM lead") == 1
-            filled = pool.submit(fill, crm, "lead")
-            assert doubts.wait(PATIENCE)
-        finally:
-            os.kill(pid, signal.SIGCONT)
-        deleted.result(PATIENCE)
-        assert filled.result(PATIENCE)["lead"].activities == {}
+        assert fill(crm, "lead")["lead"].activities == {}
+        crm.execute("SET cdc_worker.protect = off")
+        crm.execute("UPDATE activity SET date_created = '2020-01-01' WHERE description = 'by a trigger'")
+        assert fill(crm, "lead")["lead"].activities == {"lead_created": 1}
         worker.terminate()
-    assert crm.types() == ["lead_created", "lead_deleted"]
 
 
 ONCE = """
