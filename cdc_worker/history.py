@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta, tzinfo
-from typing import Any, Literal, NamedTuple
+from typing import Any, Final, Literal, NamedTuple
 
 import msgspec
 
@@ -133,8 +133,14 @@ def standing(
     return Standing(frozenset(rules), after, before)
 
 
+STEP: Final = 1_000
+"""Between two that were made up for at a place there is room for those that are lost, and made up for again."""
+
+
 def backfill_key(recorded: Recorded, subject: str, rule: str, after: Place) -> Key:
     """The key of what is made up, by a rule, of a row that has had its key since `after`."""
+    if after.rank == 2:  # a deletion that was found to be missing: what comes after it is numbered as it is
+        return Key("repair", recorded.table, rule, after._replace(number=after.number + STEP), subject)
     return Key("backfill", recorded.table, rule, after._replace(rank=1, number=0), subject)
 
 

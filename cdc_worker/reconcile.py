@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Final
+from typing import Any
 
 import msgspec
 
-from cdc_worker.activities import Activity, Key, Kind, Place, own_key
+from cdc_worker.activities import Activity, Key, Place, own_key
 from cdc_worker.changes import Change, Row
-from cdc_worker.history import Recorded
+from cdc_worker.history import STEP, Recorded, backfill_key
 from cdc_worker.lsn import LSN
 from cdc_worker.profile import Profile
 from cdc_worker.rules import Table, qualified
@@ -140,15 +140,12 @@ def finished(
     metadata |= {"reconciled": True, "as_of": moment.at, "as_of_lsn": str(moment.lsn)}
     if moment.not_before:
         metadata["not_before"] = moment.not_before
-    anchor = _anchor(gap)
-    kind: Kind = "repair"
-    place = anchor._replace(rank=2, number=number)
+    key = Key("repair", recorded.table, rule, _anchor(gap)._replace(rank=2, number=number), gap.subject)
     if made.change.operation == "read":
         metadata["values"] = {name: metadata.pop(name) for name in telling.read.values() if name in metadata}
         if made.there:  # as a backfill would write it, so that both write one
-            kind, place = "backfill", anchor._replace(rank=1, number=0)
+            key = backfill_key(recorded, gap.subject, rule, _anchor(gap))
             metadata["backfilled"] = True
-    key = Key(kind, recorded.table, rule, place, gap.subject)
     fields = {**activity.fields, "metadata": metadata, "created_by": "system", "occurred_at": moment.date}
     return msgspec.structs.replace(activity, change_key=own_key(worker, system_identifier, key), fields=fields)
 
@@ -159,10 +156,6 @@ def _unknown(telling: Telling, made: Mend) -> set[str]:
     if made.change.operation == "read":
         sides = [(telling.read, made.new), (telling.identity, made.new)]
     return {name for names, known in sides for of, name in names.items() if of not in known}
-
-
-STEP: Final = 1_000
-"""Between two that were made up for at a place there is room for those that are lost, and made up for again."""
 
 
 def number(gap: Break) -> int | None:

@@ -196,7 +196,8 @@ class Log:
 
     def is_read(self, event: Event) -> bool:
         """Whether it was made of a row that was there already."""
-        return event.kind == "backfill" or (event.kind == "repair" and event.what == "created")
+        made_up = isinstance(event.metadata, Mapping) and event.metadata.get("backfilled") is True
+        return event.kind == "backfill" or (event.kind == "repair" and (made_up or event.what == "created"))
 
     def lives(self, event: Event) -> bool:
         """Whether its row was there afterwards, although it says nothing of how it came to be."""

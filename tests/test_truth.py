@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from cdc_worker import reconcile
 from cdc_worker.activities import Activity, Place, parsed_key
 from cdc_worker.changes import Change, Row, Transaction
-from cdc_worker.history import Event, recorded
+from cdc_worker.history import Event, recorded, standing
 from cdc_worker.lsn import LSN
 from cdc_worker.profile import load
 from cdc_worker.rules import compile_backfill, compile_rules
@@ -387,6 +387,19 @@ def test_what_triggers_recorded_meanwhile_is_silence_and_so_is_what_was_blanked(
     book.commit(updated("lead", book.rows["7"], status="3"))
     book.commit(updated("lead", book.rows["7"], status="4"), record=False)
     assert [gap.what for gap in book.breaks(Silence(stretches=[(begin, end)]))] == ["change"]
+
+
+def test_what_came_to_be_after_a_deletion_that_was_made_up_for_stands_after_it() -> None:
+    book = Book()
+    book.commit(inserted("lead", lead()))
+    book.commit(deleted("lead", lead()), record=False)
+    book.repair()
+    book.commit(inserted("lead", lead(status="2")), record=False)
+    assert story(book) == [("creation", "7", [])]
+    book.repair()
+    assert story(book) == []
+    assert book.written[-1].change_key.endswith("-0.2000")
+    assert standing("7", book.events()["7"]).rules == {"lead_created"}
 
 
 @pytest.mark.parametrize(

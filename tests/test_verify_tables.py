@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+from typing import LiteralString
+
+import pytest
 from psycopg import sql
 from support import Crm
 from test_backfill_tables import KEYS, LOG, RULES, TYPES, Keyed, section, use
 from test_key_table import TABLES
+from test_unprepared_target import KEYS as KEYS_OF_LEAD
+from test_unprepared_target import LEAD_KEY
+from test_unprepared_target import TARGET as UNPREPARED
+from test_unprepared_target import use as unprepared
 from test_verify import caught_up, missing, running, verified
 
 from cdc_worker.rules import subject
@@ -113,3 +120,22 @@ def test_a_target_without_a_column_for_keys(bare_crm: Crm) -> None:
         crm.execute("DELETE FROM log WHERE link = 2 AND details #>> '{changes,name,new}' = 'c'")
         assert missing(crm, repair=True) == [("1", "creation", []), ("2", "change", ["name"])]
         assert missing(crm) == []
+
+
+@pytest.mark.parametrize("key", KEYS_OF_LEAD, ids=lambda key: key or "NO ACTION")
+def test_a_target_whose_links_are_refused_or_taken_away(bare_crm: Crm, key: LiteralString) -> None:
+    crm = unprepared(bare_crm, UNPREPARED, LEAD_KEY + key)
+    crm.add_leads(12)
+    crm.execute("UPDATE lead SET status = '2'")
+    crm.execute("DELETE FROM lead WHERE lead_id < 4")  # of which nothing is written as yet
+    with running(crm):
+        caught_up(crm)
+        assert missing(crm, "lead") == []
+        crm.execute("UPDATE lead SET bd_in_charge = 'joe' WHERE lead_id < 10")
+        if "CASCADE" in key or "SET NULL" in key:
+            crm.execute("DELETE FROM lead WHERE lead_id = 6")
+        caught_up(crm)
+        assert missing(crm, "lead") == []
+        crm.execute("DELETE FROM activity WHERE lead_id = 7 AND metadata ->> 'new_status' = '2'")
+        assert missing(crm, "lead", repair=True) == [("7", "change", ["status"])]
+        assert missing(crm, "lead") == []
