@@ -8,17 +8,22 @@ from decimal import Decimal
 from typing import Final, NamedTuple
 
 from cdc_worker import checkpoint, errors, slot
+from cdc_worker.activities import Position
 from cdc_worker.changes import CUTOVER_PREFIX
 from cdc_worker.config import Settings
 from cdc_worker.log import Logger
 from cdc_worker.lsn import INVALID, LSN
 from cdc_worker.postgres import Connection, fetch_one
+from cdc_worker.slot import Slot
 
 ABSENCE: Final = 30.0
 """A worker that is away for so many seconds is not waited for any longer: somebody has stopped it."""
 
 SLOW: Final = 5.0
 """After so many seconds of waiting it is told what is waited for."""
+
+AGAIN: Final = 60.0
+"""So many seconds later it is told again."""
 
 PATIENCE: Final = 30.0
 """So many seconds the transactions of others may go on, of which it isn't known whether they are about to be seen."""
@@ -57,29 +62,31 @@ class Fence:
     def check(self) -> None:
         """Raise unless a worker runs that could pass anything."""
         slot.check_checkpoint(self._connection, self._worker, self._slot)
-        if not self._running():
-            raise self._not_running()
+        reader = self._reader()
+        if not _running(reader):
+            raise self._not_running(reader)
 
     def passed(self, position: LSN) -> bool:
         """Whether all commits up to a position are written."""
-        return checkpoint.read(self._connection, self._worker).position.lsn >= position
+        return self._written().lsn >= position
 
     def pass_(self, position: LSN) -> None:
         """Wait until they are. A quiet worker is made to write where it is."""
         if self.passed(position):
             return
         self._connection.execute(_MARK, (CUTOVER_PREFIX,))
-        began = seen = time.monotonic()
-        pause, told = PAUSES[0], False
-        while not self.passed(position):
-            now = time.monotonic()
-            if self._running():
+        seen = time.monotonic()
+        pause, tell, at = PAUSES[0], seen + SLOW, self._written()
+        while at.lsn < position:
+            now, reader, before = time.monotonic(), self._reader(), at
+            at = self._written()
+            if _running(reader) or at != before:
                 seen = now
             elif now > seen + ABSENCE:
-                raise self._not_running()
-            if now > began + SLOW and not told:
-                told = True
-                self._log.info("waiting_for_worker", lsn=str(position), running=seen == now)
+                raise self._not_running(reader)
+            if now > tell:
+                tell = now + AGAIN
+                self._log.info("waiting_for_worker", lsn=str(position), running=_running(reader))
             time.sleep(pause)
             pause = min(2 * pause, PAUSES[1])
 
@@ -123,17 +130,26 @@ class Fence:
         (oldest,) = fetch_one(self._connection, "SELECT pg_snapshot_xmin(pg_current_snapshot())::text::numeric")
         return Decimal(oldest)
 
-    def _running(self) -> bool:
-        (pid,) = fetch_one(self._connection, _READER, self._slot)
-        return pid is not None
+    def _written(self) -> Position:
+        return checkpoint.read(self._connection, self._worker).position
 
-    def _not_running(self) -> errors.NotRunningError:
+    def _reader(self) -> Slot | None:
+        """The slot, if it has a reader."""
+        found = slot.read(self._connection, self._slot)
+        return None if found is None or found.active_pid is None else found
+
+    def _not_running(self, reader: Slot | None) -> errors.NotRunningError:
+        told = "what is committed by now is not recorded before a worker runs"
+        if reader is not None:
+            taken = slot.taken(reader)
+            return errors.NotRunningError(f"{taken}, which is no cdc-worker: {told}", hint=taken.hint)
         return errors.NotRunningError(
-            f'nobody reads the slot "{self._slot}": what is committed by now is not recorded before a worker runs',
-            hint="run: cdc-worker run, beside this command",
+            f'nobody reads the slot "{self._slot}": {told}', hint="run: cdc-worker run, beside this command"
         )
 
 
-_READER: Final = "SELECT max(active_pid) FROM pg_replication_slots WHERE slot_name = %s"
+def _running(reader: Slot | None) -> bool:
+    return reader is not None and reader.held_by_worker
+
 
 _MARK: Final = "SELECT pg_logical_emit_message(true, %s, '{\"fence\": true}')"

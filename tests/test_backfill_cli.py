@@ -22,11 +22,12 @@ import psycopg
 import pytest
 from doctoring import mend
 from structlog.testing import capture_logs
-from support import Crm, WorkerProcess, eventually, role
+from support import Crm, WorkerProcess, eventually, role, stranger
 from test_backfill import add_customer, add_leads, fill, filling, reached, told, waiting_for_locks
 
 from cdc_worker import config, errors, fence, profile, progress
 from cdc_worker.backfill import SAMPLES, Backfilled, Sample, Wishes
+from cdc_worker.cluster import Cluster
 from cdc_worker.status import Backfill, Status, lines, status
 
 
@@ -428,6 +429,31 @@ def test_a_worker_that_stays_away_ends_it_and_the_next_run_goes_on(crm: Crm, mon
         done = fill(crm, "lead")["lead"]
     assert (done.resumed, done.rows) == (True, 1)
     assert leads(crm) == [1, 2]
+
+
+def test_who_reads_the_slot_and_is_no_worker_is_not_waited_for(
+    server: Cluster, crm: Crm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fence, "ABSENCE", 0.5)
+    monkeypatch.setattr(fence, "SLOW", 0.0)
+    monkeypatch.setattr(fence, "AGAIN", 0.0)
+    add_leads(crm, 1)
+    crm.setup()
+    with stranger(server, crm) as (_, pid):
+        said = (
+            f'slot "{crm.slot}" is read by process {pid} (pg_recvlogical, 127.0.0.1), which is no cdc-worker: what is'
+            " committed by now is not recorded before a worker runs",
+            f"stop that process, or: SELECT pg_terminate_backend({pid})",
+        )
+        assert refused(crm) == said
+        with monkeypatch.context() as patched, capture_logs() as events:
+            patched.setattr(fence.Fence, "check", lambda self: None)  # it has come since
+            with pytest.raises(errors.NotRunningError) as raised:
+                fill(crm)
+        assert (str(raised.value), raised.value.hint) == said
+    waited = [event["running"] for event in events if event["event"] == "waiting_for_worker"]
+    assert len(waited) > 1
+    assert not any(waited)
 
 
 def test_without_a_primary_key_it_prints_the_statement_that_makes_one(crm: Crm) -> None:
