@@ -476,7 +476,7 @@ class _Work:
 
     def _deal(self, going: _Pass, seen: LSN, read: Read, batch: Batch) -> None:
         """Write what is missing of rows that were read by who has `seen` all up to a position."""
-        done, wishes, began = self._done, self._wishes, time.monotonic()
+        done, began = self._done, time.monotonic()
         mark, sink, scope = going
         outcomes, undecided = self._certain(seen, read, scope)
         lines = [self._line(sink, outcome, read.at) for outcome in outcomes]
@@ -494,8 +494,12 @@ class _Work:
         done.dead_letters += len(refused)
         done.already_there += written.already_there
         done.undecided += undecided
-        if wishes.rate is not None:
-            time.sleep(max(0.0, began + len(read.rows) / wishes.rate - time.monotonic()))
+        self._pace(began, len(read.rows))
+
+    def _pace(self, began: float, count: int) -> None:
+        """Sleep for what is left of the time that so many rows are to take."""
+        if (rate := self._wishes.rate) is not None:
+            time.sleep(max(0.0, began + count / rate - time.monotonic()))
 
     @property
     def _size(self) -> int:
@@ -510,7 +514,7 @@ class _Work:
     def try_out(self) -> Backfilled:
         """Count what would be written by what is recorded now, and show some of it."""
         done, key, scope = self._done, self._wishes.from_key or None, self._scope()
-        done.dry_run = True
+        done.dry_run, began = True, time.monotonic()
         with shown(self._edges.log, done.table, unit="rows", total=self._rows.count()) as advance:
             while (read := self._rows.after(key, self._size, self._wishes.to_key or None)).rows:
                 here = self._edges.fence.here()
@@ -520,6 +524,8 @@ class _Work:
                 key = next(reversed(read.rows))
                 done.rows += len(read.rows)
                 advance(len(read.rows))
+                self._pace(began, len(read.rows))
+                began = time.monotonic()
         return done
 
     def _count(self, outcome: Outcome) -> None:

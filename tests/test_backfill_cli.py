@@ -12,6 +12,7 @@ import struct
 import subprocess
 import sys
 import termios
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -119,6 +120,16 @@ def test_with_a_rate_chunks_are_no_larger_than_a_second_takes(crm: Crm) -> None:
     with begun(crm), filling(crm, "lead", "--rate", "2.5"):
         reached(crm, 2)
         assert crm.execute("SELECT count(*) FROM activity GROUP BY xmin::text ORDER BY min(lead_id)")[0] == (2,)
+
+
+def test_a_dry_run_keeps_to_the_rate_as_well(crm: Crm, monkeypatch: pytest.MonkeyPatch) -> None:
+    slept: list[float] = []
+    add_leads(crm, 1, 2)
+    crm.setup()
+    with monkeypatch.context() as patched:
+        patched.setattr(time, "sleep", slept.append)
+        assert fill(crm, "lead", dry_run=True, rate=0.001)["lead"].rows == 2
+    assert len([seconds for seconds in slept if seconds > 900]) == 2
 
 
 # What it says
