@@ -464,7 +464,7 @@ class _Work:
             return
         while True:
             until = fence.here()
-            fence.pass_(until)
+            fence.wait_for(until)
             keys = self._journal.moved(since=since, until=until)
             if not keys:
                 return
@@ -558,7 +558,7 @@ class _Work:
         for _ in range(ROUNDS):
             outcomes = self._transformed(read, seen, scope)
             until = fence.here()
-            fence.pass_(until)
+            fence.wait_for(until)
             judged, again = self._judged(read, outcomes, seen, until)
             keys = [*read.rows]
             found += (msgspec.structs.replace(outcome, index=places[keys[outcome.index]]) for outcome in judged)

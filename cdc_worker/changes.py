@@ -115,8 +115,8 @@ class Transaction(msgspec.Struct, frozen=True):
     last: bool
 
 
-CUTOVER_PREFIX: Final = "cdc_worker.cutover"
-"""Prefix of the logical messages that mark where the worker and triggers take over from each other."""
+MARKER_PREFIX: Final = "cdc_worker.marker"
+"""Prefix of the logical messages that mark a position: who reads one writes how far it is, if only for that."""
 
 
 _NO_KEYS: Final[Mapping[tuple[str, str], tuple[str, ...]]] = {}
@@ -166,7 +166,7 @@ class Assembler:
 
     @property
     def _marked(self) -> bool:
-        return any(message.prefix == CUTOVER_PREFIX for _, message in self._messages)
+        return any(message.prefix == MARKER_PREFIX for _, message in self._messages)
 
     def feed(self, message: Begin | Change | Message | Commit, payload: Payload) -> Transaction | None:
         """Take one message and what it was decoded from; returns a transaction or a slice of one when there is one."""

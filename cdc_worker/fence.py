@@ -9,7 +9,7 @@ from typing import Final, NamedTuple
 
 from cdc_worker import checkpoint, errors, slot
 from cdc_worker.activities import Position
-from cdc_worker.changes import CUTOVER_PREFIX
+from cdc_worker.changes import MARKER_PREFIX
 from cdc_worker.config import Settings
 from cdc_worker.log import Logger
 from cdc_worker.lsn import INVALID, LSN
@@ -70,11 +70,11 @@ class Fence:
         """Whether all commits up to a position are written."""
         return self._written().lsn >= position
 
-    def pass_(self, position: LSN) -> None:
+    def wait_for(self, position: LSN) -> None:
         """Wait until they are. A quiet worker is made to write where it is."""
         if self.passed(position):
             return
-        self._connection.execute(_MARK, (CUTOVER_PREFIX,))
+        self._connection.execute(_MARK, (MARKER_PREFIX,))
         seen = time.monotonic()
         pause, tell, at = PAUSES[0], seen + SLOW, self._written()
         while at.lsn < position:

@@ -22,7 +22,7 @@ from cdc_worker.activities import (
     change_key,
     key_prefix,
 )
-from cdc_worker.changes import CUTOVER_PREFIX, Change, Message, Operation, Row, Transaction, Value
+from cdc_worker.changes import MARKER_PREFIX, Change, Message, Operation, Row, Transaction, Value
 from cdc_worker.context import NOTHING, Collapse, Context, Policy, hear
 from cdc_worker.context import PREFIX as CONTEXT_PREFIX
 from cdc_worker.errors import UnknownValueError
@@ -30,7 +30,7 @@ from cdc_worker.lsn import INVALID, LSN
 from cdc_worker.rules import Lookup, Rule, Rules, Table, credited
 from cdc_worker.templates import Event, event_of, text
 
-PREFIXES: Final = (CONTEXT_PREFIX, CUTOVER_PREFIX)
+PREFIXES: Final = (CONTEXT_PREFIX, MARKER_PREFIX)
 """Of all logical messages that are for the worker."""
 
 FACT_DISTANCE: Final = 10_000

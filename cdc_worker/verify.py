@@ -361,7 +361,7 @@ class _Work:
         """Tell the histories of rows that were read by now."""
         fence = self._edges.fence
         until = fence.here()
-        fence.pass_(until)
+        fence.wait_for(until)
         events: dict[str, list[Event]] = {}
         more, known = [*keys], dict[str, RowKey]()
         while more:  # and of the keys that they had before

@@ -31,7 +31,7 @@ from tenacity import RetryCallState, Retrying, retry_if_exception, stop_when_eve
 
 from cdc_worker import catalog, checkpoint, errors, postgres, process, setup, slot, wal2json
 from cdc_worker.activities import Activity, Batch, Line, Position, Scope
-from cdc_worker.changes import CUTOVER_PREFIX, Assembler, Change, Transaction
+from cdc_worker.changes import MARKER_PREFIX, Assembler, Change, Transaction
 from cdc_worker.checkpoint import Checkpoint
 from cdc_worker.config import Settings
 from cdc_worker.log import Logger
@@ -747,7 +747,7 @@ class _Stream:
             # A part of this commit was written before we came. It is read again for its messages and facts.
             outcomes = [outcome for outcome in outcomes if outcome.index >= self._resumed.changes]
             done = max(done, self._resumed.changes)
-        if any(message.prefix == CUTOVER_PREFIX for _, message in transaction.messages):
+        if any(message.prefix == MARKER_PREFIX for _, message in transaction.messages):
             self._marked = True
         lines = [self._line(o, transaction) if isinstance(o, Activity) else o for o in outcomes]
         more = transformer.ready or bool(transformer.wanted)

@@ -251,7 +251,7 @@ BEGIN
         RAISE 'the worker "%" has no checkpoint: nobody would record %', own, relation USING ERRCODE = 'no_data_found';
     END IF;
     RETURN pg_logical_emit_message(
-        true, 'cdc_worker.cutover', jsonb_build_object('table', relation, 'nonce', its_nonce)::text);
+        true, 'cdc_worker.marker', jsonb_build_object('table', relation, 'nonce', its_nonce)::text);
 END
 $$;
 

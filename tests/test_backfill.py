@@ -350,7 +350,7 @@ def test_whatever_happens_at_whichever_moment_a_row_is_created_once(
 
         return call
 
-    of, name = [(Rows, "after"), (Rows, "after"), (Fence, "pass_"), (Sink, "write")][place]
+    of, name = [(Rows, "after"), (Rows, "after"), (Fence, "wait_for"), (Sink, "write")][place]
     monkeypatch.setattr(of, name, working(getattr(of, name), before=place in (0, 3)))
     with crm.worker() as worker:
         worker.wait_for("replication_started")
@@ -399,7 +399,7 @@ def called(monkeypatch: pytest.MonkeyPatch, of: type, name: str) -> threading.Ev
 
 
 def test_it_waits_for_a_worker_that_lags(crm: Crm, monkeypatch: pytest.MonkeyPatch) -> None:
-    waits = called(monkeypatch, Fence, "pass_")
+    waits = called(monkeypatch, Fence, "wait_for")
     with crm.worker() as worker, ThreadPoolExecutor() as pool:
         worker.wait_for("replication_started")
         worker.process.send_signal(signal.SIGSTOP)

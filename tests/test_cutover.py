@@ -195,7 +195,7 @@ def test_a_marker_of_somebody_else_changes_nothing(tracked_crm: Crm) -> None:
     with tracked_crm.worker() as worker:
         worker.wait_for("replication_started")
         for content in ("", "{}", '{"table": "public.lead", "nonce": "00000000-0000-0000-0000-000000000000"}'):
-            tracked_crm.execute("SELECT pg_logical_emit_message(true, 'cdc_worker.cutover', %s)", content)
+            tracked_crm.execute("SELECT pg_logical_emit_message(true, 'cdc_worker.marker', %s)", content)
         tracked_crm.execute("UPDATE lead SET status = 'x' WHERE lead_id = 1")
         eventually(tracked_crm.activities)
         assert not worker.events("scope_changed")

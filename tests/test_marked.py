@@ -262,7 +262,7 @@ def test_new_code_is_known_by_its_message_whatever_that_says(content: str) -> No
 def test_what_comes_before_the_message_and_without_one_is_left_to_the_application() -> None:
     assert keys(inserted("lead", lead()), said("{}"), inserted("lead", lead())) == ["public.lead/1/lead_created"]
     assert keys(inserted("lead", lead())) == []
-    assert keys(said("{}", prefix="cdc_worker.cutover"), inserted("lead", lead())) == []
+    assert keys(said("{}", prefix="cdc_worker.marker"), inserted("lead", lead())) == []
 
 
 def test_a_message_holds_for_the_slices_after_it() -> None:

@@ -55,7 +55,7 @@ def insert(crm: Crm, *lead_ids: int) -> None:
 def caught_up(crm: Crm) -> None:
     """Until all that is committed by now is recorded."""
     position = crm.value("SELECT pg_current_wal_insert_lsn()")
-    crm.execute("SELECT pg_logical_emit_message(true, 'cdc_worker.cutover', '{\"fence\": true}')")
+    crm.execute("SELECT pg_logical_emit_message(true, 'cdc_worker.marker', '{\"fence\": true}')")
     eventually(lambda: crm.value("SELECT lsn >= %s FROM cdc_worker.checkpoint", position))
 
 
