@@ -16,6 +16,7 @@ from support import Crm, WorkerProcess, eventually
 from test_backfill import add_leads, fill, waiting_for_locks
 from test_backfill import told as told_of
 from test_backfill_cli import begun
+from test_backfill_harmless import READ, SESSIONS
 
 from cdc_worker import backfill as module
 from cdc_worker import errors, postgres
@@ -603,6 +604,30 @@ def test_what_was_not_to_be_told_by_itself_is_not_told_later(new_crm: Crm, wish:
     backfilled = [a["lead_id"] for a in crm.activities() if a["metadata"].get("backfilled")]
     assert sorted(backfilled) == [1, 3, 5]
     assert [a["lead_id"] for a in crm.activities() if a["activity_type"] == "lead_created"][-4:].count(4) == 1
+
+
+NOTED = """
+INSERT INTO cdc_worker.skipped (worker, table_name, commit_lsn, number, operation, collapsed, subjects)
+SELECT %s, 'public.lead', '0/100', n * 1000, 'insert', false,
+       (SELECT array_agg((n * 1000 + k)::text) FROM generate_series(0, 999) k)
+FROM generate_series(1, 200) n
+"""
+
+
+@pytest.mark.parametrize("analysed", [False, True])
+def test_after_an_import_that_was_passed_over_only_what_is_about_its_rows_is_read(new_crm: Crm, analysed: bool) -> None:
+    crm = new_crm
+    crm.add_leads(100)
+    crm.execute("UPDATE lead SET lead_id = 1000 + 5 * lead_id WHERE lead_id <= 10")
+    crm.setup()
+    crm.execute(NOTED, crm.slot)
+    if analysed:
+        crm.execute("ANALYZE cdc_worker.skipped")
+    with running(crm):
+        crm.execute("SELECT pg_stat_reset()")
+        assert fill(crm, "lead", chunk_size=20)["lead"].activities == {"lead_created": 90}
+    eventually(lambda: crm.value(SESSIONS) == 0, what="the server has counted")
+    assert crm.value(READ, "skipped") == 10
 
 
 def test_a_lead_whose_creation_is_a_dead_letter_is_told_of(new_crm: Crm) -> None:
