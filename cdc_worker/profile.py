@@ -314,6 +314,11 @@ class Rule(_Model):
         """What the rule is called in change keys."""
         return self.name or (self.type if isinstance(self.type, str) else "")
 
+    @property
+    def certain(self) -> bool:
+        """Whether it applies to whatever it is about."""
+        return not any((self.to, self.from_, self.delta, self.when, self.skip_unless, self.rule))
+
     @model_validator(mode="after")
     def _says_what_it_is_about(self) -> Rule:
         if (self.changed or self.to or self.from_ or self.delta) and self.on != ["update"]:

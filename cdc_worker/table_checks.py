@@ -14,6 +14,7 @@ from cdc_worker import profile as profiles
 from cdc_worker.activities import OpenEnds, key_prefix
 from cdc_worker.catalog import Fault, quoted, section
 from cdc_worker.checks import Check, Finding, Look, failed, ok, unknown, warning
+from cdc_worker.history import recorded
 from cdc_worker.lsn import INVALID, LSN
 from cdc_worker.rules import qualified
 from cdc_worker.target_checks import otherwise, setup_would
@@ -41,6 +42,7 @@ def backfill_faults(look: Look) -> Iterator[Fault]:
     """Where the profile and the database disagree in what is told of rows that are there already, and in that alone."""
     if not any(rule.backfill for table in look.profile.tables.values() for rule in table.rules):
         return
+    yield from _untold_moves(look.profile)
     # Of a column of the target that has a fault it doesn't matter which rules make more of it.
     known = {of for fault in catalog.faults(look.connection, look.profile, look.rules) for of in _identity(fault)}
     read = profiles.backfilled(look.profile)
@@ -49,6 +51,23 @@ def backfill_faults(look: Look) -> Iterator[Fault]:
         if known.isdisjoint(_identity(fault)):
             fix = 'name a column of dates as "at" of the backfill' if fault.place in dates else fault.fix
             yield replace(fault, message=f"for backfill: {fault.message}", fix=fix)
+
+
+def _untold_moves(profile: profiles.Profile) -> Iterator[Fault]:
+    for name, table in profile.tables.items():
+        if not any(rule.backfill for rule in table.rules):
+            continue
+        changes = recorded(profile, name).changes
+        told = [rule for rule in table.rules if rule.certain and changes.get(rule.label)]
+        if not any({*rule.changed} & {"*", "unclaimed"} or {*table.key} <= {*rule.changed} for rule in told):
+            yield Fault(
+                f"for backfill: no rule of {'.'.join(qualified(name))} is sure to tell which {', '.join(table.key)}"
+                " a row had before: one that gets another is told of once more",
+                'add a rule on "update" with changed = "unclaimed" and metadata = { changes = "{changes}" }',
+                certain=False,
+                captured=True,
+                place=("tables", name),
+            )
 
 
 def _identity(fault: Fault) -> set[object]:

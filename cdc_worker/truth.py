@@ -114,8 +114,8 @@ class Log:
         own = _OURS | {*profile.context}
         self.tellings: dict[str, Telling] = {rule.label: _telling(table, rule, own) for rule in table.rules}
         self._living = frozenset(rule.label for rule in table.rules if rule.on == ["update"])
-        self.creation = any(rule.on == ["insert"] and _certain(rule) for rule in table.rules)
-        self.deletion = any(rule.on == ["delete"] and _certain(rule) for rule in table.rules)
+        self.creation = any(rule.on == ["insert"] and rule.certain for rule in table.rules)
+        self.deletion = any(rule.on == ["delete"] and rule.certain for rule in table.rules)
         self.mapped = {Of(mapped.column, of): mapped for of, mapped in table.mapped.items()}
 
     def values(self, row: Row) -> Known:
@@ -155,7 +155,7 @@ class Log:
             )
             if rule.changed == ["unclaimed"]:
                 about = not of.mapped and not claimed_without
-            if about and telling.tells(of) and _certain(rule):
+            if about and telling.tells(of) and rule.certain:
                 return True
             claims = telling.about is None or of.column in telling.about
             sure = telling.tells(of) and not rule.skip_unless and rule.rule is None
@@ -213,12 +213,6 @@ class Log:
         if isinstance(values, Mapping):
             found |= {of: Told(values[name]) for of, name in telling.read.items() if name in values}
         return found
-
-
-def _certain(rule: profiles.Rule) -> bool:
-    """Whether a rule applies to whatever it is about."""
-    conditions = (rule.to, rule.from_, rule.delta, rule.when, rule.skip_unless, rule.rule)
-    return not any(conditions)
 
 
 def _changes(metadata: Mapping[str, Any], names: Iterable[str]) -> dict[str, Mapping[str, Any]]:

@@ -412,6 +412,9 @@ description = "{old.full_name}"
         "9: for backfill: target column public.activity.date_created is of the type timestamp without time zone, as"
         " which public.lead.is_converted can't be read: created of public.lead",
         '  fix: name a column of dates as "at" of the backfill',
+        "13: warning: for backfill: no rule of public.lead is sure to tell which lead_id a row had before: one that"
+        " gets another is told of once more",
+        '  fix: add a rule on "update" with changed = "unclaimed" and metadata = { changes = "{changes}" }',
         '17: for backfill: rule created of public.lead is about is_converted = "yes", which a boolean is never',
         "  fix: write true or false there, without quotes",
         "25: for backfill: captured table public.lead has no column nickname",
