@@ -465,12 +465,12 @@ class _Work:
         while True:
             until = fence.here()
             fence.wait_for(until)
-            keys = self._journal.moved(since=since, until=until)
+            keys: Sequence[RowKey] = self._journal.moved(since=since, until=until)
             if not keys:
                 return
-            for start in range(0, len(keys), self._size):
+            while keys:
                 seen = fence.horizon()
-                read = self._rows.of(keys[start : start + self._size])
+                read, keys = self._rows.first(keys, self._size)
                 self._deal(going, seen, read, going.mark.begin((), going.sink.position))
             since = until
 

@@ -8,7 +8,6 @@ from typing import Any, Final, NamedTuple
 
 import psycopg
 from psycopg import sql
-from psycopg.rows import TupleRow
 
 from cdc_worker import catalog, errors, postgres
 from cdc_worker.changes import Row
@@ -24,8 +23,8 @@ RowKey = tuple[str, ...]
 LONG: Final = 4 << 20
 """About so many bytes of rows are read at once: what is made of them is several times as much."""
 
-STEP: Final = 10
-"""So many rows show first how long they are."""
+STEP: Final = 4
+"""So many times as many rows as could be read at once the last time are measured for the next."""
 
 
 class Read(NamedTuple):
@@ -51,6 +50,7 @@ def connect(settings: Settings) -> Connection:
     """A connection for short reads, each in a snapshot of its own. What a policy would hide from it is an error."""
     connection = postgres.connect_reading(settings.dsn.get_secret_value(), settings.worker)
     connection.execute("SET row_security = off")
+    connection.execute("SET plan_cache_mode = force_custom_plan")  # which counts on few rows, where few are asked for
     connection.isolation_level = psycopg.IsolationLevel.REPEATABLE_READ
     return connection
 
@@ -83,6 +83,13 @@ class Rows:
             column: found[column] for column in dict.fromkeys((*self.key, *(found if whole else sorted(table.columns))))
         }
         keys = sql.SQL(", ").join(map(sql.Identifier, self.key))
+        self._length = sql.SQL("SELECT 0::bigint + {} FROM ").format(
+            sql.SQL(" + ").join(
+                sql.SQL("coalesce(octet_length({}::text), 0)").format(sql.Identifier(table.name[1], column))
+                for column in self.columns
+            )
+        )
+        self._most: int | None = None
         self._select = sql.SQL("SELECT {columns} FROM {table}").format(
             columns=sql.SQL(", ").join(sql.Identifier(table.name[1], column) for column in self.columns),
             table=sql.Identifier(*table.name),
@@ -111,57 +118,78 @@ class Rows:
         Where they are long there are fewer, but one at least, if there is any.
         """
         where, parameters = self._between(key, until)
-        query = sql.SQL("DECLARE chunk CURSOR FOR ") + self._select + where + self._order + sql.SQL(" LIMIT %s")
-        rows: dict[RowKey, Row] = {}
-        size, count = 0, STEP
+        most = limit if self._most is None else min(limit, self._most)
+        some = where + self._order + sql.SQL(" LIMIT %s")
         with self._connection.transaction():
             (at,) = postgres.fetch_one(self._connection, "SELECT now()")
-            self._connection.execute(postgres.with_parameters(query), [*parameters, limit])
-            while count > 0:
-                found, length = self._rows(self._connection.execute(sql.SQL("FETCH {} FROM chunk").format(count)))
-                rows |= found
-                size += length
-                left = (LONG - size) * len(rows) // max(1, size)
-                count = min(2 * count, left) if len(found) == count else 0
+            count = self._fitting(self._length + sql.Identifier(*self.table.name) + some, [*parameters, most])
+            rows = self._rows(self._select + some, [*parameters, count])
+        self._most = STEP * max(1, count)
         return Read(rows, at)
+
+    def first(self, keys: Sequence[RowKey], limit: int) -> tuple[Read, Sequence[RowKey]]:
+        """The rows that have the first of these keys, up to so many, and the keys that are left.
+
+        Where they are long there are fewer.
+        """
+        asked, same, arrays = self._asked(keys[:limit])
+        query = self._length + sql.SQL("{} LEFT JOIN {} ON {} ORDER BY asked_place").format(
+            asked, sql.Identifier(*self.table.name), same
+        )
+        with self._connection.transaction():
+            count = self._fitting(query, arrays)
+            return self.of(keys[:count]), keys[count:]
+
+    def _fitting(self, lengths: sql.Composed, parameters: Sequence[Any]) -> int:
+        """How many rows, of which a query gives the lengths, may be read at once: one at least, if there is any."""
+        query = _FITTING.format(lengths=lengths, long=LONG)
+        (count,) = self._connection.execute(postgres.with_parameters(query), parameters).fetchall()[0]
+        return int(count)
 
     def of(self, keys: Sequence[RowKey]) -> Read:
         """The rows that have these keys, as far as there are any."""
-        join, arrays = self._asked(keys)
-        return self._read(self._select + join + self._order, arrays)
+        asked, same, arrays = self._asked(keys)
+        query = self._select + sql.SQL(" JOIN {} ON {}").format(asked, same) + self._order
+        with self._connection.transaction():
+            (at,) = postgres.fetch_one(self._connection, "SELECT now()")
+            return Read(self._rows(query, arrays), at)
 
     def there(self, keys: Sequence[RowKey]) -> set[RowKey]:
         """Those of these keys that rows have."""
-        join, arrays = self._asked(keys)
-        columns = sql.SQL(", ").join(sql.Identifier(self.table.name[1], column) for column in self.key)
-        query = sql.SQL("SELECT {} FROM {}").format(columns, sql.Identifier(*self.table.name)) + join
-        result = self._connection.execute(postgres.with_parameters(query), arrays).pgresult
+        asked, same, arrays = self._asked(keys)
+        return {*self._keys_of(sql.SQL(" JOIN {} ON {}").format(asked, same), arrays)}
+
+    def _keys_of(self, which: sql.Composed, parameters: Sequence[Any]) -> list[RowKey]:
+        query = sql.SQL("SELECT {} FROM {}").format(
+            sql.SQL(", ").join(sql.Identifier(self.table.name[1], column) for column in self.key),
+            sql.Identifier(*self.table.name),
+        )
+        result = self._connection.execute(postgres.with_parameters(query + which), parameters).pgresult
         assert result is not None
-        return {
+        return [
             tuple((result.get_value(number, place) or b"").decode() for place in range(len(self.key)))
             for number in range(result.ntuples)
-        }
+        ]
 
-    def _asked(self, keys: Sequence[RowKey]) -> tuple[sql.Composable, list[list[str]]]:
-        """What joins a query with keys, and its parameters."""
+    def _asked(self, keys: Sequence[RowKey]) -> tuple[sql.Composable, sql.Composable, list[list[str]]]:
+        """Keys in their places, what joins a row with them, and the parameters of that."""
         asked = [sql.Identifier(f"asked_{number}") for number in range(len(self.key))]
-        join = sql.SQL(" JOIN unnest({arrays}) AS asked ({names}) ON {conditions}").format(
-            arrays=sql.SQL(", ").join(sql.SQL("%s::text[]") for _ in asked),
-            names=sql.SQL(", ").join(asked),
-            conditions=sql.SQL(" AND ").join(
-                sql.SQL("{} = {}::{}").format(
-                    sql.Identifier(self.table.name[1], column), name, catalog.cast(self.columns[column])
-                )
-                for column, name in zip(self.key, asked, strict=True)
-            ),
+        given = sql.SQL("unnest({arrays}) WITH ORDINALITY AS asked ({names}, asked_place)").format(
+            arrays=sql.SQL(", ").join(sql.SQL("%s::text[]") for _ in asked), names=sql.SQL(", ").join(asked)
         )
-        return join, [list(values) for values in zip(*keys, strict=True)]
+        same = sql.SQL(" AND ").join(
+            sql.SQL("{} = {}::{}").format(
+                sql.Identifier(self.table.name[1], column), name, catalog.cast(self.columns[column])
+            )
+            for column, name in zip(self.key, asked, strict=True)
+        )
+        return given, same, [list(values) for values in zip(*keys, strict=True)]
 
     def sample(self, count: int) -> list[RowKey]:
         """The keys of about so many rows, from all over the table."""
         name = sql.Identifier(*self.table.name)
-        query = self._select + sql.SQL(" TABLESAMPLE SYSTEM (%s) ORDER BY random() LIMIT %s")
-        return [*self._read(query, [share(self._connection, name, count), count]).rows]
+        which = sql.Composed([sql.SQL(" TABLESAMPLE SYSTEM (%s) ORDER BY random() LIMIT %s")])
+        return self._keys_of(which, [share(self._connection, name, count), count])
 
     def _between(self, key: RowKey | None, until: RowKey | None) -> tuple[sql.Composable, list[Any]]:
         bounds = [(">", bound) for bound in (key,) if bound is not None]
@@ -170,27 +198,26 @@ class Rows:
         where = sql.SQL(" WHERE ") + sql.SQL(" AND ").join(conditions) if conditions else sql.SQL("")
         return where, [value for _, bound in bounds for value in bound]
 
-    def _read(self, query: sql.Composed, parameters: Sequence[Any]) -> Read:
-        with self._connection.transaction():
-            (at,) = postgres.fetch_one(self._connection, "SELECT now()")
-            rows, _ = self._rows(self._connection.execute(postgres.with_parameters(query), parameters))
-        return Read(rows, at)
-
-    def _rows(self, cursor: psycopg.Cursor[TupleRow]) -> tuple[dict[RowKey, Row], int]:
-        """Rows that have come, and how many bytes they have."""
-        result, size = cursor.pgresult, 0
+    def _rows(self, query: sql.Composed, parameters: Sequence[Any]) -> dict[RowKey, Row]:
+        result = self._connection.execute(postgres.with_parameters(query), parameters).pgresult
         assert result is not None
         rows: dict[RowKey, Row] = {}
         for number in range(result.ntuples):
             values = [result.get_value(number, place) for place in range(len(self.columns))]
-            size += sum(map(len, filter(None, values)))
             key = tuple((value or b"").decode() for value in values[: len(self.key)])
             rows[key] = {
                 name: catalog.value(value, column)
                 for (name, column), value in zip(self.columns.items(), values, strict=True)
             }
-        return rows, size
+        return rows
 
+
+# Of texts the server knows the length without a look at them. The last row may be as long as it likes.
+_FITTING: Final = sql.SQL("""
+SELECT count(*) FROM (SELECT sum(length) OVER (ROWS UNBOUNDED PRECEDING) - length AS before
+                      FROM ({lengths}) AS measured (length)) AS told
+WHERE before < {long}
+""")
 
 SPARE: Final = 4
 """So many times as many rows are looked at as are wanted: those of a block are neighbours."""

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
+from collections.abc import Sequence
+from contextlib import closing, suppress
 from pathlib import Path
 
 import pytest
 from support import Crm, WorkerProcess
 
-from cdc_worker import profile
+from cdc_worker import config, profile
+from cdc_worker.rows import LONG, RowKey, Rows, connect
 
 BOUND = 40 << 20
 """So much more than with nothing to do it may take."""
@@ -51,15 +53,8 @@ def test_many_rows_take_little_memory(bare_crm: Crm, leads: int) -> None:
 def test_long_texts_take_little_memory(bare_crm: Crm, tmp_path: Path) -> None:
     """Forty kilobytes a row, which don't compress, are in the activity as well."""
     crm = bare_crm
-    shipped = (Path(profile.__file__).parent / "profiles" / "leadfi.toml").read_text()
-    crm.settings["profile"] = str(tmp_path / "crm.toml")
-    told = "description = 'Lead \"{row.full_name}\" created'\nmetadata = {"
-    assert told in shipped
-    (tmp_path / "crm.toml").write_text(
-        shipped.replace(told, f'{told} background = "{{row.background}}", notes = "{{row.notes}}",')
-    )
-    crm.execute("ALTER TABLE lead ADD COLUMN notes text")
     add_leads(crm, 1_000)
+    tell_texts(crm, tmp_path)
     crm.execute(
         "UPDATE lead SET background = told, notes = reverse(told) FROM"
         " (SELECT n, string_agg(md5(n || '.' || k), '') AS told"
@@ -72,3 +67,42 @@ def test_long_texts_take_little_memory(bare_crm: Crm, tmp_path: Path) -> None:
         assert peak(crm) - idle < BOUND
         worker.terminate()
     assert crm.value("SELECT sum(length(metadata -> 'values' ->> 'notes')) FROM activity") == 1_000 * 20_480
+
+
+def test_long_texts_behind_short_ones_take_little_memory(bare_crm: Crm, tmp_path: Path) -> None:
+    """Two hundred kilobytes a row, which the server keeps in a few, whether rows are read in order or by their keys."""
+    crm = bare_crm
+    crm.add_leads(1_000)
+    tell_texts(crm, tmp_path)
+    crm.setup()
+    with crm.worker() as worker:
+        worker.wait_for("replication_started")
+        idle = peak(crm, "--to-key", "0")
+        crm.execute("UPDATE lead SET notes = repeat(md5(lead_id::text), 6000) WHERE lead_id > 630")
+        assert peak(crm) - idle < BOUND
+        worker.terminate()
+    assert crm.value("SELECT sum(length(metadata -> 'values' ->> 'notes')) FROM activity") == 370 * 192_000
+    settings = config.load(None, {"dsn": crm.dsn, "slot": crm.slot, **crm.settings})
+    with closing(connect(settings)) as connection:
+        rows = Rows(connection, settings.backfill_rules(profile.load(settings.profile))["public", "lead"])
+        keys: Sequence[RowKey] = [(str(number),) for number in range(1_002, 0, -1)]
+        lengths: dict[RowKey, int] = {}
+        while keys:
+            read, keys = rows.first(keys, 1_001)
+            found = {key: len(str(row["notes"] or "")) for key, row in read.rows.items()}
+            assert sum(found.values()) < LONG + 192_000
+            lengths |= found
+    assert sum(lengths.values()) == 370 * 192_000
+    assert len(lengths) == 1_000
+
+
+def tell_texts(crm: Crm, tmp_path: Path) -> None:
+    """Let what is told of a lead have its long texts."""
+    shipped = (Path(profile.__file__).parent / "profiles" / "leadfi.toml").read_text()
+    crm.settings["profile"] = str(tmp_path / "crm.toml")
+    told = "description = 'Lead \"{row.full_name}\" created'\nmetadata = {"
+    assert told in shipped
+    (tmp_path / "crm.toml").write_text(
+        shipped.replace(told, f'{told} background = "{{row.background}}", notes = "{{row.notes}}",')
+    )
+    crm.execute("ALTER TABLE lead ADD COLUMN notes text")
