@@ -199,6 +199,11 @@ class Journal:
             found[subject] = [place for place in moves.get(key, ()) if place.lsn <= until]
         return found
 
+    @property
+    def remembers(self) -> bool:
+        """Whether that is so, as far as is known: it isn't where there are too many."""
+        return self._moves is not None
+
     def _remember_moves(self, until: LSN) -> None:
         if self._moves is None or until <= self._moved_until:
             return

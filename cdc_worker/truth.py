@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import groupby
@@ -470,7 +470,7 @@ class _Stories:
             steps += self._changes(story, ours, 0)
             steps += self._changes(story, gone, 1)
             steps += self._reads(story, ours)
-            steps += self._silences(story, subject, silence, {event.place.lsn for event in ours if event.place.current})
+            steps += self._silences(story, subject, silence, ours)
         for _, _, tell in sorted(steps, key=lambda step: step[:2]):
             tell()
         return self._stories
@@ -556,8 +556,10 @@ class _Stories:
                 yield event.place, 2, partial(_note, of, story)
                 yield Place(1, at, AFTER_ALL), 0, partial(_take, of, found)
 
-    def _silences(self, story: Story, subject: str, silence: Silence, commits: Set[LSN]) -> Iterator[_Step]:
+    def _silences(self, story: Story, subject: str, silence: Silence, ours: Sequence[Event]) -> Iterator[_Step]:
         """What is known to be missing: from there on nothing is certain."""
+        commits = {event.place.lsn for event in ours if event.place.current}
+        known = commits | {at for event in ours if self._log.is_read(event) and (at := as_of(event)) is not None}
         events = sorted(silence.events.get(subject, ()), key=lambda event: event.place.lsn)
         for lsn, group in groupby(events, key=lambda event: event.place.lsn):
             # Where in its commit it was isn't known.
@@ -567,7 +569,8 @@ class _Stories:
             for ordinal in (-1, AFTER_ALL):
                 yield Place(1, lsn, ordinal), 3, partial(_skip, story, there if certain else None)
         for begin, end in silence.stretches:
-            yield Place(1, end, -1), 0, partial(_pass_over, story, begin)
+            if begin or any(lsn < end for lsn in known):  # else nothing is, and what was made up for is of later
+                yield Place(1, end, -1), 0, partial(_pass_over, story, begin)
         if subject in silence.blank:
             yield Place(1, silence.blank[subject], -1), 0, partial(_pardon, story)
 

@@ -344,11 +344,8 @@ class _Work:
                 yield [*read.rows], read
                 key = next(reversed(read.rows))
         else:
-            keys: Sequence[RowKey] = self._rows.sample(sample)
-            while keys:
-                read, left = self._rows.first(keys, size)
-                yield keys[: len(keys) - len(left)], read
-                keys = left
+            for keys in _batched(self._rows.sample(sample), size):
+                yield keys, None
         for linked in self._journal.keys(size) if sample is None else _batched(self._journal.sample(sample), size):
             there = self._rows.there(linked)
             yield [key for key in linked if key not in there], None
@@ -360,7 +357,7 @@ class _Work:
             seen = self._tell(keys, self._rows.of(keys) if read is None else read)
             self._suspects |= {subject: key for key in keys if self._breaks(seen, subject := self._rows.subject(key))}
 
-    def _tell(self, keys: Sequence[RowKey], read: Read) -> _Seen:
+    def _tell(self, keys: Sequence[RowKey], read: Read, *, again: bool = False) -> _Seen:
         """Tell the histories of rows that were read by now."""
         fence = self._edges.fence
         until = fence.here()
@@ -374,7 +371,10 @@ class _Work:
             befores = dict.fromkeys(event.before for found in events.values() for event in found if event.before)
             more = [key for key in befores if self._rows.subject(key) not in known]
         rows = {self._rows.subject(key): self._masked(row) for key, row in read.rows.items()}
-        seen = _Seen(rows, known, read.at, until, self._journal.emptied(until), events, {}, {})
+        left: Mapping[str, Sequence[Place]] = {}
+        if again or (self._wishes.sample is None and self._journal.remembers):  # else it takes too long
+            left = self._journal.left([*known.values()], until=until)
+        seen = _Seen(rows, known, read.at, until, self._journal.emptied(until), events, {}, left)
         return seen._replace(stories=self._stories(seen, self._begun))
 
     def _masked(self, row: Row) -> Row:
@@ -400,7 +400,7 @@ class _Work:
                 yield from self._undecided(suspects, f"transactions go on: {_holders(self._edges.control)}")
                 return
             keys = [*suspects.values()]
-            seen = self._moved_away(self._tell(keys, self._rows.of(keys)), suspects)
+            seen = self._tell(keys, self._rows.of(keys), again=True)
             broken = {subject: gaps for subject in suspects if (gaps := self._breaks(seen, subject))}
             again = {
                 subject: suspects[subject]
@@ -412,19 +412,6 @@ class _Work:
                 yield from self._undecided(again, "it is changed all the time")
                 return
             suspects = again
-
-    def _moved_away(self, seen: _Seen, suspects: Mapping[str, RowKey]) -> _Seen:
-        """With where suspects got other keys: as nothing links to the old one, that is looked for in the whole log."""
-        keys = [
-            key
-            for subject, key in suspects.items()
-            if any(gap.what == "deletion" for gap in self._breaks(seen, subject))
-        ]
-        left = self._journal.left(keys, until=seen.until)
-        if not any(left.values()):
-            return seen
-        seen = seen._replace(left=left)
-        return seen._replace(stories=self._stories(seen, self._begun))
 
     def _is_changing(self, seen: _Seen, subject: str, here: LSN) -> bool:
         """Whether something was recorded of a row after a position: it may have been read before or after that."""
@@ -706,7 +693,7 @@ class _Repairs:
         date = None if gap.after is None else self._dated(gap.after)
         if there or gap.after is None or date is None:
             return Moment(seen.at.isoformat(), seen.until, date or seen.at, before)
-        return Moment(date.isoformat(), gap.after.place.lsn, date, before)
+        return Moment(date.isoformat(), gap.after.place.lsn or seen.until, date, before)
 
     def _dated(self, event: Event) -> datetime | None:
         return dated(event.at, self._zone) if event.at else None

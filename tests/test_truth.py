@@ -468,3 +468,5 @@ def test_of_a_row_that_was_there_before_only_what_is_told_counts() -> None:
     assert story(book) == [("change", "7", ["status"])]
     before_that = Silence(stretches=[(LSN(0), LSN(0x1080))])
     assert [gap.what for gap in book.breaks(before_that)] == ["change"]
+    book.repair()
+    assert book.breaks(before_that) == []

@@ -35,7 +35,7 @@ class Application(threading.Thread):
                 for number in itertools.count():
                     if self.stop.is_set():
                         return
-                    with suppress(psycopg.errors.UniqueViolation):
+                    with suppress(psycopg.errors.UniqueViolation, psycopg.errors.DeadlockDetected):
                         self._act(connection, f"name {number}")
                         self.done += 1
                     self.stop.wait(0.002)
