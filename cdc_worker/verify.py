@@ -344,8 +344,11 @@ class _Work:
                 yield [*read.rows], read
                 key = next(reversed(read.rows))
         else:
-            for keys in _batched(self._rows.sample(sample), size):
-                yield keys, None
+            keys: Sequence[RowKey] = self._rows.sample(sample)
+            while keys:
+                read, left = self._rows.first(keys, size)
+                yield keys[: len(keys) - len(left)], read
+                keys = left
         for linked in self._journal.keys(size) if sample is None else _batched(self._journal.sample(sample), size):
             there = self._rows.there(linked)
             yield [key for key in linked if key not in there], None
