@@ -333,16 +333,18 @@ class Mark:
 
 
 _BEGIN: Final = """
-INSERT INTO cdc_worker.backfill (worker, table_name, part, expected, last_key) VALUES (%s, %s, %s, %s, %s)
+INSERT INTO cdc_worker.backfill (worker, table_name, part, key_columns, expected, last_key)
+VALUES (%s, %s, %s, %s, %s, %s)
 ON CONFLICT (worker, table_name, part) DO UPDATE SET expected = EXCLUDED.expected, last_key = EXCLUDED.last_key,
     rows = 0, activities = 0, dead_letters = 0, started_at = now(), written_at = now(), finished_at = NULL,
-    started_lsn = EXCLUDED.started_lsn,
+    started_lsn = EXCLUDED.started_lsn, nonce = EXCLUDED.nonce, key_columns = EXCLUDED.key_columns,
     system_identifier = EXCLUDED.system_identifier
 WHERE backfill.finished_at IS NOT NULL OR backfill.system_identifier <> EXCLUDED.system_identifier
+    OR backfill.key_columns IS DISTINCT FROM EXCLUDED.key_columns
 """
 
 _MARK: Final = """
-SELECT nonce::text, last_key, rows, started_lsn::text, finished_at IS NOT NULL FROM cdc_worker.backfill
+SELECT nonce::text, last_key, rows, started_lsn::text, finished_at IS NOT NULL, key_columns FROM cdc_worker.backfill
 WHERE worker = %s AND table_name = %s AND part = %s
 """
 
@@ -403,7 +405,7 @@ class _Work:
         edges, done, wishes = self._edges, self._done, self._wishes
         expected = None if wishes.from_key or wishes.to_key else self._rows.count()
         key = list(wishes.from_key) or None
-        edges.control.execute(_BEGIN, (*self._job, expected, key))
+        edges.control.execute(_BEGIN, (*self._job, [*self._rows.key], expected, key))
         mark = self._mark()
         done.resumed = mark is not None and mark.rows > 0
         with shown(edges.log, done.table, unit="rows", total=expected, done=mark.rows if mark else 0) as advance:
@@ -429,9 +431,16 @@ class _Work:
     def _mark(self) -> Mark | None:
         """How far it has come; None if it has come to the end."""
         found = self._edges.control.execute(_MARK, self._job).fetchone()
-        if found is None or found[-1]:
+        if found is None:
             return None
-        nonce, key, count, since, _ = found
+        nonce, key, count, since, ended, columns = found
+        if columns != [*self._rows.key]:
+            raise errors.FencedError(
+                f"another backfill of {self._done.table} is at it, by the key {', '.join(columns or [])}",
+                hint="give both the same profile",
+            )
+        if ended:
+            return None
         return Mark(*self._job, nonce, None if key is None else tuple(key), count, LSN.parse(since))
 
     def _scope(self) -> Scope:

@@ -145,6 +145,7 @@ CREATE TABLE IF NOT EXISTS cdc_worker.backfill (
     part               text NOT NULL DEFAULT '',
     system_identifier  text NOT NULL DEFAULT cdc_worker.cluster(),
     nonce              uuid NOT NULL DEFAULT gen_random_uuid(),
+    key_columns        text[],
     last_key           text[],
     rows               bigint NOT NULL DEFAULT 0,
     expected           bigint,
@@ -161,6 +162,7 @@ COMMENT ON TABLE cdc_worker.backfill IS 'How far each backfill has come, which g
 COMMENT ON COLUMN cdc_worker.backfill.table_name IS 'Schema and table';
 COMMENT ON COLUMN cdc_worker.backfill.part IS 'Which of its rows, as the command was asked; empty for all';
 COMMENT ON COLUMN cdc_worker.backfill.nonce IS 'Made anew with each erasure: who writes must know the last';
+COMMENT ON COLUMN cdc_worker.backfill.key_columns IS 'The columns of that index: by others it begins anew';
 COMMENT ON COLUMN cdc_worker.backfill.last_key IS 'Rows up to this key are dealt with, in the order of its index';
 COMMENT ON COLUMN cdc_worker.backfill.started_lsn IS 'Rows that got other keys since then may have been passed by';
 COMMENT ON COLUMN cdc_worker.backfill.expected IS 'About how many rows there are; NULL if nobody knows';

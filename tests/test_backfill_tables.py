@@ -20,6 +20,7 @@ from test_backfill_harmless import READ, SESSIONS
 
 from cdc_worker import backfill as module
 from cdc_worker import errors, postgres
+from cdc_worker.backfill import Backfilled
 
 LOG: LiteralString = """
 CREATE TABLE log (
@@ -289,6 +290,33 @@ def crm(bare_crm: Crm) -> Crm:
     bare_crm.execute(LOG)
     bare_crm.execute("ALTER TABLE log ADD link integer")
     return bare_crm
+
+
+def test_with_another_key_in_the_profile_it_begins_anew(crm: Crm, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And who is still at it by the key before gives up."""
+    add(crm, make(crm, "thing", "code text UNIQUE NOT NULL DEFAULT gen_random_uuid()"), 1, 2, 3, 4)
+    crm.execute("ALTER TABLE log ADD code text")
+    use(crm, section("thing", {"code": "code"}), links=["code"])
+    with running(crm):
+        with interrupted_after(monkeypatch, 1):
+            fill(crm, chunk_size=2)
+        use(crm, section("thing", {"id": "link"}))
+        with interrupted_after(monkeypatch, 1):
+            fill(crm, chunk_size=2)
+        chunk, done = module._Work._chunk, list[Backfilled]()
+
+        def disturbed(work: Any, *arguments: Any) -> int:
+            monkeypatch.undo()
+            use(crm, section("thing", {"code": "code"}), links=["code"])
+            done.append(fill(crm)["thing"])
+            return chunk(work, *arguments)
+
+        monkeypatch.setattr(module._Work, "_chunk", disturbed)
+        with pytest.raises(errors.FencedError, match="is at it, by the key code"):
+            fill(crm)
+    assert [(of.rows, of.resumed) for of in done] == [(4, False)]
+    assert (len(told(crm, "code")), len(told(crm))) == (6, 6)  # by the one key and the other
+    assert crm.execute("SELECT count(DISTINCT code), count(DISTINCT link) FROM log") == [(4, 2)]
 
 
 def test_a_partitioned_table_is_read_as_one(crm: Crm, monkeypatch: pytest.MonkeyPatch) -> None:
