@@ -417,6 +417,7 @@ class _Work:
                     self._moved(going)
                 except errors.FencedError:
                     edges.writing.rollback()
+                    self._journal.forget()
                     mark = self._mark()  # which another process may have moved
                 else:
                     last = mark.next_key and list(mark.next_key)

@@ -26,6 +26,9 @@ Events = Mapping[str, Sequence[Event]]
 MOVES: Final = 100_000
 """So many changes of keys are remembered."""
 
+UNLINKED: Final = 30_000
+"""So many activities are remembered of which the target refused a link."""
+
 _NOTHING: Final = sql.SQL("")
 
 
@@ -83,19 +86,25 @@ class Journal:
         connection.execute("SET jit = off")
         connection.execute("SET max_parallel_workers_per_gather = 0")
         self.links_follow = bool(table.foreign_keys)  # such a key may have ON UPDATE CASCADE
-        self._letters: dict[str, list[Event]] = {}
-        self._last_letter = 0
         self._unlinked = bool(table.foreign_keys) and "metadata" in self._columns
-        self._moves: dict[RowKey, list[Place]] | None = {}
-        self._moved_until = INVALID
-        self._emptied: list[Place] = []
-        self._emptied_until = INVALID
+        self.forget()
         # Of rows that triggers wrote no more is known than their type, and the constants that are texts.
         self._ours = [
             sql.SQL("{} = {}").format(sql.Identifier(column), value)
             for column, value in target.constants.items()
             if isinstance(value, str)
         ]
+
+    def forget(self) -> None:
+        """Look again for what was remembered: something was recorded whose time had passed."""
+        self._letters: dict[str, list[Event]] = {}
+        self._last_letter = 0
+        self._moves: dict[RowKey, list[Place]] | None = {}
+        self._moved_until = INVALID
+        self._emptied: list[Place] = []
+        self._emptied_until = INVALID
+        self._refused: dict[RowKey, list[str]] | None = {}
+        self._refused_until = INVALID
 
     def of(self, keys: Collection[RowKey], *, until: LSN, since: LSN | None = None) -> dict[str, list[Event]]:
         """What was recorded of rows up to a position.
@@ -107,7 +116,17 @@ class Journal:
         found: dict[str, list[Event]] = {name: [] for name in asked}
         if not asked:
             return found
+        self._remember_refused(until)
         for links in self._by_links():
+            if not isinstance(links[0], sql.Identifier) and self._refused is not None:
+                refused = {"refused": [of for key in asked.values() for of in self._refused.get(key, ())]}
+                if refused["refused"]:
+                    query = self._query(links, since) + sql.SQL(" WHERE {} = ANY (%(refused)s){}").format(
+                        self._key, self._wanted(since)
+                    )
+                    for event in self._events(query, self._parameters(since) | refused, until):
+                        found.setdefault(event.subject, []).append(event)
+                continue
             # A key is told as it was asked for: a link may print it in another way.
             asked_for = [sql.Identifier(f"asked_{number}") for number in range(len(links))]
             query = sql.SQL(
@@ -133,6 +152,26 @@ class Journal:
         for event in (*self._skipped([*asked], until), *self._unwritten(asked, until)):
             found.setdefault(event.subject, []).append(event)
         return found
+
+    def _remember_refused(self, until: LSN) -> None:
+        """Remember to which rows activities would link if the target had not refused that: no index knows it."""
+        if not self._unlinked or self._refused is None or until <= self._refused_until:
+            return
+        *_, links = self._by_links()
+        query = sql.SQL("SELECT {}, {} FROM {} WHERE {} IS NOT NULL AND ({}) ? 'unlinked'").format(
+            sql.SQL(", ").join(links), self._key, self._table, links[0], self._metadata
+        )
+        parameters: dict[str, Any] = {"most": UNLINKED}
+        if self._refused_until:
+            query += sql.SQL(" AND {key} > %(from)s AND {key} < %(to)s").format(key=self._key)
+            parameters |= {"from": self._first_key(self._refused_until), "to": self._first_key(LSN(until + 1))}
+        query += sql.SQL(" LIMIT %(most)s")
+        for *key, change_key in self._connection.execute(postgres.with_parameters(query), parameters).fetchall():
+            if change_key is not None:
+                self._refused.setdefault(tuple(key), []).append(change_key)
+        self._refused_until = until
+        if sum(map(len, self._refused.values())) >= UNLINKED:
+            self._refused = None  # too many to be remembered
 
     def keys(self, size: int) -> Iterator[list[RowKey]]:
         """All keys that activities link to, up to so many at once, in an order of their own."""

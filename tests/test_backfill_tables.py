@@ -19,7 +19,7 @@ from test_backfill_cli import begun
 from test_backfill_harmless import READ, SESSIONS
 
 from cdc_worker import backfill as module
-from cdc_worker import errors, postgres
+from cdc_worker import errors, journal, postgres
 from cdc_worker.backfill import Backfilled
 
 LOG: LiteralString = """
@@ -640,6 +640,38 @@ SELECT %s, 'public.lead', '0/100', n * 1000, 'insert', false,
        (SELECT array_agg((n * 1000 + k)::text) FROM generate_series(0, 999) k)
 FROM generate_series(1, 200) n
 """
+
+
+def test_a_target_with_foreign_keys_is_read_once_and_then_what_is_about_its_rows(
+    crm: Crm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where rows come and go meanwhile; and if it has too many activities without a link, all is as true."""
+    table, calls = make(crm, "thing"), 20_000
+    add(crm, table, *range(1, 101))
+    crm.execute("ALTER TABLE log ADD FOREIGN KEY (link) REFERENCES thing ON DELETE SET NULL")
+    crm.execute("CREATE INDEX ON log (link)")
+    crm.execute("INSERT INTO log (kind, link) SELECT 'call', 1 + n %% 100 FROM generate_series(1, %s) n", calls)
+    use(crm, section("thing", {"id": "link"}))
+    with running(crm):
+        crm.execute("SELECT pg_stat_reset()")
+        chunk, chunks = module._Work._chunk, [0]
+
+        def and_another(work: Any, *arguments: Any) -> int:
+            chunks[0] += 1
+            if chunks[0] == 5:
+                crm.execute("DELETE FROM thing WHERE id = 99; INSERT INTO thing VALUES (99, 'Another', now())")
+            return chunk(work, *arguments)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(module._Work, "_chunk", and_another)
+            assert fill(crm, chunk_size=5)["thing"].activities == {"created": 99}
+        assert chunks[0] > 20
+    eventually(lambda: crm.value(SESSIONS) == 0, what="the server has counted")
+    assert crm.value(READ, "log") < 4 * calls
+    monkeypatch.setattr(journal, "UNLINKED", 1)
+    with running(crm):
+        assert fill(crm, chunk_size=50)["thing"].activities == {}
+    assert told(crm).count(("99", False)) == 1
 
 
 @pytest.mark.parametrize("analysed", [False, True])
