@@ -71,7 +71,7 @@ class Telling:
 
     Under the names `changes` each changed column has both. `was_constant` and `is_constant` are values without which
     the rule doesn't apply. `read` are names within `values`, for rows that were there before. Its updates are `about`
-    some columns, or any if that is None.
+    some columns, or any if that is None. Rows of which it is made up have the values `read_constant`.
     """
 
     old: Mapping[Of, str] = field(default_factory=dict)
@@ -80,6 +80,7 @@ class Telling:
     was_constant: Mapping[Of, Value] = field(default_factory=dict)
     is_constant: Mapping[Of, Value] = field(default_factory=dict)
     read: Mapping[Of, str] = field(default_factory=dict)
+    read_constant: Mapping[Of, Value] = field(default_factory=dict)
     identity: Mapping[Of, str] = field(default_factory=dict)
     about: frozenset[str] | None = None
 
@@ -203,6 +204,10 @@ class Log:
         """Whether its row was there afterwards, although it says nothing of how it came to be."""
         return event.rule in self._living or event.kind == "backfill"
 
+    def meant(self, event: Event) -> Known:
+        """What is so of a row by that such an activity is made of it."""
+        return {of: Told(value) for of, value in self.tellings.get(event.rule, _NOTHING).read_constant.items()}
+
     def read(self, event: Event) -> Known:
         """What is told of a row as it was when it was read."""
         telling, metadata = self.tellings.get(event.rule, _NOTHING), event.metadata
@@ -255,6 +260,7 @@ def _telling(table: profiles.Table, rule: profiles.Rule, own: frozenset[str]) ->
         was_constant=dict(_constants(table, rule.from_)),
         is_constant=dict(_constants(table, rule.to)),
         read=_columns(table, backfill),
+        read_constant=dict(_of_reads(table, rule)),
         identity={of: name for of, name in _columns(table, table.identity).items() if name not in own},
         about=None if about is None else frozenset(about),
     )
@@ -282,6 +288,13 @@ def _columns(table: profiles.Table, values: Mapping[str, profiles.Value]) -> dic
         if side in ("row", "new"):
             found.setdefault(_of(table, column), name)
     return found
+
+
+def _of_reads(table: profiles.Table, rule: profiles.Rule) -> Iterator[tuple[Of, Value]]:
+    """Values without which a rule that changes tell of is not made up of a row."""
+    if rule.backfill is not None and rule.backfill.when is not None and rule.on == ["update"]:
+        when = rule.backfill.when
+        yield from _constants(table, {**when.row, **when.new})
 
 
 def _constants(table: profiles.Table, matchers: Mapping[str, Matcher]) -> Iterator[tuple[Of, Value]]:
@@ -435,7 +448,9 @@ class Teller:
                 found.append(Break("creation", subject, story.last, None, {}))
             return found
         if story.untold is not None and log.creation:
-            found.append(Break("creation", subject, None, story.untold, {}))
+            first = story.untold  # by the key that it had then
+            had = self.named(first.before) if first.what == "moved" else first.subject
+            found.append(Break("creation", had, None, first, {}))
         differences = _differences(
             Difference(of, told, row[of])
             for of, told in story.known.items()
@@ -501,12 +516,20 @@ class _Stories:
                 story.exists, story.known, story.untold = True, {}, None
                 origin = self._stories.get(self._teller.named(event.before))
                 if origin is not None:
+                    if origin.exists is False and origin.rows and self._log.creation:
+                        subject = self._teller.named(event.before)
+                        story.breaks.append(Break("creation", subject, origin.last, event, thereafter))
+                    elif origin.exists is False:
+                        origin.untold = event
+                    story.untold = origin.untold
                     story.known = origin.known
                     self._compare(story, origin, event, thereafter)
                     story.live(origin.life)
                     origin.end()
                     origin.last = event
                 self._learn(story, said)
+            case _ if all(map(self._log.is_read, events)):
+                return  # they tell of another time than their place
             case _ if any(map(self._log.lives, events)):
                 if story.exists is False and story.rows:
                     self._missing("creation", story, event, thereafter)
@@ -554,7 +577,7 @@ class _Stories:
             if at is not None and found:
                 of: list[_Life] = []
                 yield event.place, 2, partial(_note, of, story)
-                yield Place(1, at, AFTER_ALL), 0, partial(_take, of, found)
+                yield Place(1, at, AFTER_ALL), 0, partial(_take, of, found, self._log.meant(event))
 
     def _silences(self, story: Story, subject: str, silence: Silence, ours: Sequence[Event]) -> Iterator[_Step]:
         """What is known to be missing: from there on nothing is certain."""
@@ -591,12 +614,13 @@ def _note(of: list[_Life], story: Story) -> None:
     of.append(story.life)
 
 
-def _take(of: Sequence[_Life], found: Known) -> None:
-    # What the stream has told is exact, and what it has not told by now has not changed since it was begun.
+def _take(of: Sequence[_Life], found: Known, meant: Known) -> None:
+    # What the stream has told is exact, and what it has not told by now has not changed since it was begun, but for
+    # what the activity itself means.
     for life in of:
         story = life.story
         if story is not None and story.exists is not False and story.life is life:
-            story.exists, story.known = True, found | story.known
+            story.exists, story.known = True, found | story.known | meant
 
 
 def _skip(story: Story, exists: bool | None) -> None:
