@@ -516,17 +516,17 @@ class _Work:
         found: dict[str, list[Event]] = {}
         for change_key, operation, old, new in self._edges.control.execute(_DEAD_LETTERS, parameters).fetchall():
             parsed = parsed_key(self._edges.worker, self._edges.cluster, change_key)
-            if parsed is None or (parsed.kind == "stream" and not parsed.place.current):
+            # Repairs, or backfills, that failed are no excuse for what they were to make up for.
+            if parsed is None or parsed.kind != "stream" or not parsed.place.current:
                 continue
             before, after = self._rows.table.subject(old), self._rows.table.subject(new)
-            place = parsed.place._replace(current=1)
             meant: list[tuple[str | None, What]] = [(before, "deleted")] if before not in (None, after) else []
-            meant += [(after, "created" if operation in ("insert", "read") else "told")] if after is not None else []
+            meant += [(after, "created" if operation == "insert" else "told")] if after is not None else []
             if operation == "truncate":  # of a part of the table
                 meant = [(subject, what) for subject in subjects for what in UNCLEAR]
             for subject, what in meant:
                 if subject is not None and subject in subjects:
-                    found.setdefault(subject, []).append(Event(subject, EVERYTHING, what, place, skipped=True))
+                    found.setdefault(subject, []).append(Event(subject, EVERYTHING, what, parsed.place, skipped=True))
         return found
 
 

@@ -95,6 +95,25 @@ def test_after_a_lost_slot_a_repair_leads_back_to_a_true_log(crm: Crm) -> None:
         assert missing(crm) == []
 
 
+def test_a_repair_that_the_target_refused_is_no_excuse_for_itself(crm: Crm) -> None:
+    refuse = "ALTER TABLE activity ADD CONSTRAINT no_poison CHECK (metadata ->> 'new_status' <> 'poison') NOT VALID"
+    crm.execute(refuse)
+    with running(crm):
+        insert(crm, 1)
+        crm.execute("UPDATE lead SET status = 'poison'")
+        caught_up(crm)
+        assert [of.explained for of in verified(crm, repair=True)[0]] == ["dead letter"]
+        crm.execute("DELETE FROM cdc_worker.dead_letter")
+        for _ in range(2):
+            (of,), done = verified(crm, "lead", repair=True)
+            assert (of.explained, of.repaired) == (None, "the target refused it: see cdc_worker.dead_letter")
+            assert not done["lead"].true
+        assert "/repair/" in crm.value("SELECT change_key FROM cdc_worker.dead_letter")
+        crm.execute("ALTER TABLE activity DROP CONSTRAINT no_poison")
+        assert missing(crm, repair=True) == [("1", "change", ["status"])]
+        assert missing(crm) == []
+
+
 def test_it_prints_what_disagrees_and_ends_with_1(crm: Crm) -> None:
     with running(crm):
         insert(crm, *range(1, 31))
