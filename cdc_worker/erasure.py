@@ -19,6 +19,7 @@ from cdc_worker.activities import Person
 from cdc_worker.catalog import TargetTable
 from cdc_worker.changes import Change
 from cdc_worker.config import Settings
+from cdc_worker.history import recorded
 from cdc_worker.postgres import Connection
 from cdc_worker.profile import Profile
 from cdc_worker.rules import Rules, qualified
@@ -89,7 +90,7 @@ def forget(settings: Settings, profile: Profile, persons: Mapping[str, str]) -> 
                 connection.execute(_REGISTER, (worker, *person))
             linked = target.linked(connection, erased)
             application_activities = target.application_activities(connection, erased, change_key)
-            activities = target.blank(connection, erased, change_key)
+            activities = target.blank(connection, erased, change_key, types)
             dead_letters = sum(
                 _blank_dead_letters(connection, rules, worker, person, links[person[0]]) for person in erased.items()
             )
@@ -144,6 +145,13 @@ UPDATE {table} SET {blank} WHERE ({theirs}) AND starts_with({change_key}, {prefi
 """)
 
 
+_MOVED: Final = sql.SQL("""
+CASE WHEN jsonb_typeof({metadata} -> {name}) = 'object' AND {metadata} -> {name} ?| {keys}::text[] THEN
+    jsonb_build_object({name}::text, (
+        SELECT jsonb_object_agg(key, value) FROM jsonb_each({metadata} -> {name}) WHERE key = ANY ({keys}::text[])))
+ELSE '{{}}'::jsonb END""")
+
+
 class _Target:
     """The target's columns, and its rows of persons."""
 
@@ -183,8 +191,14 @@ class _Target:
         ((count,),) = connection.execute(query)
         return int(count)
 
-    def blank(self, connection: Connection, persons: Mapping[str, str], change_key: sql.Composable) -> int:
-        """Blank their rows that this worker wrote; returns how many were not blank before."""
+    def blank(
+        self,
+        connection: Connection,
+        persons: Mapping[str, str],
+        change_key: sql.Composable,
+        types: Mapping[str, str],
+    ) -> int:
+        """Blank their rows that this worker wrote; returns how many were not blank before. `types` are its columns'."""
         blank, told = [], []
         if "description" in self._columns:
             column = sql.Identifier(self._columns["description"])
@@ -192,7 +206,8 @@ class _Target:
             told.append(sql.SQL("{} IS DISTINCT FROM ''").format(column))
         if "metadata" in self._columns:
             column = sql.Identifier(self._columns["metadata"])
-            blank.append(sql.SQL("""{} = '{{"erased": true}}'""").format(column))
+            kind = {"jsonb": "jsonb", "json": "json"}.get(types[self._columns["metadata"]], "text")
+            blank.append(sql.SQL("{} = ({})::text::{}").format(column, self._left(column), sql.SQL(kind)))
             told.append(sql.SQL("{}::jsonb ->> 'erased' IS DISTINCT FROM 'true'").format(column))
         if not blank:
             return 0
@@ -205,6 +220,19 @@ class _Target:
             told=sql.SQL(" OR ").join(told),
         )
         return connection.execute(query).rowcount
+
+    def _left(self, column: sql.Identifier) -> sql.Composed:
+        """What is left of metadata: which key a row had before, without which nobody knows what became of it."""
+        keys: dict[str, set[str]] = {}
+        for table, spec in self._profile.tables.items():
+            for names in recorded(self._profile, table).changes.values():
+                for name in names:
+                    keys.setdefault(name, set()).update(spec.key)
+        metadata = sql.SQL("{}::jsonb").format(column)
+        moved = (
+            _MOVED.format(metadata=metadata, name=name, keys=sorted(of)) for name, of in sorted(keys.items()) if of
+        )
+        return sql.SQL(" || ").join([sql.SQL("""jsonb '{{"erased": true}}'""").format(), *moved])
 
     def _theirs(self, persons: Mapping[str, str]) -> sql.Composed:
         """That a row is of one of them: by its link, or where that is NULL by what its metadata tells instead."""

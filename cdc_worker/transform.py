@@ -5,7 +5,7 @@ from __future__ import annotations
 import pickle
 import zlib
 from collections import OrderedDict, defaultdict, deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from typing import Any, Final
 
@@ -103,12 +103,23 @@ def blank(change: Change, links: Mapping[str, str]) -> Change:
     return msgspec.structs.replace(change, old=kept(change.old), new=kept(change.new))
 
 
-def _blank(outcome: Told, links: Mapping[str, str]) -> Told:
+def _blank(outcome: Told, links: Mapping[str, str], key: Sequence[str]) -> Told:
+    """An outcome that tells of nobody any more: no more than of which key, and by which other one it is followed."""
     change = blank(outcome.change, links)
     if isinstance(outcome, DeadLetter):
         return msgspec.structs.replace(outcome, reason=ERASED, change=change)
-    fields = {**outcome.fields, "description": "", "metadata": {"erased": True}}
+    fields = {**outcome.fields, "description": "", "metadata": {"erased": True, **_moved(outcome.fields, key)}}
     return msgspec.structs.replace(outcome, fields=fields, change=change)
+
+
+def _moved(fields: Mapping[str, Any], key: Sequence[str]) -> dict[str, Any]:
+    """What metadata tells of a changed key, without which nobody knows what became of the row."""
+    found = {}
+    for name, told in fields["metadata"].items():
+        kept = {column: told[column] for column in key if column in told} if isinstance(told, dict) else {}
+        if kept and all(isinstance(of, dict) and of.keys() == {"old", "new"} for of in kept.values()):
+            found[name] = kept
+    return found
 
 
 class _Summary(msgspec.Struct, eq=False):
@@ -507,12 +518,13 @@ class Transformer:
         if isinstance(outcome, Skipped):
             return outcome
         change = outcome.change
-        links = self._rules[change.schema, change.table].links
+        table = self._rules[change.schema, change.table]
+        links = table.links
         persons = [*_persons(change.old, links), *_persons(change.new, links)]
         if isinstance(outcome, Activity):
             persons += _persons(outcome.fields, self._erased_fields)
         erased = any(person in self._erased and self._is_erased(person, outcome.index) for person in persons)
-        return _blank(outcome, links) if erased else outcome
+        return _blank(outcome, links, table.key) if erased else outcome
 
     def _is_erased(self, person: Person, index: int) -> bool:
         """Whether nothing may be told of who has this key at a change of the current commit."""

@@ -718,3 +718,15 @@ def test_what_is_not_set_up_is_told(bare_crm: Crm) -> None:
     done = bare_crm.command("forget", "--yes", "--lead", "7")
     assert (done.returncode, done.stdout) == (1, "")
     assert "run: cdc-worker setup" in done.stderr
+
+
+def test_by_which_key_a_row_is_followed_is_kept(crm: Crm) -> None:
+    """Without it nobody knew what became of the row: verify would miss its deletion."""
+    add_lead(crm)
+    crm.execute("UPDATE lead SET lead_id = 8, email = 'ada@example.com' WHERE lead_id = 7")
+    crm.record()
+    forget(crm, "--lead", "8")
+    assert crm.activities()[-1]["metadata"] == {"erased": True, "changes": {"lead_id": {"old": 7, "new": 8}}}
+    crm.execute("UPDATE lead SET lead_id = 9 WHERE lead_id = 8")
+    crm.record()
+    assert crm.activities()[-1]["metadata"] == {"erased": True, "changes": {"lead_id": {"old": 8, "new": 9}}}
