@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -509,8 +510,21 @@ def test_a_second_signal_while_the_profile_is_read_has_it_read_again(crm: Crm, p
         assert worker.terminate() == 0
 
 
+def waits(pid: int) -> bool:
+    """Whether a process sleeps in the kernel: a signal that comes just before it does interrupts nothing."""
+
+    def state() -> list[str]:
+        status = Path(f"/proc/{pid}/status").read_text().splitlines()
+        return [line for line in status if line.startswith(("State:", "voluntary", "nonvoluntary"))]
+
+    before = state()
+    time.sleep(0.05)
+    return state() == before and before[0].split()[1] == "S"
+
+
 def test_sigterm_ends_a_worker_that_reads_its_profile(crm: Crm, pipe: Path) -> None:
     with asked_to_reload(crm, pipe) as worker, being_read(pipe, ""):
+        eventually(lambda: waits(worker.process.pid), what="it waits for what the pipe has to say")
         assert worker.terminate() == 0
         assert worker.events()[-1]["event"] == "worker_stopped"
 
