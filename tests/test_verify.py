@@ -122,6 +122,45 @@ def test_each_kind_of_damage_is_found_and_repaired(crm: Crm) -> None:
         assert crm.value("SELECT count(*) FROM activity") == before + written
 
 
+def converted(crm: Crm, lead_id: int) -> None:
+    """A lead has become a customer, since a time that its contact tells."""
+    crm.execute("INSERT INTO customer (customer_uid, name) VALUES (%s, 'Acme')", lead_id)
+    crm.execute("INSERT INTO contact (customer_uid, lead_id) VALUES (%s, %s)", lead_id, lead_id)
+
+
+def test_a_conversion_that_a_backfill_has_told_is_told(crm: Crm) -> None:
+    """Also of a lead that the stream has created, and of one that it knew not to be converted."""
+    with running(crm):
+        insert(crm, 1, 2)
+        converted(crm, 1)
+        converted(crm, 2)
+        crm.execute("UPDATE lead SET is_converted = NULL WHERE lead_id = 2")
+        crm.execute("UPDATE lead SET is_converted = true")
+        caught_up(crm)
+        lose(crm, "lead_converted", 1)
+        lose(crm, "lead_converted", 2)
+        assert missing(crm) == [("2", "change", ["is_converted"])]
+        assert fill(crm, "lead")["lead"].activities == {"lead_converted": 2}
+        assert missing(crm, repair=True) == []
+        assert fill(crm, "lead")["lead"].activities == {}
+        assert crm.value("SELECT count(*) FROM activity WHERE activity_type = 'lead_converted'") == 2
+
+
+def test_a_creation_that_is_missing_is_found_by_another_key_as_well(crm: Crm) -> None:
+    with running(crm):
+        insert(crm, 1, 3)
+        crm.execute("UPDATE lead SET lead_id = lead_id + 1")
+        caught_up(crm)
+        lose(crm, "lead_created", 1)
+        lose(crm, "lead_created", 3)
+        assert missing(crm) == [("2", "creation", []), ("4", "creation", [])]
+        assert fill(crm, "lead", to_key=("3",))["lead"].activities == {"lead_created": 1}
+        assert missing(crm, repair=True) == [("4", "creation", [])]
+        assert missing(crm) == []
+        assert fill(crm, "lead")["lead"].activities == {}
+        assert crm.value("SELECT count(*) FROM activity WHERE activity_type = 'lead_created'") == 2
+
+
 def test_what_is_made_up_for_is_marked_and_dated_honestly(crm: Crm) -> None:
     with running(crm):
         insert(crm, 1, 2, 3)
