@@ -61,6 +61,11 @@ class Journal:
             column: catalog.cast(own if own.base == link.base or {own.category, link.category} == {"N"} else link)
             for column, own, link in ((of, rows.columns[of], of_target[recorded.links[of]]) for of in rows.key)
         }
+        # A link of the application's own may be none that the row's type can have.
+        self._some_alien = any(
+            of_target[link].declared != rows.columns[of].declared
+            for of, link in zip(rows.key, self._links, strict=True)
+        )
         self._columns = {field: column for column, field in target.columns.items()}
         self._table = sql.Identifier(*qualified(target.table))
         key = catalog.row_key(target, table)
@@ -174,7 +179,11 @@ class Journal:
             self._refused = None  # too many to be remembered
 
     def keys(self, size: int) -> Iterator[list[RowKey]]:
-        """All keys that activities link to, up to so many at once, in an order of their own."""
+        """All keys that activities link to, up to so many at once, in an order of their own.
+
+        Where columns that link are of other types than the key's, those are left out that only activities of others
+        link to.
+        """
         links = [sql.Identifier(column) for column in self._links]
         row = sql.SQL("({})").format(sql.SQL(", ").join(links))
         given = sql.SQL(", ").join(sql.SQL("%s::{}").format(self._link_types[link]) for link in self._links)
@@ -202,6 +211,8 @@ class Journal:
     def _linked(self, sample: sql.Composable, *further: sql.Composable) -> sql.Composed:
         links = [sql.Identifier(column) for column in self._links]
         conditions = [*(link + sql.SQL(" IS NOT NULL") for link in links), *further]
+        if self._some_alien:
+            conditions.append(sql.SQL("starts_with({}, {})").format(self._key, f"{self._worker}/"))
         return sql.SQL("SELECT DISTINCT {} FROM {} {} WHERE {}").format(
             sql.SQL(", ").join(links), self._table, sample, sql.SQL(" AND ").join(conditions)
         )

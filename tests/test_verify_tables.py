@@ -88,6 +88,23 @@ def test_values_that_are_masked_cut_or_of_odd_types(bare_crm: Crm) -> None:
         assert missing(crm) == []
 
 
+@pytest.mark.parametrize("sample", [None, 100])
+def test_links_of_the_applications_own_may_be_no_keys(bare_crm: Crm, sample: int | None) -> None:
+    crm = bare_crm
+    crm.execute(LOG)
+    crm.execute("ALTER TABLE log ADD link text")
+    crm.execute("CREATE TABLE odd (id int PRIMARY KEY, name text, made_at timestamptz)")
+    use(crm, section("odd", {"id": "link"}, rules=RULES))
+    with running(crm):
+        crm.execute("INSERT INTO odd (id, name) VALUES (1, 'x'), (2, 'x')")
+        crm.execute("DELETE FROM odd WHERE id = 2")
+        crm.execute("INSERT INTO log (kind, what, link) SELECT 'manual', '', unnest(ARRAY['n/a', '99999999999', '1'])")
+        caught_up(crm)
+        assert missing(crm, sample=sample) == []
+        crm.execute("DELETE FROM log WHERE kind = 'gone'")
+        assert missing(crm, sample=sample) == [("2", "deletion", [])]
+
+
 def test_a_log_without_metadata_is_verified_as_far_as_it_goes(bare_crm: Crm) -> None:
     """Sales Cookbook's, whose rules all have conditions: nothing it has could disagree, nor does."""
     crm = bare_crm
