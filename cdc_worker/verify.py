@@ -64,6 +64,12 @@ from cdc_worker.truth import Break, Log, Silence, Story, Teller, as_of
 CHUNK: Final = 1_000
 """So many rows are read at once, if nothing else is asked for."""
 
+EVENTS: Final = 10_000
+"""About so many activities are read at once, however many each row has."""
+
+FIRST: Final = 50
+"""So many rows are begun with, of which nobody knows how many activities they have."""
+
 SUSPECTS: Final = 250
 """When so many rows disagree they are read again."""
 
@@ -320,6 +326,7 @@ class _Work:
         self._begun = Silence(stretches=[stretch for stretch in stretches if not stretch[0]])
         self._given_back = Silence(stretches=[stretch for stretch in stretches if stretch[0]])
         self._suspects: dict[str, RowKey] = {}
+        self._at_once = FIRST
         self._repairs = _Repairs(edges, self._log, self._recorded, self._rows, name) if wishes.repair else None
 
     def run(self) -> Iterator[Disagreement | Verified]:
@@ -332,7 +339,8 @@ class _Work:
                 advance(len(keys))
                 while len(self._suspects) >= SUSPECTS:
                     yield from self._settled()
-            yield from self._settled()
+            while self._suspects:
+                yield from self._settled()
         yield done
 
     def _chunks(self) -> Iterator[tuple[Sequence[RowKey], Read | None]]:
@@ -356,9 +364,13 @@ class _Work:
     def _look(self, keys: Sequence[RowKey], read: Read | None) -> None:
         """Note whose history doesn't fit."""
         self._done.subjects += len(keys)
-        if keys:
-            seen = self._tell(keys, self._rows.of(keys) if read is None else read)
-            self._suspects |= {subject: key for key in keys if self._breaks(seen, subject := self._rows.subject(key))}
+        while keys:
+            part, keys = keys[: self._at_once], keys[self._at_once :]
+            rows = {key: row for key in part if read is not None and (row := read.rows.get(key)) is not None}
+            seen = self._tell(part, self._rows.of(part) if read is None else read._replace(rows=rows))
+            self._suspects |= {subject: key for key in part if self._breaks(seen, subject := self._rows.subject(key))}
+            count = max(1, sum(map(len, seen.events.values())))
+            self._at_once = max(1, min(self._wishes.chunk_size, 4 * self._at_once, EVENTS * len(part) // count))
 
     def _tell(self, keys: Sequence[RowKey], read: Read, *, again: bool = False) -> _Seen:
         """Tell the histories of rows that were read by now."""
@@ -395,7 +407,7 @@ class _Work:
     def _settled(self) -> Iterator[Disagreement]:
         """Look again at those whose history doesn't fit, until it is certain that it doesn't."""
         fence, deadline = self._edges.fence, time.monotonic() + self._wishes.patience
-        suspects = dict(islice(self._suspects.items(), SUSPECTS))
+        suspects = dict(islice(self._suspects.items(), min(SUSPECTS, self._at_once)))
         self._suspects = {subject: key for subject, key in self._suspects.items() if subject not in suspects}
         while suspects:
             here = fence.here()

@@ -417,3 +417,23 @@ def test_more_new_keys_than_can_be_remembered_are_looked_for_each_time(
         for most in (3, 100):
             monkeypatch.setattr(journal, "MOVES", most)
             assert missing(crm, chunk_size=2) == [("103", "creation", []), ("3", "deletion", [])]
+
+
+def test_rows_with_many_activities_are_read_by_few_at_a_time(crm: Crm, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    original = journal.Journal.of
+
+    def of(self: journal.Journal, keys: Any, **positions: Any) -> Any:
+        asked.append(len(keys))
+        return original(self, keys, **positions)
+
+    monkeypatch.setattr(journal.Journal, "of", of)
+    monkeypatch.setattr(module, "EVENTS", 60)
+    with running(crm):
+        insert(crm, *range(1, 121))
+        for status in "23456":
+            crm.execute("UPDATE lead SET status = %s", status)
+        caught_up(crm)
+        lose(crm, "status_changed", 100)
+        assert missing(crm, "lead") == [("100", "change", ["status"])]
+    assert (asked[0], max(asked[1:])) == (module.FIRST, 10)
