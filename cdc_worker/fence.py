@@ -99,7 +99,7 @@ class Fence:
         self._sampled.append(self._sample())
         oldest = self._oldest()
         while self._sampled and self._sampled[0].newest < oldest:
-            self._horizon = self._sampled.popleft().lsn
+            self._horizon = max(self._horizon, self._sampled.popleft().lsn)
         if len(self._sampled) > SAMPLES:
             del self._sampled[1]  # some transaction takes very long: those in between may be fewer
         return self._horizon

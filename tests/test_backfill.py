@@ -415,6 +415,25 @@ def test_it_waits_for_a_worker_that_lags(crm: Crm, monkeypatch: pytest.MonkeyPat
     assert told(crm) == [("lead_created", lead_id, None) for lead_id in range(1, 11)]
 
 
+def test_what_has_been_seen_once_is_seen_from_then_on(crm: Crm) -> None:
+    """Whatever goes on by then: a row that is read again for what happened before would be read for ever."""
+    settings = config.load(None, {"dsn": crm.dsn, "slot": crm.slot})
+    with postgres.connect(crm.dsn, "fence") as connection, psycopg.connect(crm.dsn) as other:
+        fence = Fence(connection, settings, log.get())
+        other.execute("SELECT pg_current_xact_id()")
+        fence.horizon()
+        other.commit()
+        add_leads(crm, 1)
+        there = fence.here()
+        assert fence.settle()
+        other.execute("SELECT pg_current_xact_id()")
+        add_leads(crm, 2)
+        settled = fence.horizon()
+        assert settled >= there
+        other.commit()
+        assert fence.horizon() > settled
+
+
 def test_what_others_do_not_see_yet_is_waited_for(
     own_server: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
