@@ -2,12 +2,12 @@
 
 A row is created once in the log, whoever tells of it. To know whether the stream has told, or will tell, of a row:
 
-    L    up to where all that is committed is to be seen by the read: a position that all transactions have passed that
-         were in progress there, which is a moment ago
-    rows a short read, by the index of their key
-    F    where the WAL is after it: whatever the read has seen was committed by then
-    wait until the checkpoint has passed F
-    events                           what the target has recorded of these rows up to F
+    L       up to where all that is committed is seen by who reads now: a position a moment ago, at which all
+            transactions that were in progress are over
+    rows    a short read, by the index of their key
+    F       where the WAL is after it: whatever the read has seen was committed by then
+    wait    until the checkpoint has passed F
+    events  what the target has recorded of these rows up to F
 
 Now all is recorded that ever will be of what we have seen, and a row whose creation isn't among it since the key was
 last deleted was there before. The verdict depends on the row and on what was recorded up to F alone, so it is the same
@@ -16,6 +16,10 @@ own key (or from which change of key on, back to where it was first). Two backfi
 
 What was recorded between L and F the read may have seen, or not: such a row is read again, after all transactions are
 over that are in progress by then, unless there is nothing to tell of it anyway.
+
+A row may get a key behind us that had one ahead of us before: in the end, rows of which a change of key was recorded
+since we began are read once more. And a creation may be recorded after all, where it was a dead letter: who records it
+lets what was made up give way, in the same transaction (`replacement`).
 
 Activities, and how far we have come, are one transaction, as the stream's are. It touches nothing if another process
 has got further meanwhile, or if a person was erased: both begin anew from what is now so.
@@ -396,8 +400,7 @@ class _Work:
         )
         self._zone = ZoneInfo(edges.time_zone)
         self._since, self._until = (at and dated(at, self._zone) for at in (wishes.since, wishes.until))
-        dates = (column for column, of in target.columns.items() if of == "occurred_at")
-        self._zoned = edges.target.columns.get(next(dates, "")) == "timestamp with time zone"
+        self._zoned = catalog.zoned(target, edges.target)
         self._done = Backfilled(table=self._recorded.table, part=wishes.part)
 
     def run(self) -> Backfilled:

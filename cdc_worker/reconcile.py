@@ -80,12 +80,10 @@ def mend(log: Log, recorded: Recorded, gap: Break, *, key: Row, columns: Sequenc
         if of.mapped and Of(of.column) in {other.of for other in gap.differences}:
             continue  # which is mapped to it
         for side, told in ((old, difference.known), (new, difference.found)):
-            if of.mapped:
-                real = log.unmapped(of, told.value, base[of.column])
-                if real is None:
-                    return None
-                told = real  # noqa: PLW2901  # the column's own
-            side[of.column] = told.value
+            real = log.unmapped(of, told.value, base[of.column]) if of.mapped else told
+            if real is None:
+                return None
+            side[of.column] = real.value
     changed = tuple(column for column in columns if old.get(column) != new.get(column))
     told_now = {difference.of for difference in gap.differences}
     return Mend(

@@ -631,8 +631,7 @@ class _Repairs:
         changing = reconcile.unmasked(edges.settings.rules(reconcile.of_nobody(edges.profile)), qualified(name))
         self._reading, self._changing = ((rules, edges.look_up(rules)) for rules in (reading, changing))
         self._zone = ZoneInfo(edges.time_zone)
-        dates = (column for column, of in edges.profile.target.columns.items() if of == "occurred_at")
-        self._zoned = edges.target.columns.get(next(dates, "")) == "timestamp with time zone"
+        self._zoned = catalog.zoned(edges.profile.target, edges.target)
         self._connection = edges.writing()
 
     def write(self, seen: _Seen, broken: Mapping[str, list[Break]], done: Verified) -> dict[str, list[str | None]]:
