@@ -14,8 +14,8 @@ In reading order. The core takes values and returns values:
     protocol    the messages inside COPY BOTH
     changes     what happened in the database, and the transactions it adds up to
     wal2json    the decoder
-    activities  what it meant: activities, dead letters, skipped rows, batches, positions, keys
     context     who did it, as applications say it
+    activities  what it meant: activities, dead letters, skipped rows, batches, positions, keys
     profile     what a CRM's tables mean, as read from TOML
     templates   its values, templates and conditions, compiled
     rules       its rules, compiled
@@ -24,6 +24,7 @@ In reading order. The core takes values and returns values:
     reconcile   what is missing, made up for
     written     what its rules write to each column
     transform   transactions to activities
+    recording   the lines in which transactions are kept
 
 The edges each know one thing outside:
 
@@ -41,9 +42,16 @@ The edges each know one thing outside:
     process     the processes of a worker: which is active, what went wrong
     watch       does it harm the server, is it held up
     replication the replication connection
+    recorder    keeps what the stream has brought, in segments
+    segments    reads recordings, whole or damaged
     sink        the writing connection
     lookups     the connection that fetches rows of other tables
     backfill    rows that were there before the worker
+    late        activities that come later than the stream would have brought them
+    replay      recordings, told again
+    rewrite     activities that become what the profile says now
+    dead_letters  changes that could not become activities, seen to
+    recover     what to do where the stream can't go on
     verify      rows against their log
     cutover     from triggers or the application's own code to the worker, and back
     setup       tables, identities, grants, slot, cut-over

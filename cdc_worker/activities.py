@@ -11,7 +11,8 @@ from typing import Any, ClassVar, Final, Literal, NamedTuple
 
 import msgspec
 
-from cdc_worker.changes import Change, Operation, Payload, Transaction
+from cdc_worker.changes import Change, Operation, Payload, Row, Transaction
+from cdc_worker.context import NOTHING, Context
 from cdc_worker.lsn import INVALID, LSN
 
 
@@ -29,6 +30,23 @@ class Position(NamedTuple):
         return f"{self.lsn}{inside}"
 
 
+class Origin(msgspec.Struct, frozen=True, gc=False):
+    """The transaction of a change, and what had been said in it before the change."""
+
+    xid: int = 0
+    commit_lsn: LSN = INVALID
+    end_lsn: LSN = INVALID
+    context: Context = NOTHING
+
+
+NOWHERE: Final = Origin()
+
+Found = Mapping[str, Row | None]
+"""Rows that were found for a change, by the names of its table's lookups; NULL for what isn't there."""
+
+NOTHING_FOUND: Final[Found] = {}
+
+
 class Activity(msgspec.Struct, frozen=True):
     """What one change meant by one rule: `fields` by name, as the profile's target maps them to columns.
 
@@ -39,6 +57,8 @@ class Activity(msgspec.Struct, frozen=True):
     fields: dict[str, Any]
     change: Change
     index: int
+    origin: Origin = NOWHERE
+    found: Found = NOTHING_FOUND
 
 
 class Line(msgspec.Struct, frozen=True, gc=False):
@@ -54,13 +74,18 @@ class Line(msgspec.Struct, frozen=True, gc=False):
     change: Change | Payload
     index: int
     committed_at: datetime
+    origin: Origin = NOWHERE
+    found: Found = NOTHING_FOUND
 
 
-DeadLetterKind = Literal["old_values_unknown", "rule_failed", "refused"]
+DeadLetterKind = Literal["old_values_unknown", "rule_failed", "refused", "unreadable"]
 
 
 class DeadLetter(msgspec.Struct, frozen=True):
-    """A change that could not become an activity, with the reason; `sqlstate` and more if the target refused it."""
+    """A change that could not become an activity, with the reason; `sqlstate` and more if the target refused it.
+
+    With its origin, and what was found for it, it can be tried again. `raw` is a message that couldn't be read.
+    """
 
     change_key: str
     kind: DeadLetterKind
@@ -71,6 +96,9 @@ class DeadLetter(msgspec.Struct, frozen=True):
     sqlstate: str | None = None
     constraint: str | None = None
     fields: dict[str, Any] | None = None
+    origin: Origin = NOWHERE
+    found: Found = NOTHING_FOUND
+    raw: bytes | None = None
 
 
 class Skipped(msgspec.Struct, frozen=True):

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from datetime import datetime
 from decimal import Decimal
-from typing import Final, Literal
+from typing import Final, Literal, NamedTuple
 
 import msgspec
 
@@ -76,9 +76,20 @@ class Change(msgspec.Struct, frozen=True, gc=False):
         return self.old is None or self.new is None or len(self.old) < len(self.new)
 
 
-def update(schema: str, table: str, old: Row, sent: Row, partition: tuple[str, str] | None = None) -> Change:
-    """The change of an update: `old` is what is known of the old row, `sent` what was sent of the new one."""
-    changed = tuple([name for name, value in sent.items() if name not in old or old[name] != value])
+def update(
+    schema: str,
+    table: str,
+    old: Row,
+    sent: Row,
+    partition: tuple[str, str] | None = None,
+    *,
+    also: Collection[str] = (),
+) -> Change:
+    """The change of an update: `old` is what is known of the old row, `sent` what was sent of the new one.
+
+    Columns that have changed `also` are those of which that isn't seen, because they are masked.
+    """
+    changed = tuple([name for name, value in sent.items() if name not in old or old[name] != value or name in also])
     new = sent if old.keys() <= sent.keys() else {**old, **sent}  # an unchanged TOASTed column isn't sent
     return Change("update", schema, table, old, new, changed, partition)
 
@@ -95,12 +106,37 @@ def _moved(deleted: Change, change: Change, key: tuple[str, ...]) -> Change | No
     return update(change.schema, change.table, old, new, deleted.partition)
 
 
+class Received(NamedTuple):
+    """A message that was consumed, as it was received; if it was a change, the captured table that it is of.
+
+    `partition` is the name under which it came, if that was another.
+    """
+
+    payload: Payload
+    table: tuple[str, str] | None = None
+    partition: tuple[str, str] | None = None
+
+
+Answers = Mapping[tuple[int, str], Row | None]
+"""What was found by the lookups of changes: by the number of the change in its commit, and the lookup's name."""
+
+_NO_ANSWERS: Final[Answers] = {}
+
+Masked = Mapping[tuple[str, str], frozenset[str]]
+"""Columns by table whose values came masked."""
+
+_NOT_MASKED: Final[Masked] = {}
+
+
 class Transaction(msgspec.Struct, frozen=True):
     """The changes of one commit, or a slice of them when there are many.
 
     `index` counts the changes of the same commit that came in earlier slices, of which there is none before `first`.
     `messages` are the logical messages, each with the number of this slice's changes that came before it; `payloads`
     are the changes as they were received, or the changes themselves where they came under other names.
+
+    Who asks for them has all consumed messages in `received`. `answers` are what was found by lookups when the slice
+    was first read, if that is known: they count for this slice. `masked` is what is not to be masked again.
     """
 
     xid: int
@@ -113,6 +149,9 @@ class Transaction(msgspec.Struct, frozen=True):
     index: int
     first: bool
     last: bool
+    received: Sequence[Received] = ()
+    answers: Answers = _NO_ANSWERS
+    masked: Masked = _NOT_MASKED
 
 
 MARKER_PREFIX: Final = "cdc_worker.marker"
@@ -133,6 +172,8 @@ class Assembler:
     Where changes come under the names of partitions, `root_of` tells whose they are. A delete in one partition and, as
     the next change, an insert in another with the same `keys` is an update: a row has moved. What is emptied with its
     partitions is emptied once.
+
+    With `keep` transactions have their messages as they were received.
     """
 
     MAX_CHANGES: Final = 1_000
@@ -144,6 +185,7 @@ class Assembler:
         *,
         root_of: RootOf | None = None,
         keys: Mapping[tuple[str, str], tuple[str, ...]] = _NO_KEYS,
+        keep: bool = False,
     ) -> None:
         self.received = start  # the end of the last commit that is complete
         self._start = start
@@ -153,6 +195,7 @@ class Assembler:
         self._payloads: list[Payload | Change] = []
         self._root_of = root_of
         self._keys = keys
+        self._received: list[Received] | None = [] if keep else None
         self._held: tuple[Change, int] | None = None  # a delete that may turn out to be half an update, and its size
         self._emptied: tuple[str, str] | None = None  # the table of which the last change emptied all or a part
         self._first = True
@@ -175,6 +218,8 @@ class Assembler:
             if begin is not None:
                 raise MessageUnreadableError(f"transaction {message.xid} began inside transaction {begin.xid}")
             self._begin, self._first, self._index, self._emptied = message, True, 0, None
+            if self._received is not None:
+                self._received = [Received(payload)]
             return None
         if begin is None:
             if type(message) is Message:
@@ -189,6 +234,8 @@ class Assembler:
             if dealt_with or (self._first and not self._changes and not self._marked):  # nothing of ours happened in it
                 self._messages = []
                 return None
+            if self._received is not None:
+                self._received.append(Received(payload))
             return self._cut(begin, last=True)
         if dealt_with:
             return None
@@ -197,6 +244,8 @@ class Assembler:
                 self._changes.append(message)
                 self._payloads.append(payload)
                 self._size += len(payload)
+                if self._received is not None:
+                    self._received.append(Received(payload, (message.schema, message.table)))
             else:
                 self._resolve(message, payload, self._root_of(message, begin.commit_lsn))
         elif type(message) is Message and message.transactional:
@@ -204,6 +253,8 @@ class Assembler:
                 self._let_go()
             self._messages.append((len(self._changes), message))
             self._size += len(payload)
+            if self._received is not None:
+                self._received.append(Received(payload))
         full = self._size >= self.MAX_BYTES or len(self._changes) + len(self._messages) >= self.MAX_CHANGES
         return self._cut(begin, last=False) if full else None
 
@@ -224,6 +275,8 @@ class Assembler:
         if root is None:
             return
         size, partition = len(payload), (change.schema, change.table)
+        if self._received is not None:
+            self._received.append(Received(payload, root, None if partition == root else partition))
         kept: Payload | Change = payload
         if root != partition:
             kept = change = Change(change.operation, *root, change.old, change.new, change.changed, partition)
@@ -255,7 +308,10 @@ class Assembler:
             self._index,
             self._first,
             last,
+            self._received if self._received is not None else (),
         )
+        if self._received is not None:
+            self._received = []
         self._index += len(self._changes)
         self._changes, self._messages, self._payloads = [], [], []
         self._size, self._first = 0, False

@@ -183,18 +183,18 @@ WHERE worker = %(worker)s AND (system_identifier = %(cluster)s OR until_lsn IS N
 """
 
 
-_NO_SKIPPED: Final = "SELECT to_regclass('cdc_worker.skipped') IS NULL"
+_TOO_OLD: Final = "SELECT to_regclass('cdc_worker.skip') IS NULL"
 
 
 def scope(connection: Connection, found: Checkpoint) -> Scope:
     """What the worker leaves out and keeps silent about: read it after the checkpoint, whose nonce it goes with.
 
     Tables that setup has not seen are not in it: nobody has noted from where on they can be recorded. Raises
-    NotSetUpError also where what messages ask to be left out could not be noted.
+    NotSetUpError also where the tables are those of an older version.
     """
-    if fetch_one(connection, _NO_SKIPPED) == (True,):
+    if fetch_one(connection, _TOO_OLD) == (True,):
         raise errors.NotSetUpError(
-            "the tables of cdc-worker are not those of this version: there is no cdc_worker.skipped",
+            "the tables of cdc-worker are not those of this version: there is no cdc_worker.skip",
             hint="run: cdc-worker setup",
         )
     excluded: dict[tuple[str, str], list[Stretch]] = {}
@@ -267,7 +267,8 @@ def new_nonce(worker: str) -> str:
 
 
 _NEW_NONCE: Final = sql.SQL(
-    "WITH others AS (UPDATE cdc_worker.backfill SET nonce = gen_random_uuid() WHERE worker = {worker})"
+    "WITH backfills AS (UPDATE cdc_worker.backfill SET nonce = gen_random_uuid() WHERE worker = {worker}),"
+    " replays AS (UPDATE cdc_worker.replay SET nonce = gen_random_uuid() WHERE worker = {worker})"
     " UPDATE cdc_worker.checkpoint SET nonce = gen_random_uuid() WHERE worker = {worker}"
 )
 

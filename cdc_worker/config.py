@@ -7,7 +7,7 @@ import os
 import re
 import tomllib
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any, Final, Literal, cast
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError, available_timezones
 
 from psycopg.conninfo import conninfo_to_dict
@@ -45,6 +45,20 @@ _SECRETS = ("dsn", "context_key", "mask_key")
 
 SlotName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9_]{1,63}$")]
 Seconds = Annotated[float, Field(gt=0)]
+
+
+class _TomlSource(TomlConfigSettingsSource):
+    """A settings file, in which names that begin alike may stand in a table of what they begin with."""
+
+    def __call__(self) -> dict[str, Any]:
+        found = super().__call__()
+        table = found.pop(_RECORDING, {})
+        if not isinstance(table, dict):
+            return {**found, _RECORDING: table}
+        return {**found, **{f"{_RECORDING}_{name}": value for name, value in table.items()}}
+
+
+_RECORDING: Final = "recording"
 
 
 class Settings(BaseSettings):
@@ -89,6 +103,24 @@ class Settings(BaseSettings):
     )
     mask_key: Annotated[SecretStr, Field(min_length=16)] | None = Field(
         None, description="Key of the hashes that stand in place of masked values, of 16 characters at least."
+    )
+    recording_directory: Path | None = Field(
+        None, description="Directory in which the worker keeps the changes that it consumes; none if not given."
+    )
+    recording_segment_bytes: Annotated[int, Field(ge=1 << 16)] = Field(
+        64 << 20, description="Bytes of a recording's segment after which another one is begun."
+    )
+    recording_segment_seconds: Seconds = Field(
+        3600, description="Seconds after which another segment is begun, if there is anything to record."
+    )
+    recording_retention_days: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="Days after which segments are deleted; never if not given."
+    )
+    recording_retention_bytes: Annotated[int, Field(ge=1 << 20)] | None = Field(
+        None, description="Bytes of segments beyond which the oldest are deleted; never if not given."
+    )
+    recording_masked: bool = Field(
+        True, description="Whether values that the profile masks are masked in recordings as well."
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="debug, info, warning or error."
@@ -159,7 +191,7 @@ class Settings(BaseSettings):
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         """Flags before the environment before the file."""
-        return (init_settings, env_settings, TomlConfigSettingsSource(settings_cls))
+        return (init_settings, env_settings, _TomlSource(settings_cls))
 
 
 def load(config: Path | None = None, flags: dict[str, Any] | None = None) -> Settings:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import datetime
@@ -29,6 +29,8 @@ MAX_CANDIDATES: Final = 1_000
 
 HIDDEN: Final = "***"
 """What stands in place of a masked value."""
+
+_NO_COLUMNS: Final[frozenset[str]] = frozenset()
 
 
 def _unknown(error: KeyError) -> UnknownValueError:
@@ -323,23 +325,26 @@ class Table:
                 claimed |= rule.claims(changed)
         return tuple(rules)
 
-    def seen(self, change: Change) -> Change:
-        """A change as rules and dead letters may see it: values masked, and what is to be ignored not changed."""
+    def seen(self, change: Change, already: Set[str] = _NO_COLUMNS) -> Change:
+        """A change as rules and dead letters may see it: values masked, and what is to be ignored not changed.
+
+        Columns that are masked `already` stay as they are.
+        """
         changed = change.changed
         if self.ignored and not self.ignored.isdisjoint(changed):
             changed = tuple([column for column in changed if column not in self.ignored])
         if not self.masks:
             return change if changed is change.changed else msgspec.structs.replace(change, changed=changed)
-        old, new = self.masked(change.old), self.masked(change.new)
+        old, new = self.masked(change.old, already), self.masked(change.new, already)
         return msgspec.structs.replace(change, old=old, new=new, changed=changed)
 
-    def masked(self, row: Row | None) -> Row | None:
+    def masked(self, row: Row | None, already: Set[str] = _NO_COLUMNS) -> Row | None:
         """A row without values that may not be seen. NULL stays NULL."""
         if row is None or not self.masks:
             return row
         masks = self.masks
         return {
-            column: masks[column](value) if column in masks and value is not None else value
+            column: masks[column](value) if column in masks and value is not None and column not in already else value
             for column, value in row.items()
         }
 

@@ -186,7 +186,16 @@ class Sink:
         """An activity ready to be written, with its change in the form in which it is kept."""
         fields = activity.fields
         text = self._encode(activity)
-        return Line(activity.change_key, fields["type"], text, change, activity.index, fields["occurred_at"])
+        return Line(
+            activity.change_key,
+            fields["type"],
+            text,
+            change,
+            activity.index,
+            fields["occurred_at"],
+            activity.origin,
+            activity.found,
+        )
 
     def cancel(self) -> None:
         """Roll back what is being written. Best effort and brief: a successor makes sure of it in any case."""
@@ -362,6 +371,8 @@ class Sink:
             refusal.sqlstate,
             refusal.constraint,
             dict(zip(self._columns, parsed(line.text), strict=True)),
+            line.origin,
+            line.found,
         )
 
     def _must_be_about_a_row(self, refusal: RefusedError) -> None:

@@ -7,13 +7,17 @@ import zlib
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import msgspec
 
 from cdc_worker.activities import (
+    NOTHING_FOUND,
+    NOWHERE,
     Activity,
     DeadLetter,
+    DeadLetterKind,
+    Origin,
     Person,
     Position,
     Scope,
@@ -22,7 +26,7 @@ from cdc_worker.activities import (
     change_key,
     key_prefix,
 )
-from cdc_worker.changes import MARKER_PREFIX, Change, Message, Operation, Row, Transaction, Value
+from cdc_worker.changes import MARKER_PREFIX, Answers, Change, Masked, Message, Operation, Row, Transaction, Value
 from cdc_worker.context import NOTHING, Collapse, Context, Policy, hear
 from cdc_worker.context import PREFIX as CONTEXT_PREFIX
 from cdc_worker.errors import UnknownValueError
@@ -68,6 +72,15 @@ Wanted = tuple[Lookup, tuple[Value, ...]]
 """A row that is looked for, by these values."""
 
 
+class Answer(NamedTuple):
+    """A row that was found for the change `number` of its commit, by the lookup of this name, or that is not there."""
+
+    number: int
+    name: str
+    wanted: Wanted
+    row: Row | None
+
+
 class _Held(msgspec.Struct, eq=False):
     """An outcome that waits for its turn; or, with a `rule`, the event of one that is not complete yet.
 
@@ -107,9 +120,11 @@ def _blank(outcome: Told, links: Mapping[str, str], key: Sequence[str]) -> Told:
     """An outcome that tells of nobody any more: no more than of which key, and by which other one it is followed."""
     change = blank(outcome.change, links)
     if isinstance(outcome, DeadLetter):
-        return msgspec.structs.replace(outcome, reason=ERASED, change=change)
+        origin = msgspec.structs.replace(outcome.origin, context=NOTHING)
+        return msgspec.structs.replace(outcome, reason=ERASED, change=change, origin=origin, found={}, fields=None)
     fields = {**outcome.fields, "description": "", "metadata": {"erased": True, **_moved(outcome.fields, key)}}
-    return msgspec.structs.replace(outcome, fields=fields, change=change)
+    origin = msgspec.structs.replace(outcome.origin, context=NOTHING)
+    return msgspec.structs.replace(outcome, fields=fields, change=change, origin=origin, found={})
 
 
 def _moved(fields: Mapping[str, Any], key: Sequence[str]) -> dict[str, Any]:
@@ -140,7 +155,7 @@ class _Summary(msgspec.Struct, eq=False):
         of = self.counts.setdefault(name, {})
         of[change.operation] = of.get(change.operation, 0) + 1
 
-    def activity(self, prefix: str) -> Activity:
+    def activity(self, prefix: str, origin: Origin) -> Activity:
         wish = self.context.collapse or Collapse()
         created_by, source = credited(self.context)
         counted = [f"{name} {operation} {n}" for name, of in self.counts.items() for operation, n in of.items()]
@@ -154,7 +169,7 @@ class _Summary(msgspec.Struct, eq=False):
         # Of the first change no more than its table: one activity of many persons is nobody's.
         change = Change(self.first.operation, self.first.schema, self.first.table, None, None)
         key = change_key(prefix, "cdc_worker", "context", self.number, "collapse")
-        return Activity(key, fields, change, self.index)
+        return Activity(key, fields, change, self.index, origin)
 
 
 class _Passed(msgspec.Struct, eq=False):
@@ -186,6 +201,7 @@ class _Passed(msgspec.Struct, eq=False):
             yield Skipped(table, operation, tuple(subjects), self.collapsed, commit_lsn, number, self.index)
 
 
+_NO_COLUMNS: Final[frozenset[str]] = frozenset()
 _EVERYTHING: Final = Scope()
 _BELIEVING: Final = Policy()
 _NOWHERE: Final = Position(INVALID)
@@ -199,8 +215,10 @@ class Transformer:
     that is done the commit isn't. `given` are the erased persons whose keys were given to somebody else meanwhile.
     `missing` are columns, by table, that changes didn't carry, so that the metadata had to do without; `refused` is
     what messages asked for that the `policy` doesn't allow, and `untrusted` whether any so far was a mere claim.
-    `worker` and `system_identifier` are part of every change key. Of a commit that is `resumed` the first changes were
-    written before, perhaps by another policy: no summary tells them again, and none of them is noted.
+    With `keep`, `answered` is what else than the commit itself has completed the changes of the last slice: who gives
+    it to another transformer, in the slice, gets the same. `worker` and `system_identifier` are part of every change
+    key. Of a commit that is `resumed` the first changes were written before, perhaps by another policy: no summary
+    tells them again, and none of them is noted.
     """
 
     def __init__(
@@ -212,8 +230,15 @@ class Transformer:
         scope: Scope = _EVERYTHING,
         policy: Policy = _BELIEVING,
         resumed: Position = _NOWHERE,
+        keep: bool = False,
     ) -> None:
         self._rules = rules
+        self._keep = keep
+        self.answered: list[Answer] = []
+        self._answers: Answers = {}
+        self._masked: Masked = {}
+        self._origin = NOWHERE
+        self._committed_at = datetime.min
         self._resumed = resumed
         self._scope = scope
         self._policy = policy
@@ -262,6 +287,7 @@ class Transformer:
         if transaction.first:
             self._start(transaction)
         self._out, self.given, self.refused = [], [], frozenset()
+        self.answered, self._answers, self._masked = [], transaction.answers, transaction.masked
         messages = iter(transaction.messages)
         until, message = next(messages, (-1, None))
         for number, change in enumerate(transaction.changes):
@@ -334,6 +360,8 @@ class Transformer:
         self._index = 0
         self._commit_lsn = transaction.commit_lsn
         self._xid = transaction.xid
+        self._committed_at = transaction.committed_at
+        self._origin = Origin(transaction.xid, transaction.commit_lsn, transaction.end_lsn)
         self._given_at.clear()
         if transaction.commit_lsn < self._excluded_until:
             self._excluded = self._scope.excludes(transaction.commit_lsn)
@@ -358,13 +386,14 @@ class Transformer:
             self.refused |= context.refused - self._context.refused
             self.untrusted |= len(context.claimed) > 0
             self._context, self._context_number = context, self._messages
+            self._origin = msgspec.structs.replace(self._origin, context=context)
         self._messages += 1
 
     def _sum_up(self) -> None:
         """Note the changes that were passed over up to here, and tell those that were collapsed."""
         self._note()
         if self._summary is not None:
-            self._put(self._summary.activity(self._prefix))
+            self._put(self._summary.activity(self._prefix, self._origin))
             self._summary = None
 
     def _note(self) -> None:
@@ -405,7 +434,7 @@ class Transformer:
         ordinal = self._ordinals[table.name]
         self._ordinals[table.name] = ordinal + 1
         if not table.plain:
-            change = table.seen(change)
+            change = table.seen(change, self._masked.get(table.name, _NO_COLUMNS))
         if table.looked_up:
             self._observe(change, table)
         if self._open:
@@ -434,12 +463,12 @@ class Transformer:
         if change.operation == "update" and change.old_row_unknown:
             key = change_key(self._prefix, *table.name, ordinal, "*")
             reason = "the change carries no old row: the table needs REPLICA IDENTITY FULL"
-            self._put(DeadLetter(key, "old_values_unknown", reason, change, index, committed_at))
+            self._put(self._letter(key, "old_values_unknown", reason, change))
             return
         if change.operation == "truncate" and change.partition is not None:
             key = change_key(self._prefix, *table.name, ordinal, "*")
             reason = f"the partition {'.'.join(change.partition)} was emptied: which rows it had isn't told"
-            self._put(DeadLetter(key, "old_values_unknown", reason, change, index, committed_at))
+            self._put(self._letter(key, "old_values_unknown", reason, change))
             return
         claimed: set[str] = set()
         for rule in table.candidates(change):
@@ -448,7 +477,7 @@ class Transformer:
             try:
                 columns = rule.columns(event, claimed)
             except UnknownValueError as error:
-                self._put(DeadLetter(key, "rule_failed", str(error), change, index, committed_at))
+                self._put(self._letter(key, "rule_failed", str(error), change))
                 continue
             if columns is None:
                 continue
@@ -465,10 +494,31 @@ class Transformer:
         try:
             fields = rule.fields(event)
         except (UnknownValueError, ValueError, TypeError, ArithmeticError) as error:
-            return DeadLetter(key, "rule_failed", str(error), change, index, event.committed_at)
+            return DeadLetter(
+                key,
+                "rule_failed",
+                str(error),
+                change,
+                index,
+                event.committed_at,
+                origin=self._origin_of(event),
+                found=event.found,
+            )
         if event.missing:
             self.missing.update((change.schema, change.table, column) for column in event.missing)
-        return None if fields is None else Activity(key, fields, change, index)
+        if fields is None:
+            return None
+        return Activity(key, fields, change, index, self._origin_of(event), event.found or NOTHING_FOUND)
+
+    def _origin_of(self, event: Event) -> Origin:
+        origin = self._origin
+        if event.heard is origin.context or event.heard == origin.context:
+            return origin
+        return msgspec.structs.replace(origin, context=event.heard)  # of one that has waited
+
+    def _letter(self, key: str, kind: DeadLetterKind, reason: str, change: Change) -> DeadLetter:
+        """One of the change that is being taken."""
+        return DeadLetter(key, kind, reason, change, self._index - 1, self._committed_at, origin=self._origin)
 
     def _put(self, outcome: Outcome | None) -> None:
         if outcome is None:
@@ -560,14 +610,15 @@ class Transformer:
             fact = table.facts[name]
             key = (table.name, name, fact.key(event.row, fact.ours))
             at, row = self._facts.get(key, (0, None))
-            event.found[name] = row if at + FACT_DISTANCE >= index else None
+            found = row if at + FACT_DISTANCE >= index else None
+            event.found[name] = self._answers.get((index, name)) if found is None else found
             if event.found[name] is None and None not in key[2]:
                 missing.append(key)
         return tuple(missing)
 
     def _hold(self, event: Event, rule: Rule, key: str, index: int, missing: tuple[_FactKey, ...]) -> None:
         held = _Held(index, rule=rule, key=key, text=self._text, missing=missing, event=event)
-        if rule.lookups and self._sought(event, rule):
+        if rule.lookups and self._sought(event, rule, index):
             self._asking.append(held)
         elif missing:
             self._pack(held)
@@ -591,12 +642,15 @@ class Transformer:
 
     # Lookups: rows of other tables. What the stream says of them is remembered, the rest is asked for.
 
-    def _sought(self, event: Event, rule: Rule) -> bool:
+    def _sought(self, event: Event, rule: Rule, index: int) -> bool:
         """Note in the event which looked-up rows are known; returns whether others are to be asked for."""
         asked = False
         references = self._rules[event.change.schema, event.change.table].references
         for name in rule.lookups:
             if name in event.found:
+                continue
+            if (index, name) in self._answers:
+                event.found[name] = self._answers[index, name]
                 continue
             reference = references[name]
             try:
@@ -609,6 +663,8 @@ class Transformer:
             elif values in known:
                 known.move_to_end(values)
                 event.found[name] = known[values]
+                if self._keep:
+                    self.answered.append(Answer(index, name, (reference.lookup, values), known[values]))
             else:
                 self._wanted[reference.lookup, values] = None
                 asked = True
@@ -617,7 +673,7 @@ class Transformer:
     def _seek(self, held: _Held) -> None:
         assert held.event is not None
         assert held.rule is not None
-        if self._sought(held.event, held.rule):
+        if self._sought(held.event, held.rule, held.index):
             self._asking.append(held)
         else:
             self._pack(held)

@@ -6,14 +6,14 @@ https://github.com/eulerto/wal2json#readme
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from datetime import datetime
 from decimal import Decimal
 from typing import Any, Final
 
 import msgspec
 
-from cdc_worker.changes import MAX_DIGITS, Begin, Change, Commit, Message, Row, Value, update
+from cdc_worker.changes import MAX_DIGITS, Begin, Change, Commit, Message, Payload, Row, Value, update
 from cdc_worker.errors import MessageUnreadableError
 from cdc_worker.lsn import LSN
 
@@ -73,6 +73,7 @@ class _Column(msgspec.Struct, gc=False):
     name: str
     value: Any  # a union with Decimal would read strings as numbers; see float_hook
     typeoid: int = 0
+    type: str = ""  # in recordings that others have made
 
 
 class _Begin(msgspec.Struct, tag_field="action", tag="B", gc=False):
@@ -97,6 +98,7 @@ class _Update(msgspec.Struct, tag_field="action", tag="U", gc=False):
     table: str
     columns: list[_Column]
     identity: list[_Column] = []
+    changed: list[str] = []  # by `masked`
 
 
 class _Delete(msgspec.Struct, tag_field="action", tag="D", gc=False):
@@ -120,12 +122,15 @@ _Line = _Begin | _Commit | _Insert | _Update | _Delete | _Truncate | _Message
 
 _decoder = msgspec.json.Decoder(_Line, float_hook=Decimal)  # a float would lose digits of a numeric
 
+_encode = msgspec.json.Encoder(decimal_format="number").encode
+
 _INTEGER_DIGITS: Final = 4_300
 """More than these int() doesn't read; a numeric may have 131,072."""
 
 _COMMIT: Final = Commit()
 
 _FLOAT_OIDS: Final = frozenset((700, 701))
+_FLOATS: Final = frozenset(("real", "double precision"))
 
 
 def _number(column: _Column) -> Value:
@@ -133,28 +138,32 @@ def _number(column: _Column) -> Value:
     value: Decimal = column.value
     if abs(value.adjusted()) > MAX_DIGITS:
         raise ValueError("a number has more digits than a numeric can have")
-    return float(value) if column.typeoid in _FLOAT_OIDS else value
+    return float(value) if column.typeoid in _FLOAT_OIDS or column.type in _FLOATS else value
 
 
 def _row(columns: list[_Column]) -> Row:
     return {c.name: c.value if type(c.value) is not Decimal else _number(c) for c in columns}
 
 
-def _read_slowly(payload: bytes | memoryview) -> _Line:
+def _read_slowly(payload: Payload) -> _Line:
     """What the fast decoder refuses though Postgres may send it, and anyone who writes may cause it: integers of very
     many digits, and messages that aren't text, because `pg_logical_emit_message` takes bytes as well.
     """
+    line: _Line = msgspec.convert(_document(payload), _Line)
+    return line
+
+
+def _document(payload: Payload) -> dict[str, Any]:
     text = bytes(payload)
-    document = json.loads(
+    document: dict[str, Any] = json.loads(
         text.decode("utf-8", "replace" if text.startswith(b'{"action":"M"') else "strict"),
         parse_int=lambda digits: int(digits) if len(digits) < _INTEGER_DIGITS else Decimal(digits),
         parse_float=Decimal,
     )
-    line: _Line = msgspec.convert(document, _Line)
-    return line
+    return document
 
 
-def decode(payload: bytes | memoryview) -> Begin | Change | Message | Commit:
+def decode(payload: Payload) -> Begin | Change | Message | Commit:
     """Read one line of wal2json's output, in UTF-8. Raises MessageUnreadableError for what is none."""
     try:
         try:
@@ -162,7 +171,7 @@ def decode(payload: bytes | memoryview) -> Begin | Change | Message | Commit:
         except (msgspec.ValidationError, UnicodeDecodeError):
             line = _read_slowly(payload)
         if type(line) is _Update:  # by far the most frequent, with the ends of its transaction
-            return update(line.schema, line.table, _row(line.identity), _row(line.columns))
+            return update(line.schema, line.table, _row(line.identity), _row(line.columns), also=line.changed)
         if type(line) is _Begin:
             committed_at = datetime.fromisoformat(line.timestamp)
             return Begin(line.xid, LSN.parse(line.lsn), LSN.parse(line.nextlsn), committed_at)
@@ -181,3 +190,23 @@ def decode(payload: bytes | memoryview) -> Begin | Change | Message | Commit:
             f"wal2json sent {len(payload)} bytes that can't be read: {error}",
             hint="format-version 2 is read, with include-lsn, include-timestamp, include-xids, include-type-oids",
         ) from error
+
+
+def masked(payload: Payload, mask: Callable[[Row], Row]) -> bytes:
+    """A line without the values that `mask` takes out of rows; what has changed of them is told by name.
+
+    Raises MessageUnreadableError.
+    """
+    change = decode(payload)
+    if not isinstance(change, Change):
+        return bytes(payload)
+    document = _document(payload)
+    for row in ("columns", "identity"):
+        columns = document.get(row, [])
+        seen = _row(msgspec.convert(columns, list[_Column]))
+        for column, before, after in zip(columns, seen.values(), mask(seen).values(), strict=True):
+            if after is not before:
+                column["value"] = after
+    if change.operation == "update":
+        document["changed"] = change.changed
+    return _encode(document)

@@ -167,6 +167,37 @@ COMMENT ON COLUMN cdc_worker.backfill.last_key IS 'Rows up to this key are dealt
 COMMENT ON COLUMN cdc_worker.backfill.started_lsn IS 'Rows that got other keys since then may have been passed by';
 COMMENT ON COLUMN cdc_worker.backfill.expected IS 'About how many rows there are; NULL if nobody knows';
 
+CREATE TABLE IF NOT EXISTS cdc_worker.replay (
+    replay         uuid PRIMARY KEY DEFAULT gen_random_uuid(),
+    worker         text NOT NULL,
+    command        text NOT NULL,
+    nonce          uuid NOT NULL DEFAULT gen_random_uuid(),
+    lsn            pg_lsn,
+    activities     bigint NOT NULL DEFAULT 0,
+    dead_letters   bigint NOT NULL DEFAULT 0,
+    backend_pid    integer NOT NULL DEFAULT pg_backend_pid(),
+    backend_start  timestamptz NOT NULL,
+    started_at     timestamptz NOT NULL DEFAULT now(),
+    written_at     timestamptz NOT NULL DEFAULT now()
+);
+
+COMMENT ON TABLE cdc_worker.replay IS 'Commands that write what comes late, beside the worker, while they run';
+COMMENT ON COLUMN cdc_worker.replay.command IS 'What was asked: replay, rewrite, retry';
+COMMENT ON COLUMN cdc_worker.replay.nonce IS 'Made anew with each cut-over and erasure: who writes must know the last';
+COMMENT ON COLUMN cdc_worker.replay.lsn IS 'The last commit that it has dealt with';
+COMMENT ON COLUMN cdc_worker.replay.backend_pid IS 'Its writing connection: it is alive while that is there';
+
+CREATE TABLE IF NOT EXISTS cdc_worker.skip (
+    worker             text NOT NULL,
+    system_identifier  text NOT NULL DEFAULT cdc_worker.cluster(),
+    lsn                pg_lsn NOT NULL,
+    allowed_at         timestamptz NOT NULL DEFAULT now(),
+    PRIMARY KEY (worker, system_identifier, lsn)
+);
+
+COMMENT ON TABLE cdc_worker.skip IS
+    'Positions of messages that someone allowed the worker to pass over if they can''t be read';
+
 CREATE TABLE IF NOT EXISTS cdc_worker.skipped (
     worker             text NOT NULL,
     table_name         text NOT NULL,
@@ -227,6 +258,36 @@ CREATE TABLE IF NOT EXISTS cdc_worker.dead_letter (
     attempts        integer NOT NULL DEFAULT 1,
     recorded_at     timestamptz NOT NULL DEFAULT now()
 );
+
+ALTER TABLE cdc_worker.dead_letter
+    ADD COLUMN IF NOT EXISTS xid bigint,
+    ADD COLUMN IF NOT EXISTS commit_lsn pg_lsn,
+    ADD COLUMN IF NOT EXISTS end_lsn pg_lsn,
+    ADD COLUMN IF NOT EXISTS context jsonb,
+    ADD COLUMN IF NOT EXISTS found jsonb,
+    ADD COLUMN IF NOT EXISTS masked text[],
+    ADD COLUMN IF NOT EXISTS raw bytea,
+    ADD COLUMN IF NOT EXISTS tried_at timestamptz,
+    ADD COLUMN IF NOT EXISTS discarded_at timestamptz;
+
+SELECT 'ALTER TABLE cdc_worker.dead_letter DROP CONSTRAINT IF EXISTS dead_letter_kind_check,'
+       ' ADD CONSTRAINT dead_letter_kind_check'
+       ' CHECK (kind IN (''old_values_unknown'', ''rule_failed'', ''refused'', ''unreadable''))'
+WHERE NOT EXISTS (SELECT FROM pg_constraint
+                  WHERE conrelid = to_regclass('cdc_worker.dead_letter') AND conname = 'dead_letter_kind_check'
+                    AND pg_get_constraintdef(oid) LIKE '%unreadable%')
+\gexec
+
+COMMENT ON COLUMN cdc_worker.dead_letter.xid IS 'The transaction, by its last 32 bits';
+COMMENT ON COLUMN cdc_worker.dead_letter.commit_lsn IS 'Where it was committed';
+COMMENT ON COLUMN cdc_worker.dead_letter.end_lsn IS 'Where its commit ends';
+COMMENT ON COLUMN cdc_worker.dead_letter.context IS 'What had been said in it before the change';
+COMMENT ON COLUMN cdc_worker.dead_letter.found IS 'Rows that were found for the change, by the names of lookups';
+COMMENT ON COLUMN cdc_worker.dead_letter.masked IS 'Columns of the change whose values are not the true ones';
+COMMENT ON COLUMN cdc_worker.dead_letter.raw IS 'The message, if it could not be read';
+COMMENT ON COLUMN cdc_worker.dead_letter.attempts IS 'How often it was tried';
+COMMENT ON COLUMN cdc_worker.dead_letter.tried_at IS 'When it was tried last, if that was later than it arrived';
+COMMENT ON COLUMN cdc_worker.dead_letter.discarded_at IS 'When someone decided that it is to be left at that';
 
 COMMENT ON TABLE cdc_worker.dead_letter IS 'Changes that could not become activities, kept until someone sees to them';
 COMMENT ON COLUMN cdc_worker.dead_letter.change_key IS 'What the key of the activity would have been';

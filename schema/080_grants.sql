@@ -37,6 +37,8 @@ FROM (SELECT (SELECT oid FROM pg_roles WHERE rolname = :'role')) AS role (oid),
                 AND has_column_privilege(oid, to_regclass('cdc_worker.erased')::oid, 'until_lsn', 'UPDATE')),
             ('INSERT', 'cdc_worker.skipped', to_regclass('cdc_worker.skipped') IS NULL
                 OR has_table_privilege(oid, to_regclass('cdc_worker.skipped')::oid, 'INSERT')),
+            ('SELECT', 'cdc_worker.skip', to_regclass('cdc_worker.skip') IS NULL
+                OR has_table_privilege(oid, to_regclass('cdc_worker.skip')::oid, 'SELECT')),
             ('SELECT', 'cdc_worker.backfill', to_regclass('cdc_worker.backfill') IS NULL
                 OR has_table_privilege(oid, to_regclass('cdc_worker.backfill')::oid, 'SELECT')),
             ('SELECT, INSERT', 'cdc_worker.written_key', :'key' <> '' OR (

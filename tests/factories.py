@@ -9,7 +9,7 @@ from typing import Any
 
 from hypothesis import HealthCheck, settings
 
-from cdc_worker.activities import Activity
+from cdc_worker.activities import Activity, Origin
 from cdc_worker.changes import Assembler, Begin, Change, Commit, Message, Row, Transaction, Value, update
 from cdc_worker.context import PREFIX
 from cdc_worker.lsn import LSN
@@ -103,6 +103,10 @@ def said(content: str, *, prefix: str = PREFIX, transactional: bool = True) -> M
 
 def begin(commit_lsn: int = 0x1000) -> Begin:
     return Begin(700, LSN(commit_lsn), LSN(commit_lsn + 0x30), COMMITTED_AT)
+
+
+ORIGIN = Origin(700, LSN(0x1000), LSN(0x1030))
+"""Of what comes of that transaction, if nothing was said in it."""
 
 
 def assembled(

@@ -231,6 +231,7 @@ GRANTS = (
     "GRANT SELECT ON cdc_worker.excluded TO {role}",
     "GRANT SELECT, UPDATE (until_lsn) ON cdc_worker.erased TO {role}",
     "GRANT INSERT ON cdc_worker.skipped TO {role}",
+    "GRANT SELECT ON cdc_worker.skip TO {role}",
     "GRANT SELECT ON cdc_worker.backfill TO {role}",
     "GRANT INSERT, SELECT (change_key) ON activity TO {role}",
     "GRANT USAGE ON SEQUENCE activity_activity_id_seq TO {role}",

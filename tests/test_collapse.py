@@ -140,6 +140,7 @@ def test_collapsed_changes_are_told_as_one_that_counts_them() -> None:
         truncated("lead"),
     ]
     first, summary = outcomes(*script)
+    assert isinstance(summary, Activity)
     assert first.change_key == f"{PREFIX}/public.lead/0/lead_created"
     assert summary == Activity(
         f"{PREFIX}/cdc_worker.context/0/collapse",
@@ -157,7 +158,9 @@ def test_collapsed_changes_are_told_as_one_that_counts_them() -> None:
         },
         Change("update", "public", "lead", None, None),
         1,
+        summary.origin,
     )
+    assert summary.origin.context.said == {"changed_by": "jane", "request_id": "r1"}
 
 
 def test_without_words_of_its_own_it_says_what_it_counts() -> None:

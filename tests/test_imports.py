@@ -10,15 +10,15 @@ import pytest
 import cdc_worker
 
 CORE = [
-    *("errors", "lsn", "protocol", "changes", "wal2json", "pgoutput", "activities", "context"),
+    *("errors", "lsn", "protocol", "changes", "wal2json", "pgoutput", "context", "activities"),
     *("profile", "templates", "rules", "history", "truth", "reconcile"),
-    *("written", "transform"),
+    *("written", "transform", "recording"),
 ]
 
 EDGES = [
     *("config", "log", "metrics", "postgres", "partitions", "catalog", "ddl", "checkpoint", "slot"),
-    *("fence", "rows", "journal", "process", "watch", "replication", "replay", "sink", "lookups"),
-    *("progress", "backfill", "verify"),
+    *("fence", "rows", "journal", "process", "watch", "replication", "recorder", "segments", "sink", "lookups"),
+    *("progress", "backfill", "late", "replay", "rewrite", "dead_letters", "recover", "verify"),
     *(
         "cutover",
         "setup",

@@ -450,6 +450,7 @@ def test_setup_grants_the_role_of_the_worker_what_it_needs_and_no_more(bare_crm:
             ("cdc_worker.excluded", "SELECT"),
             ("cdc_worker.partition", "INSERT SELECT UPDATE"),
             ("cdc_worker.process", "DELETE INSERT SELECT UPDATE"),
+            ("cdc_worker.skip", "SELECT"),
             ("cdc_worker.skipped", "INSERT"),
             ("cdc_worker.tally", "DELETE INSERT SELECT"),
             ("public.activity", "INSERT SELECT"),

@@ -364,7 +364,7 @@ def test_kills_within_a_commit_that_is_passed_over_lose_and_double_no_row(
 
 
 def test_who_was_upgraded_without_setup_is_told_to_run_it(crm: Crm) -> None:
-    crm.execute("DROP TABLE cdc_worker.skipped; DELETE FROM cdc_worker.schema_file")
+    crm.execute("DROP TABLE cdc_worker.skip; DELETE FROM cdc_worker.schema_file")
     assert crm.command("run", "--once").stderr.endswith("hint: run: cdc-worker setup\n")
     crm.setup()
     crm.record()

@@ -9,6 +9,7 @@ from unittest import mock
 import pytest
 from factories import (
     COMMITTED_AT,
+    ORIGIN,
     activities,
     assembled,
     contact,
@@ -536,6 +537,7 @@ def test_an_update_whose_old_values_are_unknown_is_one_dead_letter() -> None:
             change,
             1,
             COMMITTED_AT,
+            origin=ORIGIN,
         )
     ]
 
@@ -550,6 +552,7 @@ def test_a_delete_that_carries_only_its_key_is_a_dead_letter_of_the_rule() -> No
             change,
             0,
             COMMITTED_AT,
+            origin=ORIGIN,
         )
     ]
 
@@ -584,6 +587,7 @@ def test_a_rule_that_fails_on_data_is_a_dead_letter_and_the_others_still_apply()
         change,
         0,
         COMMITTED_AT,
+        origin=ORIGIN,
     )
     assert isinstance(second, DeadLetter)
     assert (second.change_key, second.kind) == ("w/1/0000000000001000/public.lead/0/a_changed", "rule_failed")
@@ -598,6 +602,7 @@ def test_a_rule_that_fails_on_data_is_a_dead_letter_and_the_others_still_apply()
         },
         change,
         0,
+        ORIGIN,
     )
 
 
@@ -653,6 +658,7 @@ def test_of_an_erased_person_there_are_blank_activities() -> None:
         {**told.fields, "description": "", "metadata": {"erased": True}},
         Change("update", "public", "lead", {"lead_id": 7}, {"lead_id": 7}, ("status",)),
         0,
+        ORIGIN,
     )
     assert (told.fields["lead"], told.fields["created_by"], told.fields["owner"]) == (7, "jane", "jane")
 
