@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import deque
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -82,13 +82,18 @@ class Written:
     """What a batch came to.
 
     `already_there` counts activities whose key the target had, `unlinked` those that were written with a NULL link
-    because their subject is gone.
+    because their subject is gone, `deleted` the rows that went in the same transactions.
     """
 
     activities: int = 0
     dead_letters: list[DeadLetter] = field(default_factory=list)
     already_there: int = 0
     unlinked: int = 0
+    deleted: int = 0
+
+
+def _nothing_else(rows: Sequence[Line]) -> str:
+    return ""
 
 
 class Progress(Protocol):
@@ -129,13 +134,18 @@ class Sink:
         time_zone: str,
         progress: Progress,
         decode: Callable[[Payload], Any],
+        cluster: str | None = None,
+        also: Callable[[Sequence[Line]], str] = _nothing_else,
     ) -> None:
         """`table` is the target as the catalog has it; `decode` makes a change of what was received.
 
-        `progress` of the stream is the checkpoint that this process took over.
+        `progress` of the stream is the checkpoint that this process took over. What is written is of the checkpoint's
+        cluster, unless another is named. `also` has the statements, each of them ended, that are to run in the same
+        transaction after these rows were written.
         """
         self.position = progress.position
         self._progress = progress
+        self._cluster, self._also = cluster, also
         self._decode = decode
         self._connection = connection
         self._pgconn = connection.pgconn
@@ -240,9 +250,11 @@ class Sink:
             numbers = yield from self._begin_with(f"{self._begin}; {advance}", rows)
             yield from self._insert(written.dead_letters)
             yield from self._note(skipped)
-            yield from self._write_rows("", rows, "COMMIT", numbers)
+            yield from self._write_rows("", rows, f"{self._also(rows)}COMMIT", numbers, written)
         elif rows:
-            yield from self._write_rows(f"{self._begin}; {advance}; ", rows, "COMMIT")
+            yield from self._write_rows(
+                f"{self._begin}; {advance}; ", rows, f"{self._also(rows)}COMMIT", written=written
+            )
         else:
             yield from self._run(advance)
         self.position = batch.end
@@ -258,9 +270,10 @@ class Sink:
         """
         outcomes, place = batch.outcomes, start
         dead_letters: list[DeadLetter] = []
+        done: list[Line] = []
         existing: set[str] = set()
         unlinked: dict[str, Line] = {}
-        savepoints = activities = without_link = 0
+        savepoints = without_link = 0
         until = self._until(batch, start)
         begin = f"BEGIN; SET CONSTRAINTS ALL IMMEDIATE; {self._advance(self.position)}{self._hurry}"
         numbers = yield from self._begin_with(begin, [o for o in outcomes[start:until] if type(o) is Line])
@@ -285,7 +298,7 @@ class Sink:
                 self._must_be_about_a_row(refusal)
                 yield from self._run("ROLLBACK TO segment; RELEASE segment")
                 if refusal.sqlstate == "23505":
-                    found = yield from self._find_existing(rows)
+                    found = yield from self.existing([row.change_key for row in rows])
                     if found:
                         existing |= found
                         segments.appendleft((place, end))
@@ -302,7 +315,7 @@ class Sink:
                 dead_letters.append(self._refused(row, refusal))
             else:
                 dead_letters += [o for o in concerned if type(o) is DeadLetter]
-                activities += len(rows)
+                done += rows
                 without_link += sum(row.change_key in unlinked for row in rows)
                 if rows:
                     self._refused_in_a_row = 0
@@ -311,10 +324,11 @@ class Sink:
         yield from self._note([outcome for outcome in outcomes[start:place] if type(outcome) is Skipped])
         position = batch.end if place == len(outcomes) else batch.position_before(place)
         assert position is not None
-        counts = activities, len(dead_letters)
-        yield from self._run(f"{self._advance(position, batch, *counts)}; COMMIT")
+        counts = len(done), len(dead_letters)
+        results = yield from self._run(f"{self._advance(position, batch, *counts)}; {self._also(done)}COMMIT")
         self.position = position
-        written.activities += activities
+        written.deleted += _deleted(results)
+        written.activities += len(done)
         written.dead_letters += dead_letters
         written.already_there += len(existing)
         written.unlinked += without_link
@@ -430,6 +444,7 @@ class Sink:
             {
                 "worker": self._progress.worker,
                 "table_name": ".".join(of.table),
+                "system_identifier": self._cluster,
                 "commit_lsn": str(of.commit_lsn),
                 "number": of.number,
                 "operation": of.operation,
@@ -441,10 +456,9 @@ class Sink:
         self._pgconn.send_query_params(_INSERT_SKIPPED, [_json.encode(rows)])
         yield from self._results()
 
-    def _find_existing(self, lines: Sequence[Line]) -> Writing[set[str]]:
-        """The keys of those that have been written already."""
-        keys = postgres.array(line.change_key for line in lines)
-        self._pgconn.send_query_params(self._existing.encode(), [keys.encode()])
+    def existing(self, keys: Collection[str]) -> Writing[set[str]]:
+        """Those of these change keys that have been written already."""
+        self._pgconn.send_query_params(self._existing.encode(), [postgres.array(keys).encode()])
         (result,) = yield from self._results()
         return {(result.get_value(row, 0) or b"").decode() for row in range(result.ntuples)}
 
@@ -458,7 +472,12 @@ class Sink:
         return {row.change_key: number for row, number in zip(rows, numbers, strict=True)}
 
     def _write_rows(
-        self, before: str, rows: Sequence[Line], after: str, numbers: Mapping[str, str] = _NO_NUMBERS
+        self,
+        before: str,
+        rows: Sequence[Line],
+        after: str,
+        numbers: Mapping[str, str] = _NO_NUMBERS,
+        written: Written | None = None,
     ) -> Writing[None]:
         """Write rows, between other statements; first their keys, where these are in a table of their own.
 
@@ -474,12 +493,14 @@ class Sink:
             writes.insert(0, (self._into_keys, keys))
         if not self._catalog.row_security:
             copies = "".join(f"{into.copy}; " for into, _ in writes)
-            yield from self._run(f"{before}{copies}{after}", *(lines for _, lines in writes))
+            results = yield from self._run(f"{before}{copies}{after}", *(lines for _, lines in writes))
         elif rows:
             inserts = "".join(f"{into.values}{', '.join(map(self._literals, lines))}; " for into, lines in writes)
-            yield from self._run(f"{before}{inserts}{after}")
+            results = yield from self._run(f"{before}{inserts}{after}")
         else:
-            yield from self._run(f"{before}{after}")
+            results = yield from self._run(f"{before}{after}")
+        if written is not None:
+            written.deleted += _deleted(results)
 
     def _literals(self, line: bytes) -> str:
         escape = pq.Escaping(self._pgconn).escape_literal
@@ -533,6 +554,11 @@ class Sink:
                 self._pgconn.consume_input()
 
 
+def _deleted(results: Sequence[PGresult]) -> int:
+    """How many rows statements have deleted."""
+    return sum(of.command_tuples or 0 for of in results if (of.command_status or b"").startswith(b"DELETE"))
+
+
 class _Into(NamedTuple):
     """What puts rows into a table: as the lines of a COPY, or as VALUES."""
 
@@ -577,9 +603,10 @@ ON CONFLICT (change_key) DO NOTHING
 _INSERT_SKIPPED: Final = b"""
 INSERT INTO cdc_worker.skipped
     (worker, table_name, system_identifier, commit_lsn, number, operation, collapsed, subjects)
-SELECT worker, table_name, system_identifier, skipped.commit_lsn, number, operation, collapsed, subjects
-FROM jsonb_to_recordset($1) AS skipped (worker text, table_name text, commit_lsn pg_lsn, number bigint, operation text,
-    collapsed boolean, subjects text[])
+SELECT worker, table_name, coalesce(skipped.system_identifier, checkpoint.system_identifier), skipped.commit_lsn,
+    number, operation, collapsed, subjects
+FROM jsonb_to_recordset($1) AS skipped (worker text, table_name text, system_identifier text, commit_lsn pg_lsn,
+    number bigint, operation text, collapsed boolean, subjects text[])
 JOIN cdc_worker.checkpoint USING (worker)
 ON CONFLICT DO NOTHING
 """
