@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Final, Literal, NamedTuple
 
 import msgspec
 
-from cdc_worker.changes import Change, Operation, Payload, Row, Transaction
+from cdc_worker.changes import NOT_MASKED, Change, Masked, Operation, Payload, Row, Transaction
 from cdc_worker.context import NOTHING, Context
 from cdc_worker.lsn import INVALID, LSN
 
@@ -31,12 +31,16 @@ class Position(NamedTuple):
 
 
 class Origin(msgspec.Struct, frozen=True, gc=False):
-    """The transaction of a change, and what had been said in it before the change."""
+    """The transaction of a change, and what had been said in it before the change.
+
+    `masked` are columns, of tables that have any, whose values in it are not the true ones.
+    """
 
     xid: int = 0
     commit_lsn: LSN = INVALID
     end_lsn: LSN = INVALID
     context: Context = NOTHING
+    masked: Masked = NOT_MASKED
 
 
 NOWHERE: Final = Origin()

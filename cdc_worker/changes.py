@@ -125,7 +125,7 @@ _NO_ANSWERS: Final[Answers] = {}
 Masked = Mapping[tuple[str, str], frozenset[str]]
 """Columns by table whose values came masked."""
 
-_NOT_MASKED: Final[Masked] = {}
+NOT_MASKED: Final[Masked] = {}
 
 
 class Transaction(msgspec.Struct, frozen=True):
@@ -151,7 +151,7 @@ class Transaction(msgspec.Struct, frozen=True):
     last: bool
     received: Sequence[Received] = ()
     answers: Answers = _NO_ANSWERS
-    masked: Masked = _NOT_MASKED
+    masked: Masked = NOT_MASKED
 
 
 MARKER_PREFIX: Final = "cdc_worker.marker"

@@ -47,6 +47,7 @@ class Event(msgspec.Struct, gc=False):
     """A change as rules see it. `columns` are the changed columns that the rule at hand is about.
 
     `found` are rows that were looked up, by name; `missing` the columns of which the metadata had to do without.
+    `failure` is why the rule can't be applied, where that is known before all rows are found.
     """
 
     change: Change
@@ -58,6 +59,7 @@ class Event(msgspec.Struct, gc=False):
     found: dict[str, Row | None]
     columns: list[str] = []
     missing: list[str] = []
+    failure: str = ""
 
     @property
     def context(self) -> Mapping[str, Any]:

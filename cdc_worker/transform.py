@@ -237,6 +237,7 @@ class Transformer:
         self.answered: list[Answer] = []
         self._answers: Answers = {}
         self._masked: Masked = {}
+        self._hidden = {name: frozenset(table.masks) for name, table in rules.items() if table.masks}
         self._origin = NOWHERE
         self._committed_at = datetime.min
         self._resumed = resumed
@@ -288,6 +289,8 @@ class Transformer:
             self._start(transaction)
         self._out, self.given, self.refused = [], [], frozenset()
         self.answered, self._answers, self._masked = [], transaction.answers, transaction.masked
+        if transaction.masked:
+            self._origin = msgspec.structs.replace(self._origin, masked=self._hidden_in(transaction.masked))
         messages = iter(transaction.messages)
         until, message = next(messages, (-1, None))
         for number, change in enumerate(transaction.changes):
@@ -305,6 +308,26 @@ class Transformer:
             self._expire(self._index + FACT_DISTANCE + 1)
         self._release()
         return self._told() if self._erased else self._out
+
+    def take_up(
+        self, transaction: Transaction, *, heard: Context, ordinals: Mapping[tuple[str, str], int]
+    ) -> list[Outcome]:
+        """Feed the last slice of a commit of whose earlier ones no more is known.
+
+        That is what was `heard` in it, and of how many changes of each table.
+        """
+        self._start(transaction)
+        self._context = heard
+        self._origin = msgspec.structs.replace(self._origin, context=heard)
+        if heard != NOTHING:
+            self._excluded = self._scope.excludes(transaction.commit_lsn, heard=True)
+        self._ordinals.update(ordinals)
+        return self.feed(msgspec.structs.replace(transaction, first=False))
+
+    def _hidden_in(self, masked: Masked) -> Masked:
+        """The columns that are masked where these came masked already."""
+        tables = self._hidden.keys() | masked.keys()
+        return {name: self._hidden.get(name, _NO_COLUMNS) | masked.get(name, _NO_COLUMNS) for name in tables}
 
     @property
     def ready(self) -> bool:
@@ -361,7 +384,7 @@ class Transformer:
         self._commit_lsn = transaction.commit_lsn
         self._xid = transaction.xid
         self._committed_at = transaction.committed_at
-        self._origin = Origin(transaction.xid, transaction.commit_lsn, transaction.end_lsn)
+        self._origin = Origin(transaction.xid, transaction.commit_lsn, transaction.end_lsn, masked=self._hidden)
         self._given_at.clear()
         if transaction.commit_lsn < self._excluded_until:
             self._excluded = self._scope.excludes(transaction.commit_lsn)
@@ -477,12 +500,12 @@ class Transformer:
             try:
                 columns = rule.columns(event, claimed)
             except UnknownValueError as error:
-                self._put(self._letter(key, "rule_failed", str(error), change))
-                continue
-            if columns is None:
-                continue
-            claimed.update(columns)
-            event.columns = columns
+                event.failure = str(error)  # which is told with all that it takes to try again
+            else:
+                if columns is None:
+                    continue
+                claimed.update(columns)
+                event.columns = columns
             missing = self._find(event, rule, table, index) if rule.facts else ()
             if missing or rule.lookups:
                 self._hold(event, rule, key, index, missing)
@@ -492,6 +515,8 @@ class Transformer:
     def _built(self, event: Event, rule: Rule, key: str, index: int) -> Outcome | None:
         change = event.change
         try:
+            if event.failure:
+                raise UnknownValueError(event.failure)
             fields = rule.fields(event)
         except (UnknownValueError, ValueError, TypeError, ArithmeticError) as error:
             return DeadLetter(
@@ -750,7 +775,12 @@ def told(outcomes: Iterable[Outcome]) -> Iterator[Told]:
 
 def settled(transformer: Transformer, transaction: Transaction, fetch: Fetch) -> Iterator[Told]:
     """What a transformer tells of a transaction, or of a slice, with all that it wants looked for at once."""
-    yield from told(transformer.feed(transaction))
+    yield from completed(transformer, transformer.feed(transaction), fetch)
+
+
+def completed(transformer: Transformer, outcomes: Iterable[Outcome], fetch: Fetch) -> Iterator[Told]:
+    """What it tells after these outcomes as well."""
+    yield from told(outcomes)
     while transformer.wanted or transformer.ready:
         if transformer.wanted:
             transformer.tell(fetch(transformer.wanted))
