@@ -23,6 +23,7 @@ CdcWorkerError
 ├── TargetUnusableError     21   the target refuses every write (grants, read-only, missing column): mend it
 ├── TooManyRefusalsError    22   the target refuses row after row for the same reason: mend it
 ├── SlotGivenUpError        23   the server kept too much WAL for the slot, which was dropped: a gap, as you have set it
+├── RecordingError          24   the directory of the recording isn't there, or can't be written: mend it
 ├── UnknownValueError        –   a rule lacks a value: the change becomes a dead letter, nothing stops
 ├── ClusterError             1   the demo's private cluster can't be had: install what it names
 ├── DemoError                1   the demo can't go on: see its log
@@ -202,6 +203,12 @@ class SlotGivenUpError(CdcWorkerError):
     """The server kept more WAL for the slot than `retained_limit_bytes`: it was dropped, and changes are lost."""
 
     exit_code = 23
+
+
+class RecordingError(CdcWorkerError):
+    """What the stream brings can't be kept where it is to be."""
+
+    exit_code = 24
 
 
 class NotRunningError(CdcWorkerError):

@@ -29,7 +29,7 @@ from psycopg import sql
 from psycopg.waiting import Ready, Wait
 from tenacity import RetryCallState, Retrying, retry_if_exception, stop_when_event_set, wait_random_exponential
 
-from cdc_worker import catalog, checkpoint, errors, postgres, process, setup, slot, wal2json
+from cdc_worker import catalog, checkpoint, errors, postgres, process, recorder, setup, slot, wal2json
 from cdc_worker.activities import Activity, Batch, Line, Position, Scope
 from cdc_worker.changes import MARKER_PREFIX, Assembler, Change, Transaction
 from cdc_worker.checkpoint import Checkpoint
@@ -42,6 +42,7 @@ from cdc_worker.process import Process
 from cdc_worker.profile import Profile
 from cdc_worker.profile import load as load_profile
 from cdc_worker.protocol import PrimaryKeepalive
+from cdc_worker.recorder import Recorder
 from cdc_worker.replication import Replication
 from cdc_worker.sink import Sink, Writing, Written
 from cdc_worker.transform import PREFIXES, Outcome, Transformer
@@ -203,7 +204,8 @@ class Worker:
             described = _described(error)
             self._reachable = False
             self._process.failure = " ".join(filter(None, described.values()))
-            log.warning("connection_lost", **described, attempt=state.attempt_number, retry_in=round(wait, 2))
+            event = "recording_failed" if isinstance(error, errors.RecordingError) else "connection_lost"
+            log.warning(event, **described, attempt=state.attempt_number, retry_in=round(wait, 2))
 
         attempts = Retrying(
             retry=retry_if_exception(self._may_heal),
@@ -214,6 +216,8 @@ class Worker:
             reraise=True,
         )
         try:
+            if self._settings.recording_directory is not None:
+                recorder.check(self._settings.recording_directory)
             again = True
             while again:
                 for attempt in attempts:
@@ -319,6 +323,8 @@ class Worker:
             return False
         if isinstance(error, psycopg.Error):
             return postgres.is_transient(error.sqlstate)
+        if isinstance(error, errors.RecordingError):
+            return True  # it was in order at the start: a disk is full, or gone
         # Once it has run with these credentials, a refusal is somebody's work in progress.
         return self._started and isinstance(error, errors.AuthenticationError | errors.DatabaseMissingError)
 
@@ -362,6 +368,18 @@ class Worker:
                 progress=found,
                 decode=wal2json.decode,
             )
+            recording = None
+            if settings.recording_directory is not None:
+                recording = Recorder(
+                    settings.recording_directory,
+                    self._rules,
+                    settings=settings,
+                    system_identifier=found.system_identifier,
+                    database=connection.info.dbname,
+                    start=position.lsn,
+                    log=log,
+                )
+                stack.callback(recording.close)
             lookups = None
             if any(table.looked_up for table in self._rules.values()):
                 reading = postgres.connect_reading(settings.dsn.get_secret_value(), worker)
@@ -377,12 +395,14 @@ class Worker:
             scope=scope,
             policy=settings.policy(self._profile),
             resumed=position,
+            keep=recording is not None,
         )
         return _Stream(
             replication,
             sink,
             transformer,
             lookups,
+            recording,
             settings=settings,
             totals=self.totals,
             stop=self._stop,
@@ -606,6 +626,7 @@ class _Stream:
         sink: Sink,
         transformer: Transformer,
         lookups: Lookups | None,
+        recording: Recorder | None,
         *,
         settings: Settings,
         totals: Totals,
@@ -622,6 +643,8 @@ class _Stream:
         self._sink = sink
         self._transformer = transformer
         self._lookups = lookups
+        self._recorder = recording
+        self._unrecorded: Transaction | None = None  # a slice for which rows are still looked up
         self._fetching: Writing[Found] | None = None
         self._fetch_wants = Wait.R
         self._settings = settings
@@ -634,10 +657,13 @@ class _Stream:
         self._resumed = sink.position
         self._on_unknown = on_unknown
         self._on_missing = on_missing
-        self._assembler = Assembler(sink.position.lsn)
         self._partitions = partitions
-        if partitions:
-            self._assembler = Assembler(sink.position.lsn, root_of=partitions.root_of, keys=partitions.keys)
+        self._assembler = Assembler(
+            sink.position.lsn,
+            root_of=partitions.root_of if partitions else None,
+            keys=partitions.keys,
+            keep=recording is not None,
+        )
         self._batch = Batch(sink.position)
         self._unfinished: Transaction | None = None
         self._untrusted = False  # it was said that messages are not to be trusted: once is enough
@@ -725,6 +751,7 @@ class _Stream:
                 batch.size += len(message)
                 transaction = assembler.feed(wal2json.decode(message), message)
                 if transaction is not None:
+                    self._unrecorded = transaction
                     self._take(transaction, self._transformer.feed(transaction))
                     if batch.full or self._unfinished is not None or self._stop.reload_requested:
                         return False
@@ -755,6 +782,10 @@ class _Stream:
         self._unfinished = transaction if more else None
         while transformer.missing:
             self._on_missing(*transformer.missing.pop())
+        if self._recorder is not None and self._unrecorded is not None and not transformer.wanted:
+            # Whole, also if a part of it was written before we came: the end of the recording then lacks the rest.
+            self._recorder.add(self._unrecorded, transformer.answered)
+            self._unrecorded = None
 
     def _fetched(self, ready: Ready | None) -> bool:
         """Go on looking rows up that the transformer wants; returns whether it has been told."""
@@ -796,7 +827,12 @@ class _Stream:
         else:
             if batch.full:
                 batch.size = 0  # much was read, and none of it meant anything
+                if self._recorder is not None:
+                    self._recorder.flush()
             return
+        if self._recorder is not None:
+            # First: whatever the checkpoint has passed is durable in the recording.
+            self._recorder.write(batch.end.lsn)
         self._written, self._began_at = batch, now
         self._writing = self._sink.write(batch)
         self._step(None)
@@ -873,6 +909,8 @@ class _Stream:
             if silent > SILENCE:
                 raise psycopg.OperationalError(f"nothing was heard from the server for {silent:.0f} s")
             self._send_status(reply_requested=silent > self._status_interval)
+        if self._recorder is not None:
+            self._recorder.tend()
         if self._to_look_at and now >= self._looked_at + WATCH_INTERVAL:
             self._looked_until, self._looked_after = self._received, self._totals.batches
             with suppress(Stopped), self._stop.interrupting():
