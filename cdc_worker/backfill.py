@@ -225,6 +225,7 @@ class _Edges:
         if not dry_run:
             needed[target] = ["SELECT", "INSERT"]
             needed["cdc_worker.backfill"] = ["SELECT", "INSERT", "UPDATE"]
+            needed["cdc_worker.replay"] = ["SELECT", "UPDATE"]
         postgres.check_rights(self.control, needed, partly=[*read, *looked_up], whole=[*read, target])
 
     def look_up(self, wanted: Collection[Wanted]) -> Mapping[Wanted, Row | None]:
@@ -347,6 +348,8 @@ WHERE backfill.finished_at IS NOT NULL OR backfill.system_identifier <> EXCLUDED
     OR backfill.key_columns IS DISTINCT FROM EXCLUDED.key_columns
 """
 
+_LOOK_AGAIN: Final = "UPDATE cdc_worker.replay SET nonce = gen_random_uuid() WHERE worker = %s"
+
 _MARK: Final = """
 SELECT nonce::text, last_key, rows, started_lsn::text, finished_at IS NOT NULL, key_columns FROM cdc_worker.backfill
 WHERE worker = %s AND table_name = %s AND part = %s
@@ -409,6 +412,8 @@ class _Work:
         expected = None if wishes.from_key or wishes.to_key else self._rows.count()
         key = list(wishes.from_key) or None
         edges.control.execute(_BEGIN, (*self._job, [*self._rows.key], expected, key))
+        # Who writes late, and has found nothing made up, is to look again: what it has in hand is over after this.
+        edges.control.execute(_LOOK_AGAIN, (self._worker,))
         mark = self._mark()
         done.resumed = mark is not None and mark.rows > 0
         with shown(edges.log, done.table, unit="rows", total=expected, done=mark.rows if mark else 0) as advance:
@@ -682,8 +687,8 @@ def replacement(
 ) -> str:
     """The statements by which what was made up gives way to what is recorded after all, in the transaction that does.
 
-    `late` are the keys that may have been made up, by the place of what is recorded. They run after the progress of
-    whoever records it has moved. A backfill that is at it begins its chunk anew, and finds what is recorded.
+    `late` are the keys that may have been made up, by the place of what is recorded. They run in the transaction of
+    whoever records it. A backfill that is at it begins its chunk anew, and finds what is recorded.
     """
     into, key = sql.Identifier(*qualified(target.table)), catalog.key_column(target)
     metadata = next((column for column, of in target.columns.items() if of == "metadata"), None)
@@ -691,7 +696,7 @@ def replacement(
     for place, keys in late.items():
         names = [own_key(worker, cluster, of) for of in keys]
         known: sql.Composable = sql.SQL("true")
-        if metadata is not None:  # what was read before it happened is of somebody else
+        if metadata is not None and place.current:  # what was read before it happened is of somebody else
             known = _READ_SINCE.format(metadata=sql.Identifier(metadata), at=str(place.lsn))
         if key is not None:
             statements.append(_REPLACE.format(table=into, key=sql.Identifier(key), names=names, known=known))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import deque
-from collections.abc import Callable, Collection, Generator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -22,7 +22,7 @@ from psycopg import pq, sql
 from psycopg.pq.abc import PGresult
 from psycopg.waiting import Ready, Wait, wait
 
-from cdc_worker import catalog, errors, postgres
+from cdc_worker import catalog, errors, kept, postgres
 from cdc_worker.activities import Activity, Batch, DeadLetter, Line, Position, Prepared, Skipped
 from cdc_worker.catalog import TargetTable
 from cdc_worker.changes import Change, Payload
@@ -81,15 +81,20 @@ class RefusedError(Exception):
 class Written:
     """What a batch came to.
 
-    `already_there` counts activities whose key the target had, `unlinked` those that were written with a NULL link
+    `existing` are the keys of activities that the target had; `unlinked` counts those written with a NULL link
     because their subject is gone, `deleted` the rows that went in the same transactions.
     """
 
     activities: int = 0
     dead_letters: list[DeadLetter] = field(default_factory=list)
-    already_there: int = 0
+    existing: set[str] = field(default_factory=set)
     unlinked: int = 0
     deleted: int = 0
+
+    @property
+    def already_there(self) -> int:
+        """How many of them there were."""
+        return len(self.existing)
 
 
 def _nothing_else(rows: Sequence[Line]) -> str:
@@ -175,10 +180,7 @@ class Sink:
         self._begin = "BEGIN; SET CONSTRAINTS ALL IMMEDIATE" if table.deferrable else "BEGIN"
         self._hurry = ""
         if table.foreign_keys:
-            # All waits of a transaction together are to take less than half of deadlock_timeout: in a deadlock the
-            # application, which may have waited for as long as we have locked, must not be the one that is ended.
-            waits = MAX_LOCKING * len(table.foreign_keys)
-            self._hurry = f"; SET LOCAL lock_timeout = {max(1, int(table.deadlock_timeout * 1000 / 2 / waits))}"
+            self._hurry = f"; {hurry(table)}"
         self._refused_in_a_row = 0
         self._refused_with = ""
 
@@ -330,7 +332,7 @@ class Sink:
         written.deleted += _deleted(results)
         written.activities += len(done)
         written.dead_letters += dead_letters
-        written.already_there += len(existing)
+        written.existing |= existing
         written.unlinked += without_link
         return place
 
@@ -351,20 +353,10 @@ class Sink:
             return None
         values = dict(zip(self._columns, parsed(line.text), strict=True))
         columns = self._catalog.foreign_keys[refusal.constraint]
-        links = {column: value for column in columns if (value := values.get(column)) is not None}
-        if not links:
+        if all(values.get(column) is None for column in columns):
             return None  # a trigger of the target has made one
-        values.update(dict.fromkeys(links))
-        if self._metadata is not None:
-            metadata = msgspec.json.decode(values[self._metadata] or "{}", type=dict[str, msgspec.Raw])
-            told = msgspec.json.decode(metadata.get("unlinked", b"{}"))  # of another key
-            told = told if isinstance(told, dict) else {}
-            types = self._catalog.columns
-            told |= {column: int(v) if types[column] in _INTEGERS else v for column, v in links.items()}
-            metadata["unlinked"] = msgspec.Raw(_json.encode(told))
-            values[self._metadata] = _json.encode(metadata).decode()
-        text = _escaped(_SEPARATOR.join(map(_text, values.values())) + _END).encode()
-        return msgspec.structs.replace(line, text=text)
+        values = unlinked(values, columns, metadata=self._metadata, types=self._catalog.columns)
+        return msgspec.structs.replace(line, text=copied(values.values()))
 
     def _refused(self, line: Line, refusal: RefusedError) -> DeadLetter:
         self._refused_in_a_row = self._refused_in_a_row + 1 if refusal.sqlstate == self._refused_with else 1
@@ -372,8 +364,7 @@ class Sink:
         if self._refused_in_a_row >= MAX_REFUSALS:
             raise errors.TooManyRefusalsError(
                 f"the target {self._table} refused {MAX_REFUSALS} rows in a row, the last {refusal.described}",
-                hint="see what the rows have in common: SELECT reason, fields FROM cdc_worker.dead_letter"
-                " ORDER BY dead_letter_id DESC LIMIT 5",
+                hint="see what the rows have in common: cdc-worker dead-letters list",
             )
         return DeadLetter(
             line.change_key,
@@ -420,21 +411,8 @@ class Sink:
     def _insert(self, dead_letters: Sequence[DeadLetter]) -> Writing[None]:
         if not dead_letters:
             return
-        rows = [
-            {
-                "worker": self._progress.worker,
-                "change_key": letter.change_key,
-                "kind": letter.kind,
-                "reason": letter.reason,
-                "sqlstate": letter.sqlstate,
-                "constraint_name": letter.constraint,
-                "committed_at": letter.committed_at,
-                "change": letter.change,
-                "fields": letter.fields,
-            }
-            for letter in dead_letters
-        ]
-        self._pgconn.send_query_params(_INSERT_DEAD_LETTERS, [_json.encode(rows)])
+        rows = kept.encoded(self._progress.worker, dead_letters)
+        self._pgconn.send_query_params(_INSERT_DEAD_LETTERS, [rows])
         yield from self._results()
 
     def _note(self, skipped: Sequence[Skipped]) -> Writing[None]:
@@ -592,10 +570,13 @@ _GIVEN: Final = sql.SQL(
 
 _INSERT_DEAD_LETTERS: Final = b"""
 INSERT INTO cdc_worker.dead_letter
-    (worker, change_key, kind, reason, sqlstate, constraint_name, committed_at, change, fields)
-SELECT worker, change_key, kind, reason, sqlstate, constraint_name, committed_at, change, fields
+    (worker, change_key, kind, reason, sqlstate, constraint_name, committed_at, change, fields, xid, commit_lsn,
+     end_lsn, context, found, masked, raw)
+SELECT worker, change_key, kind, reason, sqlstate, constraint_name, committed_at, change, fields, xid, commit_lsn,
+    end_lsn, context, found, masked, decode(raw, 'hex')
 FROM jsonb_to_recordset($1) AS letter (worker text, change_key text, kind text, reason text, sqlstate text,
-    constraint_name text, committed_at timestamptz, change jsonb, fields jsonb)
+    constraint_name text, committed_at timestamptz, change jsonb, fields jsonb, xid bigint, commit_lsn pg_lsn,
+    end_lsn pg_lsn, context jsonb, found jsonb, masked text[], raw text)
 ON CONFLICT (change_key) DO NOTHING
 """
 
@@ -637,6 +618,30 @@ def _divided(
         return [(a, b) for a, b in ((start, named), (named, named + 1), (named + 1, end)) if a < b]
     middle = (start + end) // 2
     return [(start, middle), (middle, end)]
+
+
+def hurry(table: TargetTable) -> str:
+    """The statement after which a transaction of MAX_LOCKING rows waits for locks of the application, and not long."""
+    # All its waits together are to take less than half of deadlock_timeout: in a deadlock the application, which may
+    # have waited for as long as we have locked, must not be the one that is ended.
+    waits = MAX_LOCKING * max(1, len(table.foreign_keys))
+    return f"SET LOCAL lock_timeout = {max(1, int(table.deadlock_timeout * 1000 / 2 / waits))}"
+
+
+def unlinked(
+    values: Mapping[str, str | None], columns: Collection[str], *, metadata: str | None, types: Mapping[str, str]
+) -> dict[str, str | None]:
+    """A row as it is sent, without links in these columns; its `metadata` tells them instead, by their `types`."""
+    links = {column: value for column in columns if (value := values.get(column)) is not None}
+    left = {**values, **dict.fromkeys(links)}
+    if metadata is not None and links:
+        found = msgspec.json.decode(values[metadata] or "{}", type=dict[str, msgspec.Raw])
+        told = msgspec.json.decode(found.get("unlinked", b"{}"))  # of another key
+        told = told if isinstance(told, dict) else {}
+        told |= {column: int(v) if types[column] in _INTEGERS else v for column, v in links.items()}
+        found["unlinked"] = msgspec.Raw(_json.encode(told))
+        left[metadata] = _json.encode(found).decode()
+    return left
 
 
 def encoder(target: Target, table: TargetTable, zone: ZoneInfo) -> Callable[[Activity], bytes]:
@@ -711,6 +716,11 @@ _END: Final = "\0e"
 def _escaped(line: str) -> str:
     line = line.replace("\\", "\\\\").replace("\t", "\\t").replace("\n", "\\n").replace("\r", "\\r")
     return line.replace(_SEPARATOR, "\t").replace(_NULL, "\\N").replace(_END, "\n")
+
+
+def copied(values: Iterable[Any]) -> bytes:
+    """A line of COPY's text format."""
+    return _escaped(_SEPARATOR.join(map(_text, values)) + _END).encode()
 
 
 def parsed(line: bytes) -> list[str | None]:

@@ -519,11 +519,14 @@ def test_a_role_that_lacks_rights_is_told_which(crm: Crm) -> None:
         message, hint = refused(crm)
         assert message == (
             'role "cdc" lacks SELECT ON "public"."lead", SELECT ON "public"."customer", SELECT ON "public"."contact",'
-            ' SELECT ON "public"."activity", SELECT ON cdc_worker.skipped, INSERT, UPDATE ON cdc_worker.backfill'
+            ' SELECT ON "public"."activity", SELECT ON cdc_worker.skipped, INSERT, UPDATE ON cdc_worker.backfill,'
+            " SELECT, UPDATE ON cdc_worker.replay"
         )
         mend(crm, hint.partition("; GRANT INSERT, UPDATE")[0])
         crm.succeed("backfill", "--dry-run")
-        assert refused(crm)[0] == 'role "cdc" lacks INSERT, UPDATE ON cdc_worker.backfill'
+        assert refused(crm)[0] == (
+            'role "cdc" lacks INSERT, UPDATE ON cdc_worker.backfill, SELECT, UPDATE ON cdc_worker.replay'
+        )
         mend(crm, hint)
         crm.succeed("backfill")
     assert leads(crm) == [1]

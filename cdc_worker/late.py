@@ -1,0 +1,550 @@
+"""Activities that come later than the stream would have brought them: written beside it, and once.
+
+What the target has is left as it is. The rest is written as the stream writes it, and in the same transaction gives way
+what stood in for it: what a backfill or a repair has made up, and dead letters.
+
+A key that the target hasn't may still be told by something that was made up. Whoever makes anything up, and whoever
+erases a person, gives the row of this command in cdc_worker.replay a new nonce: then nothing is written any more before
+that is looked at again, and it is begun anew, which writes what is missing by then.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager, suppress
+from dataclasses import dataclass, field
+from datetime import datetime
+from types import TracebackType
+from typing import Final, Literal, NamedTuple, Self
+
+import msgspec
+import psycopg
+from psycopg import sql
+
+from cdc_worker import backfill, catalog, checkpoint, errors, postgres, rows
+from cdc_worker.activities import (
+    Activity,
+    Batch,
+    DeadLetter,
+    Key,
+    Line,
+    Person,
+    Place,
+    Position,
+    Prepared,
+    Scope,
+    Skipped,
+    Stretch,
+    parsed_key,
+)
+from cdc_worker.changes import Row, Transaction
+from cdc_worker.config import Settings
+from cdc_worker.history import Event, Recorded, made_up, recorded
+from cdc_worker.journal import Journal
+from cdc_worker.log import Logger
+from cdc_worker.lookups import Lookups
+from cdc_worker.lsn import INVALID, LSN
+from cdc_worker.postgres import Connection, fetch_one
+from cdc_worker.profile import Profile
+from cdc_worker.rows import RowKey, Rows
+from cdc_worker.rules import qualified
+from cdc_worker.sink import Sink, finished
+from cdc_worker.templates import text
+from cdc_worker.transform import Outcome, Wanted
+
+Command = Literal["replay", "rewrite", "retry"]
+
+MAX_TRANSACTIONS: Final = 1_000
+"""So many transactions are written at once, at most."""
+
+FOREVER: Final = LSN(2**64 - 1)
+
+_START: Final = Position(INVALID)
+
+
+@dataclass(slots=True)
+class Counts:
+    """What was done so far.
+
+    `already_there` are activities whose keys the target had, `discarded` those whose dead letters were, `known` dead
+    letters that were there; `replaced` is what was made up and gave way, `resolved` are dead letters that did.
+    """
+
+    activities: Counter[str] = field(default_factory=Counter)
+    already_there: int = 0
+    dead_letters: int = 0
+    known: int = 0
+    discarded: int = 0
+    unlinked: int = 0
+    replaced: int = 0
+    resolved: int = 0
+
+
+@dataclass(slots=True)
+class Progress:
+    """A command's row in cdc_worker.replay: the sink's `Progress`."""
+
+    worker: str
+    command: Command
+    replay: str
+    nonce: str
+    position: Position = _START
+
+    def advance(
+        self,
+        before: Position,
+        after: Position,
+        committed_at: datetime | None = None,
+        *,
+        activities: int = 0,
+        dead_letters: int = 0,
+    ) -> str:
+        """The statement that moves it, unless it is to look again."""
+        query = sql.SQL(
+            "UPDATE cdc_worker.replay SET lsn = {}, activities = activities + {}, dead_letters = dead_letters + {},"
+            " written_at = now() WHERE replay = {} AND nonce = {}"
+        )
+        return query.format(str(after.lsn), activities, dead_letters, self.replay, self.nonce).as_string()
+
+    def fenced(self) -> errors.FencedError:
+        """It is to look again."""
+        return errors.FencedError(
+            f'what the worker "{self.worker}" leaves out, or has made up, has changed meanwhile', hint="run it again"
+        )
+
+
+class _Pending(NamedTuple):
+    """What came of a slice of a commit, and is not written yet."""
+
+    outcomes: Sequence[Outcome]
+    transaction: Transaction
+    done: int
+    complete: bool
+    given: Sequence[Person]
+
+
+class Late:
+    """Writes what comes late, through connections of its own. Use it as a context manager; `flush` in the end.
+
+    After a FencedError, which any call may raise, `begin` anew: with the scope as it is then, and from the start.
+    Raises TargetUnusableError without the rights that it takes, which are the owner's: with `changes` also to change
+    the worker's activities.
+    """
+
+    def __init__(
+        self, settings: Settings, given: Profile, *, command: Command, log: Logger, changes: bool = False
+    ) -> None:
+        self.counts = Counts()
+        self.profile, self.log = given, log
+        self.rules = settings.rules(given)
+        self._settings, self._command, self._changes = settings, command, changes
+        self._worker = settings.worker
+        self._stack = ExitStack()
+        self._pending: list[_Pending] = []
+        self._size = 0
+        self._letters: dict[str, bool] = {}
+        self._late: dict[str, list[tuple[Place, list[Key]]]] = {}
+        self._substitutes: _Substitutes | None = None
+        self._cluster = ""
+        self._sink: Sink | None = None
+        self._lookups: Lookups | None = None
+
+    def __enter__(self) -> Self:
+        with ExitStack() as stack:
+            self._open(stack)
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if kind is KeyboardInterrupt and self._sink is not None:
+            self._sink.cancel()  # a session that waits for a lock would go on waiting without us
+        with suppress(psycopg.Error):
+            self.control.execute(_END, (self.progress.replay,))
+        self._stack.close()
+
+    def _open(self, stack: ExitStack) -> None:
+        dsn, worker = self._settings.dsn.get_secret_value(), self._worker
+
+        def opened(connection: Connection) -> Connection:
+            return stack.enter_context(closing(connection))
+
+        self.control = opened(postgres.connect(dsn, worker))
+        self.checkpoint = checkpoint.read(self.control, worker)
+        server = postgres.server(self.control)
+        postgres.check_primary(server)
+        postgres.check_writable(server)
+        self.database = server.database
+        self.time_zone = self._settings.zone(self.profile, server.time_zone)
+        self.target = catalog.check(self.control, self.profile, self.rules)
+        self._check_rights()
+        self.writing = opened(postgres.connect(dsn, worker))
+        self.writing.execute("SET cdc_worker.protect = off")
+        self.reading = opened(rows.connect(self._settings))
+        self._looking = opened(postgres.connect_reading(dsn, worker))
+        self._row_key = catalog.row_key(self.profile.target, self.target)
+        self.control.execute(_BURY, (worker,))
+        replay, nonce = fetch_one(self.writing, _BEGIN, worker, self._command)
+        self.progress = Progress(worker, self._command, replay, nonce)
+        self.begin()
+
+    def _check_rights(self) -> None:
+        target = sql.Identifier(*qualified(self.profile.target.table)).as_string()
+        needed = {
+            target: ["SELECT", "INSERT", "DELETE", *(["UPDATE"] if self._changes else [])],
+            "cdc_worker.checkpoint": ["SELECT", "UPDATE"],
+            "cdc_worker.replay": ["SELECT", "INSERT", "UPDATE", "DELETE"],
+            "cdc_worker.dead_letter": ["SELECT", "INSERT", "UPDATE", "DELETE"],
+            "cdc_worker.backfill": ["SELECT", "UPDATE"],
+            "cdc_worker.skipped": ["SELECT", "INSERT"],
+            "cdc_worker.excluded": ["SELECT"],
+            "cdc_worker.erased": ["SELECT", "UPDATE"],
+            "cdc_worker.written_key": ["SELECT", "INSERT", "DELETE"],
+        }
+        postgres.check_rights(self.control, needed, partly=["cdc_worker.erased"], whole=[target])
+
+    def begin(self) -> None:
+        """See what is so by now. What was not written yet is forgotten: it comes again."""
+        counts = self.counts
+        counts.already_there, counts.known = -counts.activities.total(), -counts.dead_letters
+        counts.discarded = 0
+        self._pending, self._size = [], 0
+        self.writing.rollback()
+        (self.progress.nonce,) = fetch_one(self.control, _NONCE, self.progress.replay)
+        self.checkpoint = checkpoint.read(self.control, self._worker)
+        self._substitutes = None
+        if self._row_key is not None and self._anything_made_up():
+            self._substitutes = _Substitutes(self)
+        self._of_cluster(self._cluster or self.checkpoint.system_identifier)
+
+    def _anything_made_up(self) -> bool:
+        assert self._row_key is not None
+        query = _MADE_UP.format(table=sql.Identifier(*qualified(self.profile.target.table)), key=self._row_key)
+        prefix = f"{self._worker}/{self.checkpoint.system_identifier}"
+        parameters = {"worker": self._worker, "backfill": f"{prefix}/backfill/", "repair": f"{prefix}/repair/"}
+        return self.control.execute(postgres.with_parameters(query), parameters).fetchone() == (True,)
+
+    def _of_cluster(self, cluster: str) -> None:
+        """Go on with what was recorded on this cluster."""
+        if self._sink is not None:
+            self.progress.position = self._sink.position
+        self._cluster = cluster
+        self._sink = Sink(
+            self.writing,
+            self.profile.target,
+            table=self.target,
+            time_zone=self.time_zone,
+            progress=self.progress,
+            decode=lambda change: change,
+            cluster=cluster,
+            also=self._also,
+        )
+
+    def is_home(self, cluster: str, database: str | None) -> bool:
+        """Whether something was recorded where the worker records now, whose stream tells the rest."""
+        return cluster == self.checkpoint.system_identifier and database in (None, self.database)
+
+    def scope(self, cluster: str, database: str | None) -> Scope:
+        """What there are no activities of, of what was recorded on a cluster in a database (None: in this one).
+
+        Before the slot was there nobody else can have told what was recorded, unless triggers did. Of the time before
+        a restore, whoever was erased since is forgotten altogether.
+        """
+        excluded: dict[tuple[str, str], list[Stretch]] = {}
+        marked: dict[tuple[str, str], list[Stretch]] = {}
+        erased: dict[Person, list[Stretch]] = {}
+        current = cluster == self.checkpoint.system_identifier
+        if database in (None, self.database):
+            begun = self.checkpoint.slot_created_at if current else INVALID
+            seen = set()
+            for name, since, until, is_marked, triggers in self.control.execute(_EXCLUDED, (self._worker, cluster)):
+                table, end = qualified(name), None if until is None else LSN.parse(until)
+                seen.add(table)
+                begin = LSN.parse(since) if triggers else max(begun, LSN.parse(since))
+                if end is None or begin < end:
+                    (marked if is_marked else excluded).setdefault(table, []).append((begin, end))
+            captured = {table.name for table in self.rules.values() if any(table.rules.values())}
+            if current:
+                excluded |= {table: [(begun, None)] for table in captured - seen}
+        for of, name, key, at, until in self.control.execute(_ERASED, (self._worker,)):
+            stretch: Stretch = FOREVER, None
+            if of == cluster:
+                stretch = LSN.parse(at), None if until is None else LSN.parse(until)
+            elif current:
+                if until is not None:
+                    continue
+                stretch = INVALID, None
+            erased.setdefault((name, key), []).append(stretch)
+        return Scope(excluded, erased, marked)
+
+    def look_up(self, wanted: Collection[Wanted]) -> Mapping[Wanted, Row | None]:
+        """Rows of other tables as they are now."""
+        if self._lookups is None:
+            self._lookups = Lookups(self._looking, self.rules)
+        return finished(self._lookups.fetch(wanted), self._lookups.fileno())
+
+    def add(
+        self,
+        outcomes: Sequence[Outcome],
+        transaction: Transaction,
+        *,
+        cluster: str,
+        done: int,
+        complete: bool,
+        given: Sequence[Person] = (),
+    ) -> None:
+        """Take what came of a slice of a commit on a cluster, as `Batch.add` does; some of it is written at once."""
+        if cluster != self._cluster:
+            self.flush()
+            self._of_cluster(cluster)
+        if outcomes or given:
+            commit = msgspec.structs.replace(transaction, changes=[], messages=[], payloads=[], received=(), answers={})
+            self._pending.append(_Pending(outcomes, commit, done, complete, given))
+            self._size += len(outcomes)
+        if self._size >= Batch.MAX_OUTCOMES or len(self._pending) >= MAX_TRANSACTIONS:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what was taken, as far as it is missing."""
+        pending, self._pending, self._size = self._pending, [], 0
+        sink = self._sink
+        assert sink is not None
+        if not pending:
+            return
+        told = [of for slice_ in pending for of in slice_.outcomes if not isinstance(of, Skipped)]
+        keys = [of.change_key for of in told]
+        existing = finished(sink.existing(keys), sink.fileno()) if keys else set()
+        self._letters = dict(self.control.execute(_LETTERS, (self._worker, keys)).fetchall() if keys else [])
+        if stale := existing & self._letters.keys():
+            self.control.execute(_RESOLVE.format(self._worker, sorted(stale)))
+            self.counts.resolved += len(stale)
+        batch = Batch(sink.position)
+        activities: list[Activity] = []
+        for outcomes, transaction, done, complete, given in pending:
+            missing = [of for of in outcomes if isinstance(of, Skipped) or self._is_missing(of, existing)]
+            activities += (of for of in missing if isinstance(of, Activity))
+            lines = [sink.line(of, of.change) if isinstance(of, Activity) else of for of in missing]
+            batch.add(lines, transaction, done=done, complete=complete, given=given)
+        if batch.empty:
+            return
+        self._late = self._substitutes.of(activities) if self._substitutes is not None else {}
+        self._write(sink, batch)
+
+    def _is_missing(self, outcome: Activity | DeadLetter, existing: set[str]) -> bool:
+        key, counts = outcome.change_key, self.counts
+        if key in existing:
+            counts.already_there += 1
+        elif isinstance(outcome, DeadLetter) and key in self._letters:
+            counts.known += 1
+        elif self._letters.get(key):
+            counts.discarded += 1
+        else:
+            return True
+        return False
+
+    def _write(self, sink: Sink, batch: Batch) -> None:
+        counts = self.counts
+        try:
+            written = finished(sink.write(batch), sink.fileno())
+        except KeyboardInterrupt:
+            sink.cancel()
+            raise
+        refused = {letter.change_key for letter in written.dead_letters}
+        known = sum(letter in self._letters for letter in refused)
+        not_ours = refused | written.existing
+        for outcome in batch.outcomes:
+            if isinstance(outcome, Line) and outcome.change_key not in not_ours:
+                counts.activities[outcome.type] += 1
+                counts.resolved += outcome.change_key in self._letters
+        counts.already_there += written.already_there
+        counts.dead_letters += len(refused) - known
+        counts.known += known
+        counts.unlinked += written.unlinked
+        counts.replaced += written.deleted
+        if self._substitutes is not None:
+            self._substitutes.heed(batch.outcomes)
+        self.log.debug(
+            "batch_written",
+            transactions=batch.transactions,
+            activities=written.activities,
+            dead_letters=len(refused),
+            already_there=written.already_there,
+            replaced=written.deleted,
+            lsn=str(sink.position),
+        )
+
+    def _also(self, lines: Sequence[Line]) -> str:
+        """What gives way to rows, in the transaction in which they were written."""
+        statements = []
+        late: dict[Place, list[Key]] = {}
+        for line in lines:
+            for place, keys in self._late.get(line.change_key, ()):
+                late.setdefault(place, []).extend(keys)
+        if self._substitutes is not None:
+            worker, cluster = self._worker, self.checkpoint.system_identifier
+            statements.append(backfill.replacement(self.profile.target, self.target, worker, cluster, late))
+        if resolved := [line.change_key for line in lines if line.change_key in self._letters]:
+            statements.append(_RESOLVE.format(self._worker, resolved).as_string())
+        return "".join(f"{statement}; " for statement in statements)
+
+    @contextmanager
+    def transaction(self, at: Position, *, activities: int = 0, dead_letters: int = 0) -> Iterator[Connection]:
+        """A transaction in which its user writes by itself, unless it is to look again. Flush before it."""
+        with self.writing.transaction():
+            advance = self.progress.advance(at, at, activities=activities, dead_letters=dead_letters)
+            if self.writing.execute(advance.encode()).rowcount == 0:
+                raise self.progress.fenced()
+            yield self.writing
+
+
+class _Table(NamedTuple):
+    """What is recorded of a captured table, and how its rows are found."""
+
+    recorded: Recorded
+    rows: Rows
+    journal: Journal
+    told: frozenset[str]
+    """The rules that a backfill may have told."""
+
+
+class _Substitutes:
+    """What was made up in place of activities that come late."""
+
+    def __init__(self, late: Late) -> None:
+        self._worker, self._checkpoint = late.checkpoint.worker, late.checkpoint
+        self._until = late.checkpoint.position.lsn
+        self._tables: dict[tuple[str, str], _Table] = {}
+        for name, table in late.profile.tables.items():
+            meant = recorded(late.profile, name)
+            if not table.rules or not table.key or not meant.links.keys() >= {*table.key}:
+                continue  # nobody finds what is recorded of its rows, so nothing was made up of them
+            found = Rows(late.reading, late.rules[qualified(name)])
+            journal = Journal(
+                late.control,
+                late.profile.target,
+                table=late.target,
+                recorded=meant,
+                rows=found,
+                checkpoint=late.checkpoint,
+            )
+            told = frozenset(rule.label for rule in table.rules if rule.backfill is not None)
+            self._tables[qualified(name)] = _Table(meant, found, journal, told)
+
+    def of(self, activities: Iterable[Activity]) -> dict[str, list[tuple[Place, list[Key]]]]:
+        """The keys that may have been made up for activities, by theirs, with their places."""
+        by_table: dict[tuple[str, str], list[tuple[Activity, Key, RowKey]]] = {}
+        for activity in activities:
+            change = activity.change
+            table = self._tables.get((change.schema, change.table))
+            key = parsed_key(self._worker, self._checkpoint.system_identifier, activity.change_key)
+            row = change.new if change.new is not None else change.old
+            if table is None or key is None or row is None:
+                continue
+            values = [row.get(column) for column in table.rows.key]
+            if None not in values:
+                subject = tuple(text(value) for value in values)
+                by_table.setdefault((change.schema, change.table), []).append((activity, key, subject))
+        found: dict[str, list[tuple[Place, list[Key]]]] = {}
+        for name, concerned in by_table.items():
+            for change_key, place, keys in self._of_table(self._tables[name], concerned):
+                found.setdefault(change_key, []).append((place, keys))
+        return found
+
+    def _of_table(
+        self, table: _Table, concerned: Sequence[tuple[Activity, Key, RowKey]]
+    ) -> Iterator[tuple[str, Place, list[Key]]]:
+        until = self._until
+        names = {row: table.rows.subject(row) for _, _, row in concerned}
+        events = table.journal.of(names, until=until, since=until)
+        emptied = table.journal.emptied(until)
+        mended = {row for row, subject in names.items() if any(of.kind == "repair" for of in events[subject])}
+        whole = table.journal.of(mended, until=until) if mended else {}
+        for activity, key, row in concerned:
+            subject = names[row]
+            if key.rule in table.told:
+                for of, known in self._followed(table, subject, key.place, events):
+                    event = Event(of, key.rule, table.recorded.what(key.rule), key.place)
+                    if keys := made_up(table.recorded, event, known, emptied):
+                        yield activity.change_key, key.place, keys
+            if row in mended and (keys := self._mended(key, whole[subject])):
+                yield activity.change_key, key.place, keys
+
+    def _followed(
+        self, table: _Table, subject: str, place: Place, events: Mapping[str, Sequence[Event]]
+    ) -> Iterator[tuple[str, Sequence[Event]]]:
+        """A row's keys up to a place, back to its first one, each with what is recorded there."""
+        seen: set[str] = set()
+        known = dict(events)
+        while subject not in seen:
+            seen.add(subject)
+            yield subject, known[subject]
+            turns = [of for of in known[subject] if of.what != "told" and of.place <= place]
+            last = max(turns, key=lambda of: of.place, default=None)
+            if last is None or not last.before:
+                return
+            place, subject = last.place, table.rows.subject(last.before)
+            if subject not in known:
+                known |= table.journal.of([last.before], until=self._until, since=self._until)
+
+    def _mended(self, key: Key, events: Sequence[Event]) -> list[Key]:
+        """The repairs that stand in the hole which is filled: with nothing between them and it that was recorded."""
+        found = []
+        for repair in events:
+            if repair.kind != "repair" or repair.rule != key.rule or repair.place > key.place or not repair.change_key:
+                continue
+            after = [of.place for of in events if of.kind == "stream" and of.place > repair.place]
+            parsed = parsed_key(self._worker, self._checkpoint.system_identifier, repair.change_key)
+            if parsed is not None and (not after or key.place < min(after)):
+                found.append(parsed)
+        return found
+
+    def heed(self, outcomes: Sequence[Prepared]) -> None:
+        """Look again for what is remembered, where that is about what was written now."""
+        written = {of.change_key.rpartition("/")[2] for of in outcomes if isinstance(of, Line)}
+        for table in self._tables.values():
+            if not written.isdisjoint(table.recorded.emptied):
+                table.journal.forget()
+
+
+_BURY: Final = """
+DELETE FROM cdc_worker.replay
+WHERE worker = %s AND NOT EXISTS (SELECT FROM pg_stat_activity AS a WHERE a.pid = replay.backend_pid
+                                  AND coalesce(a.backend_start, replay.backend_start) = replay.backend_start)
+"""
+
+_BEGIN: Final = """
+INSERT INTO cdc_worker.replay (worker, command, backend_start)
+SELECT %s, %s, backend_start FROM pg_stat_activity WHERE pid = pg_backend_pid()
+RETURNING replay::text, nonce::text
+"""
+
+_NONCE: Final = "SELECT nonce::text FROM cdc_worker.replay WHERE replay = %s"
+
+_END: Final = "DELETE FROM cdc_worker.replay WHERE replay = %s"
+
+_LETTERS: Final = """
+SELECT change_key, discarded_at IS NOT NULL FROM cdc_worker.dead_letter WHERE worker = %s AND change_key = ANY (%s)
+"""
+
+# A query, because it is to be told from what was made up.
+_RESOLVE: Final = sql.SQL(
+    "WITH resolved AS (DELETE FROM cdc_worker.dead_letter WHERE worker = {} AND change_key = ANY ({}) RETURNING 1)"
+    " SELECT FROM resolved"
+)
+
+# A repair may be the only one who has made anything up, and it leaves no other trace.
+_MADE_UP: Final = sql.SQL("""
+SELECT EXISTS (SELECT FROM cdc_worker.backfill WHERE worker = %(worker)s)
+    OR EXISTS (SELECT FROM {table} WHERE starts_with({key}, %(backfill)s) OR starts_with({key}, %(repair)s))
+""")
+
+_EXCLUDED: Final = """
+SELECT table_name, from_lsn::text, until_lsn::text, marked, triggers FROM cdc_worker.excluded
+WHERE worker = %s AND system_identifier = %s
+"""
+
+_ERASED: Final = """
+SELECT system_identifier, field, key, erased_lsn::text, until_lsn::text FROM cdc_worker.erased WHERE worker = %s
+"""
