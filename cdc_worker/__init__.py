@@ -25,6 +25,7 @@ In reading order. The core takes values and returns values:
     written     what its rules write to each column
     transform   transactions to activities
     recording   the lines in which transactions are kept
+    kept        dead letters, as they are kept
 
 The edges each know one thing outside:
 

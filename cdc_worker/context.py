@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from typing import Any, Final
 
 import msgspec
@@ -165,7 +165,13 @@ def _plain(value: object) -> bool:
     return "\0" not in value if isinstance(value, str) else not isinstance(value, dict | list)
 
 
-def _told(said: Mapping[str, Plain], claimed: Mapping[str, Plain], refused: set[str], policy: Policy) -> dict[str, Any]:
+def retold(context: Context, policy: Policy) -> Context:
+    """What was heard, as activities tell it by this policy."""
+    told = _told(context.said, context.claimed, context.refused, policy)
+    return msgspec.structs.replace(context, told=told)
+
+
+def _told(said: Mapping[str, Plain], claimed: Mapping[str, Plain], refused: Set[str], policy: Policy) -> dict[str, Any]:
     told: dict[str, Any] = {name: said[name] for name in policy.kept if said.get(name) is not None}
     claims = {name: claimed[name] for name in (CHANGED_BY, *policy.kept) if claimed.get(name) is not None}
     if claims:

@@ -11,13 +11,11 @@ from typing import Final
 
 import psycopg
 from psycopg import sql
-from psycopg.types.json import Jsonb
 from pydantic import BaseModel, Field
 
-from cdc_worker import catalog, checkpoint, errors, postgres
+from cdc_worker import catalog, checkpoint, errors, kept, postgres
 from cdc_worker.activities import Person
 from cdc_worker.catalog import TargetTable
-from cdc_worker.changes import Change
 from cdc_worker.config import Settings
 from cdc_worker.history import recorded
 from cdc_worker.postgres import Connection
@@ -262,7 +260,7 @@ class _Target:
 
 
 _DEAD_LETTERS: Final = """
-SELECT dead_letter_id, change FROM cdc_worker.dead_letter
+SELECT dead_letter_id, change::text, num_nonnulls(context, found, raw) > 0 FROM cdc_worker.dead_letter
 WHERE worker = %(worker)s AND (
     fields ->> %(link)s = %(key)s
     OR EXISTS (
@@ -273,7 +271,9 @@ FOR UPDATE
 """
 
 _BLANK_DEAD_LETTER: Final = """
-UPDATE cdc_worker.dead_letter SET change = %s, fields = NULL, reason = %s WHERE dead_letter_id = %s
+UPDATE cdc_worker.dead_letter
+SET change = %s::jsonb, reason = %s, fields = NULL, context = NULL, found = NULL, raw = NULL
+WHERE dead_letter_id = %s
 """
 
 
@@ -284,13 +284,11 @@ def _blank_dead_letters(connection: Connection, rules: Rules, worker: str, perso
     schemas, names, columns = ([*column] for column in zip(*tables, strict=True))
     parameters = {"worker": worker, "link": link, "key": key, "schemas": schemas, "tables": names, "columns": columns}
     count = 0
-    for dead_letter_id, found in connection.execute(_DEAD_LETTERS, parameters).fetchall():
-        change = Change(**{**found, "changed": tuple(found["changed"])})
+    for dead_letter_id, found, told in connection.execute(_DEAD_LETTERS, parameters).fetchall():
+        change = kept.change(found)
         table = rules.get((change.schema, change.table))
         left = blank(change, table.links if table else {})
-        if left != change:
-            connection.execute(
-                _BLANK_DEAD_LETTER, (Jsonb(found | {"old": left.old, "new": left.new}), ERASED, dead_letter_id)
-            )
+        if left != change or told:
+            connection.execute(_BLANK_DEAD_LETTER, (kept.encoded_change(left), ERASED, dead_letter_id))
             count += 1
     return count

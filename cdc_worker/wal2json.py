@@ -6,6 +6,7 @@ https://github.com/eulerto/wal2json#readme
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterable
 from datetime import datetime
 from decimal import Decimal
@@ -153,11 +154,16 @@ def _read_slowly(payload: Payload) -> _Line:
     return line
 
 
+def integer(digits: str) -> int | Decimal:
+    """An integer of however many digits."""
+    return int(digits) if len(digits) < _INTEGER_DIGITS else Decimal(digits)
+
+
 def _document(payload: Payload) -> dict[str, Any]:
     text = bytes(payload)
     document: dict[str, Any] = json.loads(
         text.decode("utf-8", "replace" if text.startswith(b'{"action":"M"') else "strict"),
-        parse_int=lambda digits: int(digits) if len(digits) < _INTEGER_DIGITS else Decimal(digits),
+        parse_int=integer,
         parse_float=Decimal,
     )
     return document
@@ -190,6 +196,46 @@ def decode(payload: Payload) -> Begin | Change | Message | Commit:
             f"wal2json sent {len(payload)} bytes that can't be read: {error}",
             hint="format-version 2 is read, with include-lsn, include-timestamp, include-xids, include-type-oids",
         ) from error
+
+
+_NAMED: Final = re.compile(
+    rb'\{"action":"[IUDT]"(?:,"xid":\d+)?(?:,"timestamp":"[^"]*")?(?:,"lsn":"[^"]*")?'
+    rb',"schema":("(?:[^"\\]|\\.)*"),"table":("(?:[^"\\]|\\.)*")[,}]',
+)
+
+
+def table_of(payload: Payload) -> tuple[str, str] | None:
+    """The table of a change, told by the beginning of its line: also where the rest of it can't be read."""
+    found = _NAMED.match(payload)
+    try:
+        return None if found is None else (json.loads(found[1]), json.loads(found[2]))
+    except ValueError:
+        return None
+
+
+def is_commit(payload: Payload) -> bool:
+    """Whether a line begins as that of a commit."""
+    return bytes(payload[:14]) == b'{"action":"C",'
+
+
+def is_message(payload: Payload) -> bool:
+    """Whether a line begins as that of a logical message."""
+    return bytes(payload[:14]) == b'{"action":"M",'
+
+
+def read_again(unread: Change, raw: Payload) -> Change | None:
+    """The change in whose place one stands that couldn't be read, if its message can be read by now.
+
+    One of which it wasn't known that it was a change of that table can't: nothing in its commit was counted with it.
+    """
+    try:
+        change = decode(raw)
+    except MessageUnreadableError:
+        return None
+    name = unread.schema, unread.table
+    if not isinstance(change, Change) or (change.schema, change.table) != (unread.partition or name):
+        return None
+    return Change(change.operation, *name, change.old, change.new, change.changed, unread.partition)
 
 
 def masked(payload: Payload, mask: Callable[[Row], Row]) -> bytes:

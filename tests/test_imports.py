@@ -12,7 +12,7 @@ import cdc_worker
 CORE = [
     *("errors", "lsn", "protocol", "changes", "wal2json", "pgoutput", "context", "activities"),
     *("profile", "templates", "rules", "history", "truth", "reconcile"),
-    *("written", "transform", "recording"),
+    *("written", "transform", "recording", "kept"),
 ]
 
 EDGES = [
