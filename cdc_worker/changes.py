@@ -27,8 +27,11 @@ Payload = bytes | memoryview
 Happening = Literal["insert", "update", "delete", "truncate"]
 """What can happen to a row, or to all rows of a table."""
 
-Operation = Happening | Literal["read"]
-"""What a change is. Of a row that was `read` nothing is known to have happened: it is there."""
+Operation = Happening | Literal["read", "unreadable"]
+"""What a change is. Of a row that was `read` nothing is known to have happened: it is there.
+
+What is `unreadable` has no row.
+"""
 
 
 # Structs instead of dataclasses here: one of each is made for every message, and they cost a tenth.
@@ -74,6 +77,38 @@ class Change(msgspec.Struct, frozen=True, gc=False):
     def old_row_unknown(self) -> bool:
         """Whether an update came without its whole old row, so that what changed can't be told."""
         return self.old is None or self.new is None or len(self.old) < len(self.new)
+
+
+STREAM: Final = ("cdc_worker", "stream")
+"""In place of the table of messages of which it isn't known whether they are changes of one."""
+
+
+Part = Literal["begin", "change", "commit"]
+"""What of a transaction a message is; what may be a change counts as one."""
+
+
+class Unread(Change, frozen=True, gc=False, kw_only=True):
+    """A message that couldn't be read, and was to be passed over, in the place of the change that it may have been.
+
+    If it is that of a captured table it counts as one of its changes, so that those after it are counted alike by who
+    can read it. `raw` is None where it may not be kept; `met_at` is when it was met.
+    """
+
+    of: Part = "change"
+    position: LSN
+    reason: str
+    met_at: datetime
+    raw: bytes | None = None
+
+
+class BeginToldError(Exception):
+    """The commit of a transaction whose begin couldn't be read says all that the begin did: it can be read again."""
+
+    def __init__(self, position: LSN, begin: bytes) -> None:
+        """`begin` is what stands at the position."""
+        super().__init__(f"the begin at {position} is known from its commit")
+        self.position = position
+        self.begin = begin
 
 
 def update(
@@ -164,6 +199,19 @@ RootOf = Callable[[Change, LSN], tuple[str, str] | None]
 """The captured table that a change in the commit at an LSN is of, or None if it is nobody's."""
 
 
+class _Lost(msgspec.Struct, eq=False):
+    """A transaction whose begin couldn't be read: how much came since, and what of it was as unreadable."""
+
+    begin: tuple[Unread, Payload]
+    count: int = 0
+    last: tuple[Unread, Payload] | None = None
+
+
+_BEGINS: Final = b'{"action":"B"'
+_COMMITS: Final = b'{"action":"C"'
+"""What tells a transaction's first and last line apart, which say the same."""
+
+
 class Assembler:
     """Puts decoded messages together into transactions, in slices of bounded size.
 
@@ -190,6 +238,8 @@ class Assembler:
         self.received = start  # the end of the last commit that is complete
         self._start = start
         self._begin: Begin | None = None
+        self._begun_with: Payload = b""
+        self._lost: _Lost | None = None
         self._changes: list[Change] = []
         self._messages: list[tuple[int, Message]] = []
         self._payloads: list[Payload | Change] = []
@@ -205,7 +255,24 @@ class Assembler:
     @property
     def open(self) -> bool:
         """Whether a transaction has begun and not yet ended."""
-        return self._begin is not None
+        return self._begin is not None or self._lost is not None
+
+    @property
+    def begun(self) -> Begin | None:
+        """How that transaction began; None also if that couldn't be read."""
+        return self._begin
+
+    @property
+    def count(self) -> int:
+        """How many changes of it have come so far."""
+        if self._lost is not None:
+            return self._lost.count
+        return self._index + len(self._changes) + (self._held is not None)
+
+    @property
+    def dealt_with(self) -> bool:
+        """Whether it was before the start."""
+        return self._begin is not None and self._begin.end_lsn <= self._start
 
     @property
     def _marked(self) -> bool:
@@ -217,13 +284,20 @@ class Assembler:
         if type(message) is Begin:
             if begin is not None:
                 raise MessageUnreadableError(f"transaction {message.xid} began inside transaction {begin.xid}")
+            left_out = None if self._lost is None else self._over(self._lost)
             self._begin, self._first, self._index, self._emptied = message, True, 0, None
+            self._begun_with = payload
             if self._received is not None:
                 self._received = [Received(payload)]
-            return None
+            return left_out
         if begin is None:
             if type(message) is Message:
                 return None  # not transactional: it arrives at once, also from transactions that roll back
+            if self._lost is not None:
+                if type(message) is Commit:
+                    raise BeginToldError(self._lost.begin[0].position, _BEGINS + bytes(payload[len(_COMMITS) :]))
+                self._lost.count += 1
+                return None
             raise MessageUnreadableError(f"a {type(message).__name__.lower()} came outside a transaction")
         dealt_with = begin.end_lsn <= self._start
         if type(message) is Commit:
@@ -257,6 +331,57 @@ class Assembler:
                 self._received.append(Received(payload))
         full = self._size >= self.MAX_BYTES or len(self._changes) + len(self._messages) >= self.MAX_CHANGES
         return self._cut(begin, last=False) if full else None
+
+    def pass_over(self, unread: Unread, line: Payload) -> Transaction | None:
+        """Take a message that can't be read, and the line that stands for it in a recording.
+
+        Where a begin can't be read, what follows is left out up to the commit, which raises BeginToldError if it can be
+        read itself.
+        """
+        begin, lost = self._begin, self._lost
+        if begin is None:
+            if lost is None:
+                self._lost = _Lost((unread, line))
+                return None
+            lost.last = unread, line
+            if unread.of == "commit":
+                return self._over(lost)
+            lost.count += 1
+            return None
+        if not self.dealt_with:
+            if self._held is not None:
+                self._let_go()
+            self._emptied = None
+            self._append(unread, line, len(line))
+            if self._received is not None:
+                self._received.append(Received(line))
+        if unread.of == "commit":
+            return self.feed(Commit(), _COMMITS + bytes(self._begun_with[len(_BEGINS) :]))
+        return None
+
+    def _over(self, lost: _Lost) -> Transaction | None:
+        """A transaction has ended of which neither begin nor commit can be read: all of it is left out.
+
+        Nobody knows where it was committed: where it ended stands for that.
+        """
+        self._lost = None
+        if lost.last is None:
+            if lost.count:
+                raise MessageUnreadableError("a transaction began inside one whose begin can't be read")
+            return None  # it was no begin, but a message outside of transactions
+        (first, first_line), (last, last_line) = lost.begin, lost.last
+        end = last.position
+        self.received = max(self.received, end)
+        if end <= self._start:
+            return None
+        reason = f"{first.reason}; nor can its end: {lost.count} messages of the transaction are left out"
+        letters: list[Change] = [
+            msgspec.structs.replace(first, of="change", reason=reason),
+            msgspec.structs.replace(last, of="change"),
+        ]
+        lines: list[Payload | Change] = [first_line, last_line]
+        received = [Received(first_line), Received(last_line)] if self._received is not None else []
+        return Transaction(0, end, end, last.met_at, letters, [], lines, 0, True, True, received)
 
     def _append(self, change: Change, payload: Payload | Change, size: int) -> None:
         self._changes.append(change)

@@ -25,6 +25,7 @@ from cdc_worker import status as state
 from cdc_worker import teardown as tearing_down
 from cdc_worker.config import Settings
 from cdc_worker.errors import CdcWorkerError, SettingsError
+from cdc_worker.lsn import LSN
 from cdc_worker.worker import Stop, Worker, beside
 
 P = ParamSpec("P")
@@ -382,6 +383,32 @@ def verify(settings: Settings, tables: tuple[str, ...], as_json: bool, **wishes:
         click.echo(line)
     if not true:
         sys.exit(1)
+
+
+def _position(value: str) -> LSN:
+    """A position as Postgres writes it."""
+    try:
+        return LSN.parse(value)
+    except ValueError as error:
+        raise click.BadParameter(f"'{value}' is no position such as 0/17FE4B8.") from error
+
+
+@main.command()
+@click.option("--skip", "position", type=_position, metavar="LSN", required=True, help="Where that message is.")
+@click.option("--dry-run", is_flag=True, help="Say whether it could be allowed, and do nothing.")
+@_settings
+def recover(settings: Settings, position: LSN, dry_run: bool) -> None:
+    """Allow the worker to pass over a message that it can't read, and at which it ends with 20.
+
+    It is kept as a dead letter. Allow it of the position that `run` prints; where the message can be read after all, by
+    a newer version perhaps, nothing is passed over. It takes the rights of the tables' owner.
+
+    \b
+    Example: cdc-worker recover --skip 0/17FE4B8
+    """
+    from cdc_worker import recover as recovering  # noqa: PLC0415  # likewise
+
+    _echo(recovering.skip(settings, position, dry_run=dry_run))
 
 
 @main.group("profile")

@@ -14,18 +14,26 @@ lookup `owner`; `columns` is null for one that isn't there), and a table that is
     {"action":"L","change":3,"lookup":"owner","schema":"public","table":"core_user",
      "where":[{"name":"id","value":7}],"columns":[{"name":"organization_id","value":1}]}
     {"action":"P","schema":"public","table":"lead_2026","root":["public","lead"]}
+
+In the place of a message that couldn't be read, and was to be passed over, a line stands that can be; `raw` is the
+message in base64, or null where it may not be kept. Without a table it names `cdc_worker.stream`:
+
+    {"action":"X","of":"change","position":"0/1A2B3C8","schema":"public","table":"lead","reason":"…",
+     "met_at":"2026-01-31T12:00:00Z","raw":"eyJhY3Rpb24iOiJV…"}
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from datetime import datetime
 from decimal import Decimal
 from typing import Any, Final
 
 import msgspec
 
-from cdc_worker.changes import Payload, Row, Value
+from cdc_worker.changes import Part, Payload, Row, Unread, Value
 from cdc_worker.errors import MessageUnreadableError
+from cdc_worker.lsn import LSN
 from cdc_worker.transform import Answer
 
 VERSION: Final = 1
@@ -72,6 +80,17 @@ class _Lookup(msgspec.Struct, frozen=True, tag_field="action", tag="L"):
     columns: list[_Column] | None
 
 
+class _Unread(msgspec.Struct, frozen=True, tag_field="action", tag="X", kw_only=True):
+    of: Part
+    position: str
+    schema: str
+    table: str
+    partition: tuple[str, str] | None = None
+    reason: str
+    met_at: datetime
+    raw: bytes | None
+
+
 class Looked(msgspec.Struct, frozen=True):
     """A row of a table that was found by these values for the change `number`, by the lookup of this name."""
 
@@ -82,13 +101,13 @@ class Looked(msgspec.Struct, frozen=True):
     row: Row | None
 
 
-Own = Frame | Partition | Looked
+Own = Frame | Partition | Looked | Unread
 """A line of our own."""
 
 _encode = msgspec.json.Encoder(decimal_format="number").encode
-_decoder = msgspec.json.Decoder(Frame | Partition | _Lookup, float_hook=Decimal)
+_decoder = msgspec.json.Decoder(Frame | Partition | _Lookup | _Unread, float_hook=Decimal)
 
-_OWN: Final = (b'{"action":"R"', b'{"action":"L"', b'{"action":"P"')
+_OWN: Final = (b'{"action":"R"', b'{"action":"L"', b'{"action":"P"', b'{"action":"X"')
 
 
 def frame(named: Frame) -> bytes:
@@ -107,6 +126,22 @@ def looked(answer: Answer) -> bytes:
     where = dict(zip(lookup.theirs, values, strict=True))
     columns = None if answer.row is None else _columns(answer.row)
     return _encode(_Lookup(answer.number, answer.name, *lookup.table, _columns(where), columns))
+
+
+def unread(of: Unread, *, raw: bool) -> bytes:
+    """The line that stands for a message that couldn't be read, with what it was if that may be kept."""
+    return _encode(
+        _Unread(
+            of=of.of,
+            position=str(of.position),
+            schema=of.schema,
+            table=of.table,
+            partition=of.partition,
+            reason=of.reason,
+            met_at=of.met_at,
+            raw=of.raw if raw else None,
+        )
+    )
 
 
 def _columns(row: Row) -> list[_Column]:
@@ -130,10 +165,20 @@ def is_own(line: Payload) -> bool:
 def decode(line: Payload) -> Own:
     """Read one of our own lines. Raises MessageUnreadableError."""
     try:
-        found: Frame | Partition | _Lookup = _decoder.decode(line)
+        found: Frame | Partition | _Lookup | _Unread = _decoder.decode(line)
         if isinstance(found, _Lookup):
             row = None if found.columns is None else _row(found.columns)
             return Looked(found.change, found.lookup, (found.schema, found.table), _row(found.where), row)
+        if isinstance(found, _Unread):
+            return Unread(
+                *("unreadable", found.schema, found.table, None, None),
+                partition=found.partition,
+                of=found.of,
+                position=LSN.parse(found.position),
+                reason=found.reason,
+                met_at=found.met_at,
+                raw=found.raw,
+            )
         if isinstance(found, Frame) and found.version != VERSION:
             raise MessageUnreadableError(
                 f"the recording is of version {found.version}, and {VERSION} is what can be read",

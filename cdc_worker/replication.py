@@ -50,6 +50,7 @@ class Replication:
         self._pgconn = connection.pgconn
         self._on_dropped = on_dropped
         self._recode: str | None = None
+        self._data = memoryview(b"")
         connection.add_notice_handler(self._notice)
 
     def __enter__(self) -> Self:
@@ -119,6 +120,7 @@ class Replication:
             payload = protocol.payload(data)
             if payload is None:
                 return protocol.keepalive(data)
+            self._data = data
             if self._recode is None:
                 return payload
             # Bytes that mean nothing in the server's encoding stay as they are: the decoder knows what they spoil.
@@ -130,6 +132,13 @@ class Replication:
             sqlstate = (result.error_field(pq.DiagnosticField.SQLSTATE) or b"").decode()
             raise error(sqlstate, "the server ended the stream")
         raise psycopg.OperationalError("the server ended the stream")
+
+    @property
+    def position(self) -> LSN:
+        """Where the record lies of which the last payload told."""
+        message = protocol.parse(self._data)
+        assert isinstance(message, protocol.XLogData)
+        return message.wal_start
 
     def read(self) -> None:
         """Take what has arrived from the socket. Raises psycopg.OperationalError when the connection is gone."""

@@ -26,7 +26,18 @@ from cdc_worker.activities import (
     change_key,
     key_prefix,
 )
-from cdc_worker.changes import MARKER_PREFIX, Answers, Change, Masked, Message, Operation, Row, Transaction, Value
+from cdc_worker.changes import (
+    MARKER_PREFIX,
+    Answers,
+    Change,
+    Masked,
+    Message,
+    Operation,
+    Row,
+    Transaction,
+    Unread,
+    Value,
+)
 from cdc_worker.context import NOTHING, Collapse, Context, Policy, hear
 from cdc_worker.context import PREFIX as CONTEXT_PREFIX
 from cdc_worker.errors import UnknownValueError
@@ -298,7 +309,9 @@ class Transformer:
                 self._hear(message, transaction.xid)
                 until, message = next(messages, (-1, None))
             table = self._rules.get((change.schema, change.table))
-            if table is not None:
+            if type(change) is Unread:
+                self._pass_by(change, table)
+            elif table is not None:
                 self._take(change, table, transaction.committed_at)
         while message is not None:
             self._hear(message, transaction.xid)
@@ -512,6 +525,36 @@ class Transformer:
             else:
                 self._put(self._built(event, rule, key, index))
 
+    def _pass_by(self, change: Unread, table: Table | None) -> None:
+        """Take a change that couldn't be read, of this table or perhaps of any."""
+        name, index = (change.schema, change.table), self._index
+        ordinal = self._ordinals[name]
+        self._ordinals[name] = ordinal + 1
+        for lookup, known in self._rows.items():
+            if table is None or lookup.table == name:
+                known.clear()
+        if table is None or table.looked_up:
+            self._note_unseen()
+        self._expire(index)
+        self._index = index + 1
+        if name in self._excluded:
+            return
+        # Within changes that are done together, it is done with them.
+        stretch = self._summary or self._passed
+        masked = any(of.masks for of in ([table] if table is not None else self._rules.values()))
+        self._put(
+            DeadLetter(
+                change_key(self._prefix, *name, ordinal, "*" if change.of == "change" else change.of),
+                "unreadable",
+                change.reason,
+                Change("unreadable", *name, None, None, (), change.partition),
+                index if stretch is None else stretch.index,
+                self._committed_at,
+                origin=self._origin,
+                raw=None if masked else change.raw,
+            )
+        )
+
     def _built(self, event: Event, rule: Rule, key: str, index: int) -> Outcome | None:
         change = event.change
         try:
@@ -590,7 +633,7 @@ class Transformer:
         return [self._silenced(outcome) for outcome in self._out]
 
     def _silenced(self, outcome: Outcome) -> Outcome:
-        if isinstance(outcome, Skipped):
+        if isinstance(outcome, Skipped) or outcome.change.operation == "unreadable":
             return outcome
         change = outcome.change
         table = self._rules[change.schema, change.table]
@@ -705,10 +748,7 @@ class Transformer:
 
     def _observe(self, change: Change, table: Table) -> None:
         """Keep what is remembered of a table true, as far as a change tells; forget the rest."""
-        if self._xid:
-            self._unseen[self._xid] = None
-            if len(self._unseen) > MAX_UNSEEN:
-                self._unseen.popitem(last=False)
+        self._note_unseen()
         for lookup in table.looked_up:
             known = self._rows[lookup]
             before, after = lookup.sought(change.old), lookup.sought(change.new)
@@ -728,6 +768,13 @@ class Transformer:
                         self._remember(lookup, after, lookup.kept(change.new))
                     except KeyError:
                         known.pop(after, None)
+
+    def _note_unseen(self) -> None:
+        """Note that rows that are looked for may be of the current transaction."""
+        if self._xid:
+            self._unseen[self._xid] = None
+            if len(self._unseen) > MAX_UNSEEN:
+                self._unseen.popitem(last=False)
 
     def _remember(self, lookup: Lookup, values: tuple[Value, ...], row: Row | None) -> None:
         known = self._rows[lookup]

@@ -31,7 +31,7 @@ from tenacity import RetryCallState, Retrying, retry_if_exception, stop_when_eve
 
 from cdc_worker import catalog, checkpoint, errors, postgres, process, recorder, setup, slot, wal2json
 from cdc_worker.activities import Activity, Batch, Line, Position, Scope
-from cdc_worker.changes import MARKER_PREFIX, Assembler, Change, Transaction
+from cdc_worker.changes import MARKER_PREFIX, Assembler, BeginToldError, Change, Transaction
 from cdc_worker.checkpoint import Checkpoint
 from cdc_worker.config import Settings
 from cdc_worker.log import Logger
@@ -43,6 +43,7 @@ from cdc_worker.profile import Profile
 from cdc_worker.profile import load as load_profile
 from cdc_worker.protocol import PrimaryKeepalive
 from cdc_worker.recorder import Recorder
+from cdc_worker.recover import Skips
 from cdc_worker.replication import Replication
 from cdc_worker.sink import Sink, Writing, Written
 from cdc_worker.transform import PREFIXES, Outcome, Transformer
@@ -190,6 +191,7 @@ class Worker:
         self._owner: uuid.UUID | None = None
         self._nonce: uuid.UUID | None = None  # what was in force when the profile was read
         self._until: LSN | None = None
+        self._begins: dict[LSN, bytes] = {}  # those that can't be read, as they are known from their commits
 
     def run(self) -> None:
         """Stream until stopped. What may heal is tried again for ever, anything else is raised."""
@@ -275,6 +277,9 @@ class Worker:
         """Stream, until told to stop or to begin anew; returns whether it is the latter."""
         try:
             self._open(stack).run()
+        except BeginToldError as found_out:
+            self._begins[found_out.position] = found_out.begin
+            return not self._stop.is_set()
         except errors.FencedError:
             with self._stop.interrupting(), closing(self._connect()) as connection:
                 found = checkpoint.read(connection, self._settings.worker)
@@ -380,6 +385,15 @@ class Worker:
                     log=log,
                 )
                 stack.callback(recording.close)
+            skips = Skips(
+                connection,
+                found,
+                self._rules,
+                partitions.root_of if partitions else None,
+                self._begins,
+                raw=not settings.recording_masked,
+                log=log,
+            )
             lookups = None
             if any(table.looked_up for table in self._rules.values()):
                 reading = postgres.connect_reading(settings.dsn.get_secret_value(), worker)
@@ -403,6 +417,7 @@ class Worker:
             transformer,
             lookups,
             recording,
+            skips=skips,
             settings=settings,
             totals=self.totals,
             stop=self._stop,
@@ -628,6 +643,7 @@ class _Stream:
         lookups: Lookups | None,
         recording: Recorder | None,
         *,
+        skips: Skips,
         settings: Settings,
         totals: Totals,
         stop: Stop,
@@ -644,6 +660,7 @@ class _Stream:
         self._transformer = transformer
         self._lookups = lookups
         self._recorder = recording
+        self._skips = skips
         self._unrecorded: Transaction | None = None  # a slice for which rows are still looked up
         self._fetching: Writing[Found] | None = None
         self._fetch_wants = Wait.R
@@ -749,7 +766,10 @@ class _Stream:
                 self._heard_at = time.monotonic()
             if not isinstance(message, PrimaryKeepalive):
                 batch.size += len(message)
-                transaction = assembler.feed(wal2json.decode(message), message)
+                try:
+                    transaction = assembler.feed(wal2json.decode(message), message)
+                except errors.MessageUnreadableError as error:
+                    transaction = self._skips.pass_over(assembler, message, replication.position, error)
                 if transaction is not None:
                     self._unrecorded = transaction
                     self._take(transaction, self._transformer.feed(transaction))
