@@ -157,26 +157,29 @@ class Recorder:
 
     def add(self, transaction: Transaction, answered: Sequence[Answer]) -> None:
         """Take a slice, and what was found for it by lookups."""
+        lines, size, masks = self._lines, self._size, self._masks
         messages = iter(transaction.received)
         if transaction.first:
-            self._put(next(messages).payload)
-        for answer in answered:
-            self._put(recording.looked(answer))
+            lines.append(next(messages).payload)
+        if answered:
+            found = [recording.looked(answer) for answer in answered]
+            lines += found
+            size += sum(map(len, found))
         for payload, table, partition in messages:
-            if partition is not None and table is not None and partition not in self._partitions:
-                self._partitions.add(partition)
-                self._put(recording.partition(partition, table))
-            mask = self._masks.get(table) if table is not None else None
-            self._put(payload if mask is None else wal2json.masked(payload, mask))
+            if table is not None:
+                if partition is not None and partition not in self._partitions:
+                    self._partitions.add(partition)
+                    lines.append(recording.partition(partition, table))
+                if table in masks:
+                    payload = wal2json.masked(payload, masks[table])  # noqa: PLW2901
+            lines.append(payload)
+            size += len(payload)
+        self._size = size
         self._open = not transaction.last
         if transaction.last:
             self._until = max(self._until, transaction.end_lsn)
-        if self._size >= FRAME_BYTES:
+        if size >= FRAME_BYTES:
             self.flush()
-
-    def _put(self, line: Payload) -> None:
-        self._lines.append(line)
-        self._size += len(line)
 
     def flush(self) -> None:
         """Put what was added into a file, not yet durable. Raises RecordingError."""
