@@ -294,12 +294,17 @@ class Transformer:
         stretch = self._summary or self._passed
         return self._index if stretch is None else stretch.index
 
+    @property
+    def decided(self) -> int:
+        """Of how many of them all is out, but for what is told of several together."""
+        return self._held[0].index if self._held else self._index
+
     def feed(self, transaction: Transaction) -> list[Outcome]:
         """Outcomes that are certain now. With the last slice of a commit, all of them are."""
         if transaction.first:
             self._start(transaction)
         self._out, self.given, self.refused = [], [], frozenset()
-        self.answered, self._answers, self._masked = [], transaction.answers, transaction.masked
+        self.answered, self._answers, self._masked = [], self._numbered(transaction), transaction.masked
         if transaction.masked:
             self._origin = msgspec.structs.replace(self._origin, masked=self._hidden_in(transaction.masked))
         messages = iter(transaction.messages)
@@ -336,6 +341,20 @@ class Transformer:
             self._excluded = self._scope.excludes(transaction.commit_lsn, heard=True)
         self._ordinals.update(ordinals)
         return self.feed(msgspec.structs.replace(transaction, first=False))
+
+    def _numbered(self, transaction: Transaction) -> Answers:
+        """What is known of the changes of a slice, by their numbers here: it may have changes of tables without rules."""
+        if not transaction.answers:
+            return transaction.answers
+        counted = (
+            number
+            for number, change in enumerate(transaction.changes, transaction.index)
+            if type(change) is Unread or (change.schema, change.table) in self._rules
+        )
+        numbers = {number: index for index, number in enumerate(counted, self._index)}
+        return {
+            (numbers[number], name): row for (number, name), row in transaction.answers.items() if number in numbers
+        }
 
     def _hidden_in(self, masked: Masked) -> Masked:
         """The columns that are masked where these came masked already."""
