@@ -95,7 +95,7 @@ FROM cdc_worker.checkpoint WHERE worker = %s
 
 def read(connection: Connection, worker: str) -> Checkpoint:
     """The worker's checkpoint. Raises NotSetUpError when there is none."""
-    rows = _rows(connection, _READ, (worker,))
+    rows = fetched(connection, _READ, (worker,))
     if not rows:
         raise errors.NotSetUpError(f'there is no checkpoint of the worker "{worker}"', hint="run: cdc-worker setup")
     name, slot, plugin, system_identifier, created_at, lsn, commit_lsn, changes, *rest = rows[0]
@@ -103,7 +103,7 @@ def read(connection: Connection, worker: str) -> Checkpoint:
     return Checkpoint(name, slot, plugin, system_identifier, LSN.parse(created_at), position, *rest)
 
 
-def _rows(connection: Connection, query: str, parameters: Params) -> list[tuple[Any, ...]]:
+def fetched(connection: Connection, query: str, parameters: Params) -> list[tuple[Any, ...]]:
     """What is in tables of cdc-worker. Raises NotSetUpError if they aren't as this version makes them."""
     try:
         return connection.execute(query.encode(), parameters).fetchall()
@@ -201,7 +201,7 @@ def scope(connection: Connection, found: Checkpoint) -> Scope:
     marks: dict[tuple[str, str], list[Stretch]] = {}
     erased: dict[tuple[str, str], list[Stretch]] = {}
     parameters = {"worker": found.worker, "cluster": found.system_identifier}
-    for table, begin, end, marked, field, key in _rows(connection, _SCOPE, parameters):
+    for table, begin, end, marked, field, key in fetched(connection, _SCOPE, parameters):
         stretch = (LSN.parse(begin), None if end is None else LSN.parse(end))
         if table is not None:
             (marks if marked else excluded).setdefault(qualified(table), []).append(stretch)

@@ -110,7 +110,7 @@ class Kept(NamedTuple):
     @property
     def whole(self) -> bool:
         """Whether its transaction was kept with it."""
-        return self.commit_lsn is not None
+        return self.end_lsn is not None
 
     def letter(self) -> DeadLetter:
         """The dead letter that it was."""

@@ -11,7 +11,7 @@ that is looked at again, and it is begun anew, which writes what is missing by t
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -22,7 +22,7 @@ import msgspec
 import psycopg
 from psycopg import sql
 
-from cdc_worker import backfill, catalog, checkpoint, errors, postgres, rows
+from cdc_worker import backfill, catalog, checkpoint, errors, kept, postgres, rows
 from cdc_worker.activities import (
     Activity,
     Batch,
@@ -129,16 +129,25 @@ class Late:
 
     After a FencedError, which any call may raise, `begin` anew: with the scope as it is then, and from the start.
     Raises TargetUnusableError without the rights that it takes, which are the owner's: with `changes` also to change
-    the worker's activities.
+    the worker's activities. In a `dry_run` nothing is written: what would be is counted, and `tell` hears of it.
     """
 
     def __init__(
-        self, settings: Settings, given: Profile, *, command: Command, log: Logger, changes: bool = False
+        self,
+        settings: Settings,
+        given: Profile,
+        *,
+        command: Command,
+        log: Logger,
+        changes: bool = False,
+        dry_run: bool = False,
+        tell: Callable[[Activity | DeadLetter], object] = lambda outcome: None,
     ) -> None:
         self.counts = Counts()
         self.profile, self.log = given, log
         self.rules = settings.rules(given)
         self._settings, self._command, self._changes = settings, command, changes
+        self._dry_run, self._tell = dry_run, tell
         self._worker = settings.worker
         self._stack = ExitStack()
         self._pending: list[_Pending] = []
@@ -161,8 +170,9 @@ class Late:
     ) -> None:
         if kind is KeyboardInterrupt and self._sink is not None:
             self._sink.cancel()  # a session that waits for a lock would go on waiting without us
-        with suppress(psycopg.Error):
-            self.control.execute(_END, (self.progress.replay,))
+        if not self._dry_run:
+            with suppress(psycopg.Error):
+                self.control.execute(_END, (self.progress.replay,))
         self._stack.close()
 
     def _open(self, stack: ExitStack) -> None:
@@ -185,9 +195,11 @@ class Late:
         self.reading = opened(rows.connect(self._settings))
         self._looking = opened(postgres.connect_reading(dsn, worker))
         self._row_key = catalog.row_key(self.profile.target, self.target)
-        self.control.execute(_BURY, (worker,))
-        replay, nonce = fetch_one(self.writing, _BEGIN, worker, self._command)
-        self.progress = Progress(worker, self._command, replay, nonce)
+        self.progress = Progress(worker, self._command, "", "")
+        if not self._dry_run:
+            self.control.execute(_BURY, (worker,))
+            replay, nonce = fetch_one(self.writing, _BEGIN, worker, self._command)
+            self.progress = Progress(worker, self._command, replay, nonce)
         self.begin()
 
     def _check_rights(self) -> None:
@@ -203,6 +215,8 @@ class Late:
             "cdc_worker.erased": ["SELECT", "UPDATE"],
             "cdc_worker.written_key": ["SELECT", "INSERT", "DELETE"],
         }
+        if self._dry_run:
+            needed = {name: ["SELECT"] for name in needed}
         postgres.check_rights(self.control, needed, partly=["cdc_worker.erased"], whole=[target])
 
     def begin(self) -> None:
@@ -212,10 +226,11 @@ class Late:
         counts.discarded = 0
         self._pending, self._size = [], 0
         self.writing.rollback()
-        (self.progress.nonce,) = fetch_one(self.control, _NONCE, self.progress.replay)
+        if not self._dry_run:
+            (self.progress.nonce,) = fetch_one(self.control, _NONCE, self.progress.replay)
         self.checkpoint = checkpoint.read(self.control, self._worker)
         self._substitutes = None
-        if self._row_key is not None and self._anything_made_up():
+        if not self._dry_run and self._row_key is not None and self._anything_made_up():
             self._substitutes = _Substitutes(self)
         self._of_cluster(self._cluster or self.checkpoint.system_identifier)
 
@@ -315,11 +330,15 @@ class Late:
             return
         told = [of for slice_ in pending for of in slice_.outcomes if not isinstance(of, Skipped)]
         keys = [of.change_key for of in told]
-        existing = finished(sink.existing(keys), sink.fileno()) if keys else set()
+        existing = self.existing(keys)
         self._letters = dict(self.control.execute(_LETTERS, (self._worker, keys)).fetchall() if keys else [])
+        if self._dry_run:
+            self._count(of for of in told if self._is_missing(of, existing))
+            return
         if stale := existing & self._letters.keys():
             self.control.execute(_RESOLVE.format(self._worker, sorted(stale)))
             self.counts.resolved += len(stale)
+        self._tried(of for of in told if isinstance(of, DeadLetter) and of.change_key not in existing)
         batch = Batch(sink.position)
         activities: list[Activity] = []
         for outcomes, transaction, done, complete, given in pending:
@@ -331,6 +350,31 @@ class Late:
             return
         self._late = self._substitutes.of(activities) if self._substitutes is not None else {}
         self._write(sink, batch)
+
+    def existing(self, keys: Collection[str]) -> set[str]:
+        """Those of these change keys that the target has."""
+        assert self._sink is not None
+        return finished(self._sink.existing(keys), self._sink.fileno()) if keys else set()
+
+    def _tried(self, letters: Iterable[DeadLetter]) -> None:
+        """Note of dead letters that wait how they have failed once more, unless another command has written them."""
+        again = [letter for letter in letters if self._letters.get(letter.change_key) is False]
+        if not again:
+            return
+        written = self.existing([letter.change_key for letter in again])
+        if written:
+            self.control.execute(_RESOLVE.format(self._worker, sorted(written)))
+        rest = kept.encoded(self._worker, (letter for letter in again if letter.change_key not in written))
+        self.control.execute(_TRIED, (rest.decode(),))
+
+    def _count(self, outcomes: Iterable[Activity | DeadLetter]) -> None:
+        """Count what would be written."""
+        for outcome in outcomes:
+            if isinstance(outcome, Activity):
+                self.counts.activities[outcome.fields["type"]] += 1
+            else:
+                self.counts.dead_letters += 1
+            self._tell(outcome)
 
     def _is_missing(self, outcome: Activity | DeadLetter, existing: set[str]) -> bool:
         key, counts = outcome.change_key, self.counts
@@ -351,6 +395,7 @@ class Late:
         except KeyboardInterrupt:
             sink.cancel()
             raise
+        self._tried(written.dead_letters)
         refused = {letter.change_key for letter in written.dead_letters}
         known = sum(letter in self._letters for letter in refused)
         not_ours = refused | written.existing
@@ -526,6 +571,20 @@ _END: Final = "DELETE FROM cdc_worker.replay WHERE replay = %s"
 
 _LETTERS: Final = """
 SELECT change_key, discarded_at IS NOT NULL FROM cdc_worker.dead_letter WHERE worker = %s AND change_key = ANY (%s)
+"""
+
+# All that is known of it by now: columns may be masked that were not, and older ones were kept with less.
+_TRIED: Final = """
+UPDATE cdc_worker.dead_letter AS letter
+SET attempts = attempts + 1, tried_at = now(), kind = again.kind, reason = again.reason, sqlstate = again.sqlstate,
+    constraint_name = again.constraint_name, change = again.change, fields = again.fields,
+    xid = coalesce(again.xid, letter.xid), commit_lsn = coalesce(again.commit_lsn, letter.commit_lsn),
+    end_lsn = coalesce(again.end_lsn, letter.end_lsn), context = coalesce(again.context, letter.context),
+    found = coalesce(again.found, letter.found), masked = again.masked
+FROM jsonb_to_recordset(%s) AS again (worker text, change_key text, kind text, reason text, sqlstate text,
+    constraint_name text, change jsonb, fields jsonb, xid bigint, commit_lsn pg_lsn, end_lsn pg_lsn, context jsonb,
+    found jsonb, masked text[])
+WHERE letter.worker = again.worker AND letter.change_key = again.change_key
 """
 
 # A query, because it is to be told from what was made up.
