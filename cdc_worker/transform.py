@@ -343,7 +343,7 @@ class Transformer:
         return self.feed(msgspec.structs.replace(transaction, first=False))
 
     def _numbered(self, transaction: Transaction) -> Answers:
-        """What is known of the changes of a slice, by their numbers here: it may have changes of tables without rules."""
+        """What is known of the changes of a slice, numbered as here: it may have some of tables without rules."""
         if not transaction.answers:
             return transaction.answers
         counted = (

@@ -25,6 +25,6 @@ key = "id"
     )
     transaction = msgspec.structs.replace(transaction, answers={(1, "owner"): {"name": "Ada"}})
     transformer = Transformer(fewer, worker="w", system_identifier="1")
-    (told,) = settled(transformer, transaction, lambda wanted: dict.fromkeys(wanted))
+    (told,) = settled(transformer, transaction, dict.fromkeys)
     assert isinstance(told, Activity)
     assert told.fields["description"] == "by Ada"
