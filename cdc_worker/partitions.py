@@ -215,6 +215,11 @@ def roots(connection: Connection, tables: Iterable[Table]) -> dict[Table, Table]
     return {(schema, name): (root_schema, root) for schema, name, root_schema, root in found}
 
 
+def kept(connection: Connection, worker: str) -> dict[Table, Table]:
+    """Which captured table each partition was a part of that the worker has met, also where it is gone."""
+    return {(schema, name): qualified(root) for schema, name, root, _ in connection.execute(_KNOWN, (worker,))}
+
+
 def _now(connection: Connection) -> LSN:
     return LSN.parse(fetch_one(connection, _NOW)[0])
 

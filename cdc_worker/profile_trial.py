@@ -9,22 +9,20 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from decimal import Decimal
 from typing import Annotated, Any, Final, Literal
-from zoneinfo import ZoneInfo
 
 import msgspec
 from pydantic import AfterValidator, BaseModel, Field, ValidationError
 
 from cdc_worker import catalog, context, lookups, partitions, postgres, wal2json
 from cdc_worker.activities import Activity
-from cdc_worker.catalog import TargetTable
 from cdc_worker.changes import MAX_DIGITS, Assembler, Change, Happening, Message, Operation, Row, Transaction, update
-from cdc_worker.config import Settings, known_time_zone
-from cdc_worker.errors import MessageUnreadableError, ProfileError
+from cdc_worker.config import Settings
+from cdc_worker.errors import MessageUnreadableError
 from cdc_worker.lsn import LSN
 from cdc_worker.profile import Profile
 from cdc_worker.profile_checks import PROFILE, READ_ONLY
+from cdc_worker.replay import Columns
 from cdc_worker.rules import Lookup, Rules, Table, qualified
-from cdc_worker.sink import encoder, parsed
 from cdc_worker.transform import Told, Transformer, Wanted, settled
 
 _XID: Final = 1
@@ -156,24 +154,14 @@ class _Trial:
         self._columns: catalog.Columns = {}
         self._partitions: Mapping[tuple[str, str], tuple[str, str]] = {}
         self._ask: Callable[[Collection[Wanted]], Mapping[Wanted, Row | None]] | None = None
-        target, zone = profile.target, "UTC"
-        names = (*target.columns, *target.constants)
-        table = TargetTable({}, target.lengths, {}, deferrable=False, row_security=False, deadlock_timeout=1)
+        connection = None
         if dsn := settings.dsn.get_secret_value():
             connection = stack.enter_context(postgres.connect(dsn, settings.worker, name=PROFILE))
             connection.execute(READ_ONLY)
             self._columns = catalog.columns(connection, *self._rules)
             self._partitions = partitions.roots(connection, self._rules)
-            zone = postgres.server(connection).time_zone
-            table = catalog.target_table(connection, target)
             self._ask = lambda wanted: lookups.fetch(connection, self._rules, wanted)
-        table.columns.update({column: "text" for column in names if column not in table.columns})
-        try:
-            known = known_time_zone(settings.time_zone or target.time_zone or zone)
-        except ValueError as error:
-            raise ProfileError(f"the target's time zone: {error}") from error
-        self._names = names
-        self._encode = encoder(target, table, ZoneInfo(known))
+        self._sent = Columns(settings, profile, connection)
         self._transformer = Transformer(
             self._rules, worker=settings.worker, system_identifier="0", policy=settings.policy(profile)
         )
@@ -206,7 +194,7 @@ class _Trial:
             type=fields["type"],
             description=fields["description"],
             metadata=fields["metadata"],
-            columns=dict(zip(self._names, parsed(self._encode(outcome)), strict=True)),
+            columns=self._sent.of(outcome),
         )
 
     def _fetch(self, wanted: Collection[Wanted]) -> Mapping[Wanted, Row | None]:

@@ -24,9 +24,14 @@ class Advance(Protocol):
 
 @contextmanager
 def shown(log: Logger, what: str, *, unit: str, total: int | None, done: int = 0) -> Iterator[Advance]:
-    """Show how many of about `total` are done, how fast, and what is left of the time; `done` were done before."""
+    """Show how many of about `total` are done, how fast, and what is left of the time; `done` were done before.
+
+    The `unit` B is that of bytes.
+    """
     if sys.stderr.isatty():
-        with tqdm(desc=what, total=total, initial=done, unit=f" {unit}", unit_scale=False, dynamic_ncols=True) as bar:
+        scaled = unit == "B"  # bytes are many
+        name = unit if scaled else f" {unit}"
+        with tqdm(desc=what, total=total, initial=done, unit=name, unit_scale=scaled, dynamic_ncols=True) as bar:
             yield bar.update
         return
     began = at = time.monotonic()
