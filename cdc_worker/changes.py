@@ -293,10 +293,11 @@ class Assembler:
         if begin is None:
             if type(message) is Message:
                 return None  # not transactional: it arrives at once, also from transactions that roll back
-            if self._lost is not None:
+            if (lost := self._lost) is not None:
                 if type(message) is Commit:
-                    raise BeginToldError(self._lost.begin[0].position, _BEGINS + bytes(payload[len(_COMMITS) :]))
-                self._lost.count += 1
+                    self._lost = None
+                    raise BeginToldError(lost.begin[0].position, _BEGINS + bytes(payload[len(_COMMITS) :]))
+                lost.count += 1
                 return None
             raise MessageUnreadableError(f"a {type(message).__name__.lower()} came outside a transaction")
         dealt_with = begin.end_lsn <= self._start

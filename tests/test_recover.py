@@ -1,0 +1,499 @@
+"""Messages that can't be read: they end the worker, and what someone allowed is passed over and kept."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from typing import Any, LiteralString
+
+import msgspec
+import pytest
+import zstandard
+from factories import COMMITTED_AT, begin, inserted, lead, leadfi, rules, said
+from spoiling import Spoil, Wire, head, tail
+from support import Crm, eventually, role
+from test_partitions import DEALS, set_up
+from test_verify import insert, missing, running
+
+from cdc_worker import config, errors, recording, wal2json
+from cdc_worker.activities import Activity, DeadLetter, Scope
+from cdc_worker.changes import (
+    STREAM,
+    Assembler,
+    Begin,
+    BeginToldError,
+    Change,
+    Commit,
+    Part,
+    Row,
+    Transaction,
+    Unread,
+)
+from cdc_worker.context import Policy
+from cdc_worker.lsn import LSN
+from cdc_worker.recover import skip
+from cdc_worker.rules import Rules
+from cdc_worker.transform import transform
+
+# The core: what a message that can't be read leaves behind.
+
+
+def unread(table: tuple[str, str] = ("public", "lead"), of: Part = "change", position: int = 0x900) -> Unread:
+    return Unread(
+        *("unreadable", *table, None, None),
+        of=of,
+        position=LSN(position),
+        reason="it can't be read",
+        met_at=COMMITTED_AT,
+        raw=b"\xff{",
+    )
+
+
+def put_together(*messages: Begin | Change | Commit, assembler: Assembler | None = None) -> list[Transaction]:
+    assembler = Assembler(keep=True) if assembler is None else assembler
+    found = [
+        assembler.pass_over(message, recording.unread(message, raw=True))
+        if isinstance(message, Unread)
+        else assembler.feed(message, b'{"action":"B","xid":700}' if isinstance(message, Begin) else b"?")
+        for message in messages
+    ]
+    return [transaction for transaction in found if transaction is not None]
+
+
+def became(
+    *messages: Begin | Change | Commit, given: Rules | None = None, **wishes: Any
+) -> list[Activity | DeadLetter]:
+    return transform(given or leadfi(), put_together(*messages), worker="w", system_identifier="1", **wishes)
+
+
+def keys(*messages: Begin | Change | Commit, **wishes: Any) -> list[str]:
+    return [outcome.change_key.removeprefix("w/1/0000000000001000/") for outcome in became(*messages, **wishes)]
+
+
+def test_it_counts_as_a_change_of_its_table_so_that_the_keys_after_it_are_the_true_ones() -> None:
+    ann, eve = inserted("lead", lead(lead_id=1)), inserted("lead", lead(lead_id=3))
+    read = keys(begin(), ann, inserted("lead", lead(lead_id=2)), eve, Commit())
+    assert read == [f"public.lead/{n}/lead_created" for n in range(3)]
+    assert keys(begin(), ann, unread(), eve, Commit()) == [read[0], "public.lead/1/*", read[2]]
+    elsewhere = keys(begin(), ann, unread(STREAM), eve, unread(STREAM), Commit())
+    assert elsewhere == [read[0], "cdc_worker.stream/0/*", read[1], "cdc_worker.stream/1/*"]
+
+
+def test_the_dead_letter_has_the_message_and_its_transaction_and_no_row() -> None:
+    _, letter = became(begin(), inserted("lead", lead()), unread(), Commit())
+    assert isinstance(letter, DeadLetter)
+    assert letter.kind == "unreadable"
+    assert letter.raw == b"\xff{"
+    assert letter.change == Change("unreadable", "public", "lead", None, None)
+    assert (letter.index, letter.committed_at, letter.origin.commit_lsn) == (1, COMMITTED_AT, begin().commit_lsn)
+
+
+def test_of_a_table_that_is_not_the_workers_to_record_there_is_none() -> None:
+    scope = Scope(excluded={("public", "lead"): [(LSN(0), None)]})
+    assert keys(begin(), unread(), unread(STREAM), Commit(), scope=scope) == ["cdc_worker.stream/0/*"]
+
+
+def test_where_values_are_masked_the_message_is_not_kept() -> None:
+    given = rules('[tables.lead]\nmasked = ["email"]\nrules = [{ on = "insert", type = "x", description = "y" }]')
+    for letter in became(begin(), unread(), unread(STREAM), Commit(), given=given):
+        assert isinstance(letter, DeadLetter)
+        assert letter.raw is None
+
+
+def test_among_changes_that_are_collapsed_it_is_kept_and_done_with_them() -> None:
+    assembler = Assembler()
+    assembler.feed(begin(), b"")
+    assembler.feed(said('{"collapse": {"type": "import"}}'), b"")
+    assembler.feed(inserted("lead", lead(lead_id=1)), b"")
+    assembler.pass_over(unread(), b"")
+    assembler.feed(inserted("lead", lead(lead_id=2)), b"")
+    found = put_together(Commit(), assembler=assembler)
+    policy = Policy(unsigned_control=True)
+    letter, summary = transform(leadfi(), found, worker="w", system_identifier="1", policy=policy)
+    assert isinstance(letter, DeadLetter)
+    assert isinstance(summary, Activity)
+    assert (letter.index, summary.index) == (0, 0)
+    assert summary.fields["metadata"]["changes"] == {"lead": {"insert": 2}}
+
+
+def test_what_was_remembered_of_a_table_is_asked_for_again() -> None:
+    """A row of it may have been changed."""
+    given = rules(
+        '[tables.lead]\nkey = "lead_id"\n'
+        "[tables.contact]\n"
+        'lookups.lead = { table = "lead", match = { lead_id = "lead_id" } }\n'
+        'rules = [{ on = "insert", type = "added", description = "{lookup.lead.full_name}" }]'
+    )
+    asked: list[Any] = []
+
+    def fetch(wanted: Any) -> Any:
+        asked.extend(wanted)
+        return dict.fromkeys(wanted)
+
+    contact = inserted("contact", {"contact_id": 1, "lead_id": 7})
+    for messages, times in (
+        ([inserted("lead", lead()), contact], 0),
+        ([inserted("lead", lead()), unread(), contact], 1),
+        ([inserted("lead", lead()), unread(STREAM), contact], 1),
+        ([inserted("lead", lead()), unread(("public", "contact")), contact], 0),
+    ):
+        asked.clear()
+        became(begin(), *messages, Commit(), given=given, fetch=fetch)
+        assert len(asked) == times, messages
+
+
+def test_a_commit_that_cannot_be_read_ends_the_transaction_nevertheless() -> None:
+    ann = inserted("lead", lead(lead_id=1))
+    (found,) = put_together(begin(), ann, unread(STREAM, "commit", 0x1030))
+    assert (found.changes[0], found.last, found.end_lsn) == (ann, True, 0x1030)
+    assert [outcome.change_key.rpartition("stream/")[2] for outcome in became(begin(), unread(STREAM, "commit"))] == [
+        "0/commit"
+    ]
+    lines = [bytes(of.payload) for of in found.received]
+    assert lines[-1] == b'{"action":"C","xid":700}', "a recording has one that can be read"
+    assert recording.decode(lines[-2]) == unread(STREAM, "commit", 0x1030)
+
+
+def test_a_begin_that_cannot_be_read_is_told_by_the_commit() -> None:
+    assembler = Assembler()
+    assert put_together(unread(STREAM, "begin"), inserted("lead", lead()), assembler=assembler) == []
+    assert assembler.open
+    with pytest.raises(BeginToldError) as told_of:
+        assembler.feed(Commit(), b'{"action":"C","xid":700,"lsn":"0/1"}')
+    assert (told_of.value.position, told_of.value.begin) == (0x900, b'{"action":"B","xid":700,"lsn":"0/1"}')
+    assert not assembler.open
+
+
+@pytest.mark.parametrize("end", [[unread(STREAM, "commit", 0x1030)], [unread(STREAM, "change", 0x1030), begin(0x2000)]])
+def test_of_a_transaction_without_begin_and_end_all_is_left_out_and_said_so(end: list[Unread | Begin]) -> None:
+    ann = inserted("lead", lead(lead_id=1))
+    first, last = became(unread(STREAM, "begin"), ann, unread(position=0x910), ann, *end)
+    assert isinstance(first, DeadLetter)
+    assert isinstance(last, DeadLetter)
+    assert [of.change_key for of in (first, last)] == [f"w/1/0000000000001030/cdc_worker.stream/{n}/*" for n in (0, 1)]
+    assert "nor can its end" in first.reason
+    (found,) = put_together(unread(STREAM, "begin"), ann, *end)
+    assert found.end_lsn == 0x1030
+    assert put_together(unread(STREAM, "begin"), ann, *end, assembler=Assembler(LSN(0x1030))) == [], "it is dealt with"
+
+
+def test_what_seemed_to_be_a_begin_and_was_none_leaves_nothing_out() -> None:
+    ann = inserted("lead", lead(lead_id=1))
+    (found,) = put_together(unread(STREAM, "begin"), begin(), ann, Commit())
+    assert found.changes == [ann]
+
+
+def test_between_the_halves_of_a_row_that_moved_they_are_what_they_seem() -> None:
+    assembler = Assembler(root_of=lambda change, _: ("public", "deal"), keys={("public", "deal"): ("id",)})
+    row: Row = {"id": 1, "region": "north"}
+    gone, come = (
+        Change("delete", "public", "deal_north", row, None),
+        Change("insert", "public", "deal_south", None, row),
+    )
+    (moved,) = put_together(begin(), gone, come, Commit(), assembler=assembler)
+    assert [change.operation for change in moved.changes] == ["update"]
+    (found,) = put_together(begin(), gone, unread(("public", "deal")), come, Commit(), assembler=assembler)
+    assert [change.operation for change in found.changes] == ["delete", "unreadable", "insert"]
+
+
+@pytest.mark.parametrize(
+    ("line", "table"),
+    [
+        (
+            b'{"action":"U","xid":7,"timestamp":"t","lsn":"0/1","schema":"public","table":"lead","colu\xff',
+            ("public", "lead"),
+        ),
+        (b'{"action":"T","schema":"My \\"S\\"","table":"a,b"}', ('My "S"', "a,b")),
+        (b'{"action":"U","xid":7,"schema":"public","tabel":"lead","columns"', None),
+        (b'{"action":"U","xid":7,"lsn":"0/1","schema":"public","table":"le', None),
+        (b'{"action":"M","schema":"public","table":"lead"}', None),
+        (b'!"action":"I","schema":"public","table":"lead"}', None),
+        (b'{"action":"I","schema":"\xff","table":"lead"}', None),
+        (b'{"action":"I","schema":"\\q","table":"lead"}', None),
+        (b'{"action":"I","columns":[],"schema":"public","table":"lead"}', None),
+        (b"", None),
+    ],
+)
+def test_the_table_is_told_by_nothing_but_a_line_that_begins_as_those_of_the_plugin(
+    line: bytes, table: tuple[str, str] | None
+) -> None:
+    assert wal2json.table_of(memoryview(line)) == table
+
+
+def test_the_line_in_a_recording_is_json_and_comes_back() -> None:
+    given = msgspec.structs.replace(
+        unread(), partition=("public", "lead_2026"), met_at=datetime(2026, 1, 2, tzinfo=UTC)
+    )
+    line = recording.unread(given, raw=True)
+    assert recording.is_own(line)
+    assert recording.decode(line) == given
+    assert json.loads(line)["raw"] == "/3s="
+    assert recording.decode(recording.unread(given, raw=False)) == msgspec.structs.replace(given, raw=None)
+
+
+def test_what_can_be_read_by_now_is_the_change_that_it_was() -> None:
+    line = b'{"action":"I","schema":"public","table":"%s","columns":[{"name":"id","value":1}]}'
+    change = Change("insert", "public", "lead", None, {"id": 1})
+    assert wal2json.read_again(unread(), line % b"lead") == change
+    of_partition = msgspec.structs.replace(unread(), partition=("public", "p"))
+    assert wal2json.read_again(of_partition, line % b"p") == msgspec.structs.replace(change, partition=("public", "p"))
+    assert wal2json.read_again(of_partition, line % b"lead") is None
+    assert wal2json.read_again(unread(STREAM), line % b"lead") is None, "its place among those of the table isn't known"
+    assert wal2json.read_again(unread(), b"\xff{") is None
+
+
+# The worker, on a wire that spoils what the server sends.
+
+
+@contextmanager
+def spoilt(crm: Crm, spoil: Spoil) -> Iterator[Wire]:
+    with Wire(crm.dsn, spoil) as wire:
+        yield wire
+
+
+def stopped(crm: Crm, wire: Wire) -> tuple[LSN, str]:
+    """Where `run` ends, at what it can't read, and what it says."""
+    done = crm.command("run", "--once", dsn=wire.dsn)
+    assert done.returncode == errors.MessageUnreadableError.exit_code, done.stderr
+    said = re.search(r"^error: (.*)\nhint: (.*)$", done.stderr, re.M)
+    assert said, done.stderr
+    position = re.search(r"cdc-worker recover --skip (\S+)$", said[2])
+    assert position, said[2]
+    assert f"this is the message at {position[1]}" in said[1]
+    return LSN.parse(position[1]), said[1]
+
+
+def allowed(crm: Crm, position: LSN, **wishes: Any) -> list[str]:
+    return [*skip(config.load(None, {"dsn": crm.dsn, "slot": crm.slot} | crm.settings), position, **wishes)]
+
+
+def passed_over(crm: Crm, spoil: Spoil, *, times: int = 1) -> list[str]:
+    """Let the worker go on, at each message that it ends at; returns what it said of them."""
+    reasons = []
+    with spoilt(crm, spoil) as wire:
+        for _ in range(times):
+            position, said = stopped(crm, wire)
+            reasons.append(said)
+            assert "is allowed to pass over" in allowed(crm, position)[0]
+        crm.record(dsn=wire.dsn)
+    return reasons
+
+
+def letters(crm: Crm) -> dict[str, bytes]:
+    """The messages that were kept, by what their keys end with."""
+    rows = crm.execute("SELECT change_key, raw, kind FROM cdc_worker.dead_letter ORDER BY dead_letter_id")
+    assert {kind for _, _, kind in rows} <= {"unreadable"}
+    return {"/".join(key.split("/")[3:]): raw for key, raw, _ in rows}
+
+
+def ordinals(crm: Crm) -> list[tuple[str, str]]:
+    """Of whom the activities tell, and by which numbers."""
+    return [(of["metadata"]["lead_name"], "/".join(of["change_key"].split("/")[3:])) for of in crm.activities()]
+
+
+def in_one_transaction(crm: Crm, *names: str) -> int:
+    """Insert leads; returns the transaction's number."""
+    with crm.connection.transaction():
+        for name in names:
+            crm.execute("INSERT INTO lead (full_name, source, bd_in_charge, type) VALUES (%s, 's', 'b', 't')", name)
+        return int(crm.value("SELECT pg_current_xact_id()::text"))
+
+
+def test_it_ends_the_worker_which_goes_on_once_that_is_allowed(crm: Crm) -> None:
+    in_one_transaction(crm, "Ann")
+    xid = in_one_transaction(crm, "Bob", "Spoilt", "Eve")
+    in_one_transaction(crm, "Joe")
+    (said,) = passed_over(crm, tail(b"Spoilt"))
+    assert f", a change of public.lead, after 1 changes of transaction {xid}, whose commit is at " in said
+    assert "Spoilt" not in said
+    assert ordinals(crm) == [
+        ("Ann", "public.lead/0/lead_created"),
+        ("Bob", "public.lead/0/lead_created"),
+        ("Eve", "public.lead/2/lead_created"),
+        ("Joe", "public.lead/0/lead_created"),
+    ]
+    (key, raw) = next(iter(letters(crm).items()))
+    assert key == "public.lead/1/*"
+    assert raw.startswith(b'{"action":"I","xid":')
+    assert raw.endswith(b"\x01")
+    (origin,) = crm.execute(
+        "SELECT xid, commit_lsn > '0/0', end_lsn > commit_lsn, sqlstate FROM cdc_worker.dead_letter"
+    )
+    assert origin == (xid, True, True, None)
+    assert crm.value("SELECT dead_letters FROM cdc_worker.checkpoint") == 1
+
+
+def test_what_of_it_is_unknown_is_kept_by_its_number_in_the_stream(crm: Crm) -> None:
+    in_one_transaction(crm, "Ann", "Spoilt", "Eve")
+    (said,) = passed_over(crm, head(b"Spoilt"))
+    assert "a change of" not in said
+    assert ordinals(crm) == [("Ann", "public.lead/0/lead_created"), ("Eve", "public.lead/1/lead_created")]
+    assert [*letters(crm)] == ["cdc_worker.stream/0/*"]
+
+
+@pytest.mark.parametrize("action", [b"B", b"C"])
+def test_of_a_begin_or_a_commit_that_cannot_be_read_nothing_is_missing(crm: Crm, action: bytes) -> None:
+    """Each says what the other does."""
+    in_one_transaction(crm, "Ann")
+    xid = in_one_transaction(crm, "Bob", "Eve")
+    in_one_transaction(crm, "Joe")
+    line = b'{"action":"%b","xid":%d,' % (action, xid)
+    (said,) = passed_over(crm, head(line))
+    assert ("outside of any transaction" in said) == (action == b"B")
+    assert [name for name, _ in ordinals(crm)] == ["Ann", "Bob", "Eve", "Joe"]
+    part = {b"B": "begin", b"C": "commit"}[action]
+    assert letters(crm)[f"cdc_worker.stream/0/{part}"].startswith(b"!" + line[1:])
+    keys = [of["change_key"].split("/")[2] for of in crm.activities()]
+    assert (
+        keys[1]
+        == keys[2]
+        == crm.value("SELECT lpad(replace(commit_lsn::text, '0/', ''), 16, '0') FROM cdc_worker.dead_letter")
+    )
+
+
+def test_a_transaction_of_which_neither_can_be_read_is_left_out_and_said_to_be(crm: Crm) -> None:
+    in_one_transaction(crm, "Ann")
+    xid = in_one_transaction(crm, "Bob", "Eve")
+    in_one_transaction(crm, "Joe")
+    lines = [b'{"action":"%b","xid":%d,' % (action, xid) for action in (b"B", b"C")]
+    first, second = passed_over(crm, head(*lines), times=2)
+    assert "outside of any transaction" in first
+    assert "in a transaction whose begin can't be read either" in second
+    assert [name for name, _ in ordinals(crm)] == ["Ann", "Joe"]
+    assert [*letters(crm)] == ["cdc_worker.stream/0/*", "cdc_worker.stream/1/*"]
+
+
+def test_only_what_cannot_be_read_is_passed_over(crm: Crm) -> None:
+    in_one_transaction(crm, "Ann", "Spoilt")
+    with spoilt(crm, tail(b"Spoilt")) as wire:
+        position, _ = stopped(crm, wire)
+    allowed(crm, position)
+    crm.record()
+    assert [name for name, _ in ordinals(crm)] == ["Ann", "Spoilt"]
+    assert letters(crm) == {}
+
+
+_ON: LiteralString = "SELECT changes <> %s OR commit_lsn = '0/0' FROM cdc_worker.checkpoint"
+"""Whether the worker has got on within its commit, or to its end."""
+
+
+def test_it_is_kept_once_however_often_the_worker_is_killed_within_its_commit(crm: Crm) -> None:
+    names = [f"Lead {n}" for n in range(6_000)]
+    spoil = tail(b'"Lead 700"', b'"Lead 2500"', b'"Lead 5999"')
+    with crm.connection.transaction():
+        crm.execute(
+            "INSERT INTO lead (full_name, source, bd_in_charge, type)"
+            " SELECT name, 's', 'b', 't' FROM unnest(%s::text[]) WITH ORDINALITY AS of (name, n) ORDER BY n",
+            names,
+        )
+    passes = 0
+    with spoilt(crm, spoil) as wire:
+        while (done := crm.command("run", "--once", dsn=wire.dsn)).returncode:
+            found = re.search(r"recover --skip (\S+)$", done.stderr.strip())
+            assert found, done.stderr
+            allowed(crm, LSN.parse(found[1]))
+            passes += 1
+            if passes == 3:
+                break
+        for _ in range(4):
+            before = crm.value("SELECT changes FROM cdc_worker.checkpoint")
+            with crm.worker(dsn=wire.dsn) as worker:
+                worker.wait_for("replication_started")
+                eventually(lambda before=before: crm.value(_ON, before))  # type: ignore[misc]
+        crm.record(dsn=wire.dsn)
+    expected = [(name, f"public.lead/{n}/lead_created") for n, name in enumerate(names) if n not in (700, 2500, 5999)]
+    assert ordinals(crm) == expected
+    assert [*letters(crm)] == [f"public.lead/{n}/*" for n in (700, 2500, 5999)]
+    assert crm.value("SELECT activities FROM cdc_worker.checkpoint") == 5997
+
+
+def test_a_change_of_a_partition_counts_as_one_of_its_root(crm: Crm) -> None:
+    set_up(crm, DEALS)
+    with crm.connection.transaction():
+        crm.execute(
+            "INSERT INTO deal (id, region, note) VALUES (1, 'north', ''), (2, 'south', 'Spoilt'), (3, 'east', '')"
+        )
+    passed_over(crm, tail(b"Spoilt"))
+    assert [of["change_key"].split("/", 3)[3] for of in crm.activities()] == [
+        "public.deal/0/deal_created",
+        "public.deal/2/deal_created",
+    ]
+    assert [*letters(crm)] == ["public.deal/1/*"]
+    assert crm.value("SELECT change -> 'partition' FROM cdc_worker.dead_letter") == ["Far, away", "deal, south"]
+
+
+def test_a_recording_has_a_line_in_its_place_that_can_be_read(crm: Crm) -> None:
+    directory = crm.directory / "recording"
+    directory.mkdir()
+    crm.settings["recording_directory"] = str(directory)
+    xid = in_one_transaction(crm, "Ann", "Spoilt")
+    in_one_transaction(crm, "Eve")
+    passed_over(crm, lambda payload: tail(b"Spoilt")(head(b'{"action":"C","xid":%d,' % xid)(payload)), times=2)
+    text = b""
+    for path in sorted(directory.iterdir()):
+        with (
+            path.open("rb") as file,
+            zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True) as lines,
+        ):
+            text += lines.read()
+    found = [json.loads(line) for line in text.splitlines()]
+    ours = [line for line in found if line.get("xid") == xid or line["action"] == "X"]
+    assert [line["action"] for line in ours] == ["B", "I", "X", "X", "C"]
+    assert [line.get("of") for line in ours] == [None, None, "change", "commit", None]
+    assert {**ours[0], "action": "C"} == ours[-1]
+
+
+def test_verify_finds_what_is_missing_and_makes_up_for_it(crm: Crm) -> None:
+    insert(crm, 1, 2)
+    crm.record()
+    crm.execute("UPDATE lead SET status = 'Spoilt' WHERE lead_id = 1")
+    crm.execute("UPDATE lead SET status = 'fine' WHERE lead_id = 2")
+    passed_over(crm, tail(b"Spoilt"))
+    with running(crm):
+        assert missing(crm, "lead", repair=True) == [("1", "change", ["status"])]
+        assert missing(crm, "lead") == []
+
+
+# The command
+
+
+def test_it_says_what_is_allowed_and_what_comes_next(crm: Crm) -> None:
+    in_one_transaction(crm, "Ann", "Spoilt")
+    with spoilt(crm, tail(b"Spoilt")) as wire:
+        position, _ = stopped(crm, wire)
+    may = f"to pass over the message at {position}, if it can't be read"
+    (said, kept, following) = allowed(crm, position, dry_run=True)
+    assert said == f'the worker "{crm.slot}" would be allowed {may}'
+    assert "cdc_worker.dead_letter" in kept
+    assert following == "next: cdc-worker run"
+    assert crm.value("SELECT count(*) FROM cdc_worker.skip") == 0
+    assert (
+        crm.succeed("recover", "--skip", str(position)).splitlines()[0] == f'the worker "{crm.slot}" is allowed {may}'
+    )
+    assert allowed(crm, position)[0] == f'the worker "{crm.slot}" was allowed already {may}'
+    with crm.worker() as worker:
+        worker.wait_for("replication_started")
+        assert "when it is started anew" in allowed(crm, position)[2]
+
+
+def test_a_position_at_which_nothing_can_be_is_refused(crm: Crm) -> None:
+    with pytest.raises(errors.SettingsError, match=r"nothing at 0/1 can come any more: the slot .* keeps the WAL from"):
+        allowed(crm, LSN(1))
+    with pytest.raises(errors.SettingsError, match="nothing is at FFFF/0 yet: the server's WAL ends at"):
+        allowed(crm, LSN.parse("FFFF/0"))
+    done = crm.command("recover", "--skip", "here")
+    assert done.returncode == 2
+    assert "'here' is no position such as 0/17FE4B8." in done.stderr
+    assert crm.command("recover").returncode == 2
+
+
+def test_it_takes_the_owners_rights(crm: Crm) -> None:
+    with role(crm), pytest.raises(errors.TargetUnusableError, match=r"lacks INSERT ON cdc_worker\.skip"):
+        allowed(
+            crm,
+            crm.value("SELECT pg_current_wal_insert_lsn()")
+            and LSN.parse(crm.value("SELECT pg_current_wal_insert_lsn()")),
+        )
