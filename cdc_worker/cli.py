@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
-from typing import IO, Any, Final, ParamSpec
+from typing import IO, TYPE_CHECKING, Any, Final, ParamSpec
 
 import click
 import psycopg
@@ -20,6 +20,7 @@ import psycopg
 from cdc_worker import __version__, config, log, postgres, profile
 from cdc_worker import cutover as cutting_over
 from cdc_worker import erasure as erasing
+from cdc_worker import recover as recovering
 from cdc_worker import setup as setting_up
 from cdc_worker import status as state
 from cdc_worker import teardown as tearing_down
@@ -27,6 +28,9 @@ from cdc_worker.config import Settings
 from cdc_worker.errors import CdcWorkerError, SettingsError
 from cdc_worker.lsn import LSN
 from cdc_worker.worker import Stop, Worker, beside
+
+if TYPE_CHECKING:
+    from cdc_worker.dead_letters import Selection
 
 P = ParamSpec("P")
 
@@ -344,6 +348,49 @@ def backfill(settings: Settings, tables: tuple[str, ...], dry_run: bool, as_json
             click.echo(table.model_dump_json() if as_json else "\n".join(filling.lines(table)))
 
 
+def _bound(value: str) -> LSN | datetime:
+    """A position in the WAL, or a date."""
+    try:
+        return LSN.parse(value)
+    except ValueError:
+        return _moment(value)
+
+
+@main.command()
+@click.argument("paths", nargs=-1, metavar="[FILE|DIRECTORY]...")
+@click.option("--since", type=_bound, metavar="X", help="Only what was committed then or later: a date, or an LSN.")
+@click.option("--until", type=_bound, metavar="X", help="Only what was committed before then.")
+@click.option("--table", "tables", multiple=True, metavar="TABLE", help="Only changes of this table.")
+@click.option("--type", "types", multiple=True, metavar="TYPE", help="Only activities of this type.")
+@click.option("--dry-run", is_flag=True, help="Count what would be written and show some of it; nothing is.")
+@click.option("--output", metavar="FILE", help="Write JSON lines there, and nothing to the target; - is stdout.")
+@click.option("--strict", is_flag=True, help="Stop at the first thing that is not whole.")
+@click.option("--system-identifier", metavar="ID", help="The cluster of recordings that don't name theirs.")
+@click.option("--json", "as_json", is_flag=True, help="For machines.")
+@_settings
+def replay(settings: Settings, paths: tuple[str, ...], as_json: bool, **wishes: Any) -> None:
+    """Write the activities of recorded changes that the target hasn't, beside the worker.
+
+    The worker's own recording is read if none is named; - is stdin. It ends with 1 if something is missing in what was
+    read. It takes the rights of the tables' owner. A date may have a time and a zone; without one it is the target's.
+
+    \b
+    Example: cdc-worker replay --since 2026-01-31 --dry-run
+    """
+    from cdc_worker import replay as replaying  # noqa: PLC0415  # likewise
+
+    asked = replaying.Wishes(**wishes)
+    unwritten = asked.dry_run or asked.output is not None
+    with _interruptible("nothing was written" if unwritten else "what is written stays: run it again for the rest"):
+        done = replaying.replay(settings, profile.load(settings.profile), paths, asked, log=log.get())
+    for line in [done.model_dump_json()] if as_json else replaying.lines(done):
+        click.echo(line, err=asked.output == "-")
+    for line in replaying.damages(done.missing):
+        click.echo(line, err=True)
+    if done.missing:
+        sys.exit(1)
+
+
 @main.command()
 @click.argument("tables", nargs=-1, metavar="[TABLE]...")
 @click.option("--repair", is_flag=True, help="Write activities that make up for what is missing, marked as such.")
@@ -406,9 +453,153 @@ def recover(settings: Settings, position: LSN, dry_run: bool) -> None:
     \b
     Example: cdc-worker recover --skip 0/17FE4B8
     """
-    from cdc_worker import recover as recovering  # noqa: PLC0415  # likewise
-
     _echo(recovering.skip(settings, position, dry_run=dry_run))
+
+
+@main.group("dead-letters")
+def dead_letters() -> None:
+    """See to changes that could not become activities.
+
+    Of those that wait, some are meant: by their numbers (ID), by --table and --error, or --all. --error is a kind, a
+    SQLSTATE, or the first two digits of some.
+
+    \b
+    Example: cdc-worker dead-letters list --error 23 && cdc-worker dead-letters retry --error 23
+    """
+
+
+_asks: Final = click.option("--yes", is_flag=True, help="Don't ask.")
+_discarded: Final = click.option("--discarded", is_flag=True, help="Those that were discarded, not those that wait.")
+
+
+def _selecting(command: Callable[P, None], *, required: bool = True) -> Callable[..., None]:
+    """Give a command the arguments and options that say which dead letters are meant, and the selection."""
+
+    @click.argument("ids", nargs=-1, type=click.IntRange(1), metavar="[ID]...")
+    @click.option("--table", metavar="TABLE", help="Those of changes of this table.")
+    @click.option("--error", metavar="ERROR", help="Those with this SQLSTATE, class of SQLSTATEs or kind.")
+    @click.option("--all", "everything", is_flag=True, help="All that wait.")
+    @functools.wraps(command)
+    def wrapped(
+        ids: tuple[int, ...],
+        table: str | None,
+        error: str | None,
+        everything: bool,
+        discarded: bool = False,
+        **rest: Any,
+    ) -> None:
+        from cdc_worker.dead_letters import Selection  # noqa: PLC0415  # likewise
+
+        some = table is not None or error is not None
+        if (bool(ids), some, everything).count(True) > 1:
+            raise click.UsageError("it takes IDs, or --table and --error, or else --all")
+        if required and not (ids or some or everything):
+            raise click.UsageError("it takes IDs, --table, --error or --all to say which are meant")
+        command(selection=Selection(ids, table, error, discarded), **rest)  # type: ignore[arg-type, call-arg]
+
+    return wrapped
+
+
+_selected: Final = functools.partial(_selecting, required=False)
+
+
+@dead_letters.command("list")
+@_selected
+@_discarded
+@click.option("--json", "as_json", is_flag=True, help="For machines: an object a line.")
+@_settings
+def list_(settings: Settings, selection: Selection, as_json: bool) -> None:
+    """List dead letters, without the values of their rows: all that wait, if none are named.
+
+    \b
+    Example: cdc-worker dead-letters list --table lead --error 23514
+    """
+    from cdc_worker import dead_letters as letters  # noqa: PLC0415  # likewise
+
+    found = letters.listed(settings, selection)
+    for line in (of.model_dump_json() for of in found) if as_json else letters.listing(found):
+        click.echo(line)
+
+
+@dead_letters.command("show")
+@click.argument("number", metavar="ID", type=click.IntRange(1))
+@_settings
+def show_letter(settings: Settings, number: int) -> None:
+    """Print all that is kept of a dead letter, with the values of its row.
+
+    \b
+    Example: cdc-worker dead-letters show 7
+    """
+    from cdc_worker import dead_letters as letters  # noqa: PLC0415  # likewise
+
+    _echo(letters.shown(settings, number))
+
+
+@dead_letters.command()
+@_selecting
+@click.option("--json", "as_json", is_flag=True, help="For machines: an object a line.")
+@_settings
+def retry(settings: Settings, selection: Selection, as_json: bool) -> None:
+    """Try dead letters again by the profile as it is now: what succeeds has its own key and date.
+
+    One that was discarded is taken up again if it is named. It ends with 1 if any is not written. It takes the rights
+    of the tables' owner.
+
+    \b
+    Example: cdc-worker dead-letters retry --all
+    """
+    from cdc_worker import dead_letters as letters  # noqa: PLC0415  # likewise
+
+    remaining = 0
+
+    def found() -> Iterator[letters.Tried]:
+        nonlocal remaining
+        for of in letters.retry(settings, profile.load(settings.profile), selection, log=log.get()):
+            remaining += of.outcome in ("failed again", "left")
+            yield of
+
+    with _interruptible("what is written stays, and the rest waits"):
+        for line in (of.model_dump_json() for of in found()) if as_json else letters.told(found()):
+            click.echo(line)
+    if remaining:
+        sys.exit(1)
+
+
+@dead_letters.command()
+@_selecting
+@_asks
+@_settings
+def discard(settings: Settings, selection: Selection, yes: bool) -> None:
+    """Leave it at that with dead letters: they no longer wait, and are kept.
+
+    It takes the rights of the tables' owner.
+
+    \b
+    Example: cdc-worker dead-letters discard 7 8
+    """
+    from cdc_worker import dead_letters as letters  # noqa: PLC0415  # likewise
+
+    if not yes:
+        count = letters.count(settings, selection)
+        _confirm(f"Leave {count:,} changes untold for good?", otherwise="--yes does it")
+    click.echo(f"{len(letters.discard(settings, selection)):,} discarded")
+
+
+@dead_letters.command()
+@_selecting
+@_discarded
+@click.option("--output", type=click.File("w", encoding="utf-8", lazy=False), default="-", help="File to write to.")
+@_settings
+def export(settings: Settings, selection: Selection, output: IO[str]) -> None:
+    """Print dead letters with all that is kept of them, and every digit, as JSON lines.
+
+    \b
+    Example: cdc-worker dead-letters export --all --output letters.jsonl
+    """
+    from cdc_worker import dead_letters as letters  # noqa: PLC0415  # likewise
+
+    for line in letters.exported(settings, selection):
+        output.write(f"{line}\n")
 
 
 @main.group("profile")
