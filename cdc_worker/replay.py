@@ -143,6 +143,10 @@ class Portion(NamedTuple):
     scope: Scope
 
 
+Deal = Callable[[Portion | None], object]
+"""Deals with one portion after another, and after the last one is given None."""
+
+
 class Teller:
     """Tells what was recorded, by a profile's rules. Counts what it had to look up as it is `now`."""
 
@@ -297,6 +301,9 @@ class Line(BaseModel):
 _json = msgspec.json.Encoder(decimal_format="number")
 
 
+_NO_RULES: Final[Rules] = {}
+
+
 class Loop:
     """The loop that recordings go through: what `portions` yields is to be dealt with, then comes the next.
 
@@ -313,12 +320,15 @@ class Loop:
         *,
         log: Logger,
         late: Late | None = None,
+        others: Rules = _NO_RULES,
     ) -> None:
+        """Of the tables in `others` changes are read as well, though no rule is about them."""
         self.paths = _meant(settings, paths)
         self.left_to_the_stream = self.looked_up_now = 0
         self.source: Source | None = None
         self.settings, self.profile, self.wishes, self.log, self.late = settings, given, wishes, log, late
         self.rules = settings.rules(given)
+        self._read: Rules = {**others, **self.rules}
         self._filter = Filter(given, wishes)
         dsn = settings.dsn.get_secret_value()
         self.connection = late.control if late is not None else None
@@ -333,6 +343,33 @@ class Loop:
     def once(self) -> bool:
         """Whether it can't be gone through again."""
         return STDIN in self.paths
+
+    def go(self, begin: Callable[[], Deal], done: Replayed) -> None:
+        """Go through it, and again from the start where what is left out has changed meanwhile; tell what was done.
+
+        What `begin` returns deals with the portions of one time; after the last one it is given None.
+        """
+        late = self.late
+        while True:
+            try:
+                deal = begin()
+                for portion in self.portions():
+                    deal(portion)
+                deal(None)
+                break
+            except errors.FencedError as error:
+                if self.once or late is None:
+                    raise errors.FencedError(
+                        f"{error}, and standard input can't be read again", hint="run it again with the same input"
+                    ) from error
+                late.begin()
+        if late is not None:
+            _count(done, late.counts)
+        source = self.source
+        assert source is not None
+        done.transactions, done.repeated, done.others = source.transactions, source.repeated, source.others
+        done.left_to_the_stream, done.looked_up_now = self.left_to_the_stream, self.looked_up_now
+        done.missing = source.missing
 
     def portions(self) -> Iterator[Portion]:
         """What recordings come to, from their beginning. What is missing in them is known afterwards."""
@@ -358,7 +395,7 @@ class Loop:
             worker=self.settings.worker,
             cluster=wishes.system_identifier or (late.checkpoint.system_identifier if late is not None else "0"),
             database=late.database if late is not None else None,
-            rules=self.rules,
+            rules=self._read,
             roots=self._roots(),
             checkpoint=late.checkpoint.position.lsn if late is not None else None,
             strict=wishes.strict,
@@ -393,7 +430,7 @@ class Loop:
 
     def _roots(self) -> Callable[[Change, LSN], tuple[str, str] | None]:
         """Whose the changes of partitions are, where the recording doesn't tell: as the database knows them."""
-        known = {name: name for name in self.rules}
+        known = {name: name for name in self._read}
         if self.connection is not None:
             worker = self.settings.worker
             kept = partitions.kept(self.connection, worker) if self.late is not None else {}
@@ -457,31 +494,15 @@ class _Run:
             self._file = sys.stdout if wishes.output == STDIN else stack.enter_context(_opened(wishes.output))
 
     def run(self) -> Replayed:
-        """Go through it, and again from the start where what is left out has changed meanwhile."""
-        done, loop, late = self._done, self._loop, self._late
-        while True:
-            try:
-                for portion in loop.portions():
-                    self._take(portion)
-                if late is not None:
-                    late.flush()
-                break
-            except errors.FencedError as error:
-                if loop.once or late is None:
-                    raise errors.FencedError(
-                        f"{error}, and standard input can't be read again", hint="run it again with the same input"
-                    ) from error
-                late.begin()
-        if late is not None:
-            self._count(late.counts)
-        source = loop.source
-        assert source is not None
-        done.transactions, done.repeated, done.others = source.transactions, source.repeated, source.others
-        done.left_to_the_stream, done.looked_up_now = loop.left_to_the_stream, loop.looked_up_now
-        done.missing = source.missing
-        return done
+        """Go through it."""
+        self._loop.go(lambda: self._take, self._done)
+        return self._done
 
-    def _take(self, portion: Portion) -> None:
+    def _take(self, portion: Portion | None) -> None:
+        if portion is None:
+            if self._late is not None:
+                self._late.flush()
+            return
         recorded = portion.recorded
         if self._late is None:
             for outcome in portion.outcomes:
@@ -503,24 +524,28 @@ class _Run:
             given=portion.given if home else (),
         )
 
-    def _count(self, counts: Counts) -> None:
-        done = self._done
-        done.activities = {kind: count for kind, count in counts.activities.items() if count}
-        done.already_there, done.dead_letters = counts.already_there, counts.dead_letters
-        done.known_dead_letters, done.discarded, done.unlinked = counts.known, counts.discarded, counts.unlinked
-        done.replaced, done.resolved = counts.replaced, counts.resolved
-
     def _tell(self, outcome: Activity | DeadLetter, recorded: Recorded | None) -> None:
         """Show what would be written, or write it to the file."""
         if self._file is not None:
             self._file.write(_json.encode(_line(outcome, recorded, self._loop.columns).model_dump()).decode() + "\n")
         if self._wishes.dry_run and isinstance(outcome, Activity):
-            fields = outcome.fields
-            if sum(of.type == fields["type"] for of in self._done.samples) < SAMPLES:
-                sample = Sample(
-                    type=fields["type"], occurred_at=str(fields["occurred_at"]), description=fields["description"]
-                )
-                self._done.samples.append(sample)
+            show(self._done, outcome)
+
+
+def show(done: Replayed, activity: Activity) -> None:
+    """Have it among the samples, if there aren't enough of its type."""
+    fields = activity.fields
+    if sum(of.type == fields["type"] for of in done.samples) < SAMPLES:
+        done.samples.append(
+            Sample(type=fields["type"], occurred_at=str(fields["occurred_at"]), description=fields["description"])
+        )
+
+
+def _count(done: Replayed, counts: Counts) -> None:
+    done.activities = {kind: count for kind, count in counts.activities.items() if count}
+    done.already_there, done.dead_letters = counts.already_there, counts.dead_letters
+    done.known_dead_letters, done.discarded, done.unlinked = counts.known, counts.discarded, counts.unlinked
+    done.replaced, done.resolved = counts.replaced, counts.resolved
 
 
 def _opened(path: str) -> IO[str]:
