@@ -44,6 +44,8 @@ The edges each know one thing outside:
     watch       does it harm the server, is it held up
     replication the replication connection
     recorder    keeps what the stream has brought, in segments
+    coverage    which commits have been read
+    blocks      the lines of files, plain or compressed
     segments    reads recordings, whole or damaged
     sink        the writing connection
     lookups     the connection that fetches rows of other tables

@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Iterable
 from datetime import datetime
 from decimal import Decimal
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import msgspec
 
@@ -86,6 +86,13 @@ class _Begin(msgspec.Struct, tag_field="action", tag="B", gc=False):
 
 class _Commit(msgspec.Struct, tag_field="action", tag="C", gc=False):
     nextlsn: str  # said already by the begin
+
+
+class _Said(msgspec.Struct, gc=False):
+    timestamp: str | None = None
+    lsn: str | None = None
+    nextlsn: str | None = None
+    xid: int = 0
 
 
 class _Insert(msgspec.Struct, tag_field="action", tag="I", gc=False):
@@ -236,6 +243,32 @@ def read_again(unread: Change, raw: Payload) -> Change | None:
     if not isinstance(change, Change) or (change.schema, change.table) != (unread.partition or name):
         return None
     return Change(change.operation, *name, change.old, change.new, change.changed, unread.partition)
+
+
+class Said(NamedTuple):
+    """What a begin or a commit says of its transaction, which depends on the plugin's options."""
+
+    xid: int
+    commit_lsn: LSN | None
+    end_lsn: LSN | None
+    committed_at: datetime | None
+
+
+_said = msgspec.json.Decoder(_Said)
+
+
+def said(payload: Payload) -> Said:
+    """Read a begin or a commit that need not say everything. Raises MessageUnreadableError."""
+    try:
+        line = _said.decode(payload)
+        return Said(
+            line.xid,
+            None if line.lsn is None else LSN.parse(line.lsn),
+            None if line.nextlsn is None else LSN.parse(line.nextlsn),
+            None if line.timestamp is None else datetime.fromisoformat(line.timestamp),
+        )
+    except ValueError as error:
+        raise MessageUnreadableError(f"the beginning or the end of a transaction can't be read: {error}") from error
 
 
 def masked(payload: Payload, mask: Callable[[Row], Row]) -> bytes:

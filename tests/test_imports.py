@@ -17,7 +17,20 @@ CORE = [
 
 EDGES = [
     *("config", "log", "metrics", "postgres", "partitions", "catalog", "ddl", "checkpoint", "slot"),
-    *("fence", "rows", "journal", "process", "watch", "replication", "recorder", "segments", "sink", "lookups"),
+    *(
+        "fence",
+        "rows",
+        "journal",
+        "process",
+        "watch",
+        "replication",
+        "recorder",
+        "coverage",
+        "blocks",
+        "segments",
+        "sink",
+        "lookups",
+    ),
     *("progress", "backfill", "late", "replay", "rewrite", "dead_letters", "recover", "verify"),
     *(
         "cutover",
