@@ -1,0 +1,448 @@
+"""Recordings, told again: nothing that the stream has written is written twice, and what it would have is the same."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import pytest
+from application import Application, statuses
+from doctoring import mend
+from psycopg import sql
+from support import Crm, WorkerProcess, crm_on, eventually, role, storm
+from test_backfill import fill
+from test_sales_cookbook import add, change, use
+
+from cdc_worker import config, log, profile
+from cdc_worker.cluster import Cluster
+from cdc_worker.errors import SettingsError, TargetUnusableError
+from cdc_worker.replay import Replayed, Wishes, replay
+
+
+@pytest.fixture
+def recording(crm: Crm, tmp_path: Path) -> Path:
+    """Where the worker of `crm` keeps what it consumes."""
+    directory = tmp_path / "recording"
+    directory.mkdir()
+    crm.settings["recording_directory"] = str(directory)
+    return directory
+
+
+def replayed(crm: Crm, *paths: Path | str, **wishes: Any) -> Replayed:
+    """`cdc-worker replay`, in this process."""
+    settings = config.load(None, {"dsn": crm.dsn, "slot": crm.slot} | crm.settings)
+    return replay(settings, profile.load(settings.profile), paths, Wishes(**wishes), log=log.get())
+
+
+def added(done: Replayed) -> int:
+    """How many activities were written."""
+    return sum(done.activities.values())
+
+
+def written(crm: Crm) -> dict[str, dict[str, Any]]:
+    """The worker's activities by key, without what the target numbers by itself."""
+    return {
+        activity["change_key"]: {name: value for name, value in activity.items() if name != "activity_id"}
+        for activity in crm.activities()
+    }
+
+
+def lose(crm: Crm, condition: str = "true") -> int:
+    """Delete activities of the worker; returns how many."""
+    with psycopg.connect(crm.dsn) as connection:
+        connection.execute("SET cdc_worker.protect = off")
+        return connection.execute(
+            f"DELETE FROM activity WHERE change_key IS NOT NULL AND {condition}".encode()
+        ).rowcount
+
+
+class Workload:
+    """A random application, which does the same for the same seed."""
+
+    def __init__(self, crm: Crm, seed: int) -> None:
+        self._crm, self._random = crm, random.Random(seed)
+        self._leads: list[int] = []
+        self._customers: list[int] = []
+        self._number = 0
+
+    def run(self, transactions: int, *, many: int = 0) -> None:
+        """Commit so many transactions, and so many large ones among them."""
+        sizes = [*self._random.choices((1, 1, 1, 2, 5), k=transactions), *[0] * many]
+        self._random.shuffle(sizes)
+        for size in sizes:
+            with self._crm.connection.transaction():
+                for _ in range(size):
+                    self._random.choice(self._steps)(self)
+                if not size:
+                    self._crm.add_leads(1_500)
+
+    def _some(self, of: list[int]) -> int | None:
+        return self._random.choice(of) if of else None
+
+    def _say(self) -> None:
+        said = json.dumps({"changed_by": self._random.choice(("ann", "bob"))})
+        self._crm.execute("SELECT pg_logical_emit_message(true, 'cdc_worker.context', %s)", said)
+
+    def _lead(self) -> None:
+        self._number += 1
+        background = "é\t\\ \n" * self._random.choice((0, 1, 2_000))
+        self._leads.append(
+            self._crm.value(
+                "INSERT INTO lead (full_name, source, bd_in_charge, type, status, background)"
+                " VALUES (%s, 'web', 'jane', 'exchange', %s, %s) RETURNING lead_id",
+                f"Lead {self._number}",
+                self._random.choice((None, "1. lead generated", "2. proposal")),
+                background,
+            )
+        )
+
+    def _change(self) -> None:
+        lead = self._some(self._leads)
+        status = self._random.choice((None, "2. proposal", "3. negotiation", "7. lost"))
+        self._crm.execute("UPDATE lead SET status = %s, phone_number = %s WHERE lead_id = %s", status, status, lead)
+
+    def _assign(self) -> None:
+        self._crm.execute(
+            "UPDATE lead SET bd_in_charge = %s WHERE lead_id = %s",
+            self._random.choice(("jane", "joe")),
+            self._some(self._leads),
+        )
+
+    def _convert(self) -> None:
+        lead = self._some(self._leads)
+        if lead is None:
+            return
+        self._number += 1
+        self._customers.append(self._number)
+        self._crm.execute("INSERT INTO customer (customer_uid, name) VALUES (%s, 'Acme')", self._number)
+        self._crm.execute("UPDATE lead SET is_converted = true WHERE lead_id = %s", lead)
+        self._crm.execute("INSERT INTO contact (customer_uid, lead_id) VALUES (%s, %s)", self._number, lead)
+
+    def _close(self) -> None:
+        self._crm.execute(
+            "UPDATE customer SET is_closed = NOT is_closed, name = name || '.' WHERE customer_uid = %s",
+            self._some(self._customers),
+        )
+
+    def _delete(self) -> None:
+        if (lead := self._some(self._leads)) is not None:
+            self._leads.remove(lead)
+            self._crm.execute("DELETE FROM lead WHERE lead_id = %s", lead)
+
+    def _think_better_of_it(self) -> None:
+        with self._crm.connection.transaction(force_rollback=True):
+            self._crm.add_leads(3)
+
+    _steps = (
+        *(_lead, _lead, _lead, _change, _change, _change, _assign, _convert, _close, _delete, _say),
+        *(_think_better_of_it,),
+    )
+
+
+def test_nothing_that_the_stream_has_written_is_written_again(crm: Crm, recording: Path, seed: int) -> None:
+    Workload(crm, seed).run(60)
+    crm.record()
+    before = crm.activities()
+    assert len(before) > 20
+    done = replayed(crm)
+    assert (added(done), done.already_there, done.missing) == (0, len(before), [])
+    assert crm.activities() == before
+
+
+def test_what_is_lost_is_brought_back_as_it_was(crm: Crm, recording: Path, seed: int) -> None:
+    Workload(crm, seed).run(60)
+    crm.record()
+    before = written(crm)
+    count = lose(crm, "activity_id % 3 = 0")
+    assert count
+    done = replayed(crm)
+    assert (added(done), done.already_there) == (count, len(before) - count)
+    assert written(crm) == before
+    assert added(replayed(crm)) == 0
+
+
+@pytest.fixture
+def empty(server: Cluster, crm: Crm, tmp_path: Path) -> Iterator[Crm]:
+    """Another database, of a worker of the same name, in which nothing happens."""
+    with crm_on(server, tmp_path, prepared=True, begun=False) as other:
+        other.settings["name"] = crm.slot
+        other.setup()
+        yield other
+
+
+@storm(1, chaos=10)
+def test_an_empty_database_gets_the_same(crm: Crm, empty: Crm, recording: Path, seed: int, rounds: int) -> None:
+    workload = Workload(crm, seed)
+    for _ in range(rounds):
+        workload.run(40)
+        crm.record()
+        with crm.worker() as worker:
+            worker.wait_for("replication_started")
+            workload.run(20, many=1)
+            worker.kill()
+    crm.record()
+    done = replayed(empty, recording)
+    assert written(empty) == written(crm)
+    assert (added(done), done.already_there) == (len(crm.activities()), 0)
+    assert done.missing == []
+    assert empty.types() == crm.types()  # in the same order
+    assert added(replayed(empty, recording)) == 0
+
+
+LOGGED = """
+SELECT change_key, to_jsonb(log) - 'id' FROM core_interactionlog AS log
+JOIN cdc_worker.written_key ON row_id = id ORDER BY change_key
+"""
+
+
+FOREIGN_KEYS = """
+SELECT conrelid::regclass::text, conname FROM pg_constraint
+WHERE contype = 'f' AND conrelid = 'core_interactionlog'::regclass
+"""
+
+
+def test_rows_of_other_tables_are_those_that_were_looked_up(server: Cluster, bare_crm: Crm, tmp_path: Path) -> None:
+    """The target has no column for keys, either."""
+    cookbook = use(bare_crm)
+    with crm_on(server, tmp_path) as other:
+        other.settings["name"] = cookbook.slot
+        use(other)
+        for table, name in other.execute(FOREIGN_KEYS):  # of rows that aren't there
+            drop = sql.SQL("ALTER TABLE {} DROP CONSTRAINT {}")
+            other.connection.execute(drop.format(sql.Identifier(table), sql.Identifier(name)))
+        directory = tmp_path / "recording"
+        directory.mkdir()
+        cookbook.settings["recording_directory"] = str(directory)
+        connection = cookbook.connection
+        with cookbook.worker() as worker:
+            worker.wait_for("replication_started")
+            for number in range(1, 8):
+                lead = add(connection, "core_lead", name=f"Ada {number}", assigned_to_id=1 + number % 2)
+                change(connection, "core_lead", lead, status="qualified")
+                opportunity = add(connection, "core_opportunity", owner_id=1)
+                change(connection, "core_opportunity", opportunity, amount=9000 + number)
+                add(connection, "core_quote", opportunity_id=opportunity, created_by_id=1)
+                task = add(connection, "core_task", owner_id=2, related_lead_id=lead)
+                change(connection, "core_task", task, status="completed", notes="é" * 200)
+            worker.terminate()
+        cookbook.record()
+        connection.execute("UPDATE core_user SET organization_id = 2")
+        connection.execute("DELETE FROM core_task")
+        done = replayed(other, directory)
+        assert added(done) > 30
+        assert done.looked_up_now == 0
+        assert other.execute(LOGGED) == cookbook.execute(LOGGED)
+        assert added(replayed(other, directory)) == 0
+
+
+def test_two_replays_at_once_write_once(crm: Crm, recording: Path, seed: int) -> None:
+    Workload(crm, seed).run(80)
+    crm.record()
+    before = written(crm)
+    lose(crm)
+    with ThreadPoolExecutor() as pool:
+        done = [*pool.map(lambda _: replayed(crm), range(3))]
+    assert written(crm) == before
+    assert sum(map(added, done)) == len(before)
+    assert crm.value("SELECT count(*) FROM cdc_worker.replay") == 0
+
+
+def replaying(crm: Crm, *arguments: str) -> WorkerProcess:
+    """Start `cdc-worker replay`."""
+    return WorkerProcess(["replay", *arguments], crm.environment(), crm.directory / "replay.log")
+
+
+def test_a_replay_that_is_killed_and_run_again_writes_the_rest(crm: Crm, recording: Path) -> None:
+    crm.add_leads(5_000)
+    crm.record()
+    before = written(crm)
+    lose(crm)
+    with replaying(crm) as process:
+        eventually(lambda: crm.value("SELECT coalesce(max(activities), 0) FROM cdc_worker.replay"))
+        process.kill()
+    done = replayed(crm)
+    assert 0 < added(done) < 5_000
+    assert written(crm) == before
+    assert crm.value("SELECT count(*) FROM cdc_worker.replay") == 0
+
+
+def test_a_replay_goes_on_beside_the_worker_and_the_application(crm: Crm, recording: Path) -> None:
+    crm.add_leads(300)
+    crm.record()
+    lost = lose(crm)
+    with crm.worker() as worker:
+        worker.wait_for("replication_started")
+        with Application(crm, statuses) as application:
+            done = replayed(crm)
+            application.go_on(3)
+        worker.terminate()
+    assert added(done) == lost
+    crm.record()
+    assert added(replayed(crm)) == 0
+    assert crm.value("SELECT count(*) FROM lead") == crm.types().count("lead_created")
+
+
+def test_a_creation_that_is_recorded_after_all_replaces_what_a_backfill_made_up(crm: Crm, recording: Path) -> None:
+    crm.add_leads(3)
+    crm.record()
+    before = written(crm)
+    lose(crm, "lead_id <> 3")
+    with crm.worker() as worker:
+        worker.wait_for("replication_started")
+        assert fill(crm, "lead")["lead"].activities == {"lead_created": 2}
+        done = replayed(crm)
+        assert (added(done), done.replaced) == (2, 2)
+        assert fill(crm, "lead")["lead"].activities == {}
+        worker.terminate()
+    assert written(crm) == before
+
+
+def test_what_a_repair_made_up_gives_way_to_what_fills_the_hole(crm: Crm, recording: Path) -> None:
+    crm.add_leads(1)
+    for status in ("2. proposal", "3. negotiation", "7. lost"):
+        crm.execute("UPDATE lead SET status = %s", status)
+    crm.record()
+    before = written(crm)
+    assert lose(crm, "metadata ->> 'new_status' = '3. negotiation'") == 1
+    with crm.worker() as worker:
+        worker.wait_for("replication_started")
+        crm.command("verify", "lead", "--repair")
+        assert [key for key in written(crm) if "/repair/" in key]
+        done = replayed(crm)
+        assert (added(done), done.replaced) == (1, 1)
+        worker.terminate()
+    assert written(crm) == before
+
+
+def test_who_was_erased_stays_erased(crm: Crm, recording: Path) -> None:
+    crm.add_leads(2)
+    crm.execute("UPDATE lead SET status = '7. lost'")
+    crm.record()
+    crm.succeed("forget", "--lead", "1", "--yes")
+    blank = written(crm)
+    lose(crm)
+    assert added(replayed(crm)) == 4
+    assert written(crm) == blank
+    crm.succeed("forget", "--lead", "2", "--yes")
+    blank = written(crm)
+    lose(crm)
+    replayed(crm)
+    assert written(crm) == blank
+    assert not any(activity["description"] for activity in blank.values())
+
+
+def test_a_person_who_is_erased_meanwhile_is_not_told_of(crm: Crm, recording: Path) -> None:
+    crm.add_leads(2)
+    crm.record()
+    lose(crm)
+    with ThreadPoolExecutor() as pool:
+        with crm.connection.transaction():
+            crm.execute("LOCK TABLE activity IN EXCLUSIVE MODE")
+            replaying_ = pool.submit(replayed, crm)
+            eventually(
+                lambda: (
+                    crm.value(
+                        "SELECT count(*) FROM pg_locks WHERE NOT granted AND database ="
+                        " (SELECT oid FROM pg_database WHERE datname = current_database())"
+                    )
+                    == 1
+                )
+            )
+            crm.execute("UPDATE cdc_worker.checkpoint SET nonce = nonce")
+        replaying_.result()
+    crm.succeed("forget", "--lead", "1", "--yes")
+    assert sorted(activity["description"] for activity in crm.activities())[0] == ""
+
+
+def test_a_dead_letter_that_succeeds_now_is_resolved_and_one_that_was_discarded_is_left(
+    crm: Crm, recording: Path
+) -> None:
+    crm.execute("ALTER TABLE activity ADD CONSTRAINT no_web CHECK (metadata ->> 'source' <> 'website')")
+    crm.add_leads(3)
+    crm.record()
+    done = replayed(crm)
+    assert (added(done), done.known_dead_letters, done.dead_letters) == (0, 3, 0)
+    crm.execute("ALTER TABLE activity DROP CONSTRAINT no_web")
+    crm.execute("UPDATE cdc_worker.dead_letter SET discarded_at = now() WHERE change -> 'new' ->> 'lead_id' = '2'")
+    done = replayed(crm)
+    assert (added(done), done.resolved, done.discarded) == (2, 2, 1)
+    assert [activity["lead_id"] for activity in crm.activities()] == [1, 3]
+    assert crm.value("SELECT count(*) FROM cdc_worker.dead_letter") == 1
+
+
+def test_what_comes_after_the_checkpoint_is_left_to_the_stream(crm: Crm, recording: Path) -> None:
+    crm.add_leads(1)
+    crm.record()
+    ((lsn,),) = crm.execute("SELECT lsn FROM cdc_worker.checkpoint")
+    crm.add_leads(1)
+    crm.record()
+    lose(crm)
+    crm.execute("UPDATE cdc_worker.checkpoint SET lsn = %s", lsn)
+    done = replayed(crm)
+    assert (added(done), done.left_to_the_stream) == (1, 1)
+
+
+def test_what_is_meant_can_be_said(crm: Crm, recording: Path) -> None:
+    crm.add_leads(1)
+    crm.execute("INSERT INTO customer (customer_uid, name) VALUES (7, 'Acme')")
+    crm.execute("UPDATE lead SET status = '7. lost', phone_number = '1'")
+    crm.record()
+    lose(crm)
+    assert replayed(crm, dry_run=True, tables=["lead"]).activities == {
+        "lead_created": 1,
+        "status_changed": 1,
+        "lead_updated": 1,
+    }
+    assert replayed(crm, dry_run=True, types=["status_changed", "customer_created"]).activities == {
+        "status_changed": 1,
+        "customer_created": 1,
+    }
+    at = crm.value("SELECT date_created FROM customer")
+    assert replayed(crm, dry_run=True, since=at, tables=["lead"]).activities == {"status_changed": 1, "lead_updated": 1}
+    assert replayed(crm, dry_run=True, until=at).activities == {"lead_created": 1}
+    assert crm.activities() == []
+    with pytest.raises(SettingsError, match="no table"):
+        replayed(crm, tables=["nothing"])
+
+
+def test_a_file_gets_every_activity_with_and_without_a_database(crm: Crm, recording: Path, tmp_path: Path) -> None:
+    crm.add_leads(2)
+    crm.record()
+    output = tmp_path / "activities.jsonl"
+    crm.execute("ALTER DATABASE " + crm.connection.info.dbname + " SET timezone = 'UTC'")
+    crm.succeed("replay", "--output", str(output))
+    told = [json.loads(line) for line in output.read_text("utf-8").splitlines()]
+    assert [line["change_key"] for line in told] == [activity["change_key"] for activity in crm.activities()]
+    for line, activity in zip(told, crm.activities(), strict=True):
+        assert line["columns"]["description"] == activity["description"]
+        assert json.loads(line["columns"]["metadata"]) == activity["metadata"]
+        assert line["type"] == activity["activity_type"]
+    printed = crm.succeed("replay", str(recording), "--output", "-", dsn="", name=crm.slot)
+    undated = [json.loads(line) for line in printed.splitlines()]  # without a database it isn't known how it has dates
+    for line in (*told, *undated):
+        del line["columns"]["date_created"]
+    assert undated == told
+
+
+def test_a_replay_needs_something_to_read_and_somewhere_to_write(crm: Crm) -> None:
+    with pytest.raises(SettingsError, match="no recording is named"):
+        replayed(crm)
+    done = crm.command("replay", "-", dsn="")
+    assert done.returncode == 2
+    assert "there is no database to write to" in done.stderr
+
+
+def test_a_role_that_lacks_rights_is_told_which(crm: Crm, recording: Path) -> None:
+    crm.add_leads(1)
+    crm.record()
+    lose(crm)
+    with role(crm):
+        with pytest.raises(TargetUnusableError, match='role "cdc" lacks') as refused:
+            replayed(crm)
+        mend(crm, refused.value.hint or "")
+        assert added(replayed(crm)) == 1
