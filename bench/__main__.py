@@ -1,7 +1,8 @@
 """`make bench`: how fast a backlog drains beside pg_recvlogical, how late an activity is, and what a backfill costs.
 
 Drain: two copies of one slot before the same backlog, in turn written to a file by pg_recvlogical with the worker's own
-options, and drained into `activity` by `cdc-worker run --once` with all guarantees on. Times are of whole processes.
+options, and drained into `activity` by `cdc-worker run --once` with all guarantees on; the latter without a recording
+and with one, on the file system of the system's temporary directory. Times are of whole processes.
 Connections are by TCP, as a worker in a container or on another machine has them; `--socket` takes a Unix socket, by
 which the server sends a row in half the time.
 
@@ -106,16 +107,17 @@ class Bench:
     def connect(self) -> None:
         self.connection = psycopg.connect(self.cluster.socket_dsn(), autocommit=True)
 
-    def environment(self, slot: str) -> dict[str, str]:
+    def environment(self, slot: str, **settings: str) -> dict[str, str]:
         return os.environ | {
             "CDC_WORKER_DSN": self.dsn,
             "CDC_WORKER_SLOT": slot,
             "CDC_WORKER_LOG_LEVEL": "error",
+            **{f"CDC_WORKER_{name.upper()}": value for name, value in settings.items()},
         }
 
-    def cdc(self, *arguments: str, slot: str) -> None:
+    def cdc(self, *arguments: str, slot: str, **settings: str) -> None:
         command = [sys.executable, "-m", "cdc_worker", *arguments]
-        subprocess.run(command, env=self.environment(slot), check=True, stdout=subprocess.DEVNULL)
+        subprocess.run(command, env=self.environment(slot, **settings), check=True, stdout=subprocess.DEVNULL)
 
     def script(self, leads: int) -> Path:
         """What pgbench does in one transaction."""
@@ -167,13 +169,19 @@ class Bench:
         self.drop_slot(slot)
         return seconds
 
-    def worker(self, number: int, count: int) -> float:
+    def recording(self, number: int, count: int) -> tuple[float, int]:
+        """Seconds that the worker takes when it records as well, and how many bytes it has recorded."""
+        with tempfile.TemporaryDirectory() as directory:
+            seconds = self.worker(number, count, recording_directory=directory)
+            return seconds, sum(path.stat().st_size for path in Path(directory).iterdir())
+
+    def worker(self, number: int, count: int, **settings: str) -> float:
         """Seconds that the worker takes to write the backlog to `activity`, whose rows are then checked."""
         self.copy_slot(slot := f"worker_{number}")
         self.connection.execute("TRUNCATE activity")
         self.cdc("setup", slot=slot)
         started = time.perf_counter()
-        self.cdc("run", "--once", slot=slot)
+        self.cdc("run", "--once", slot=slot, **settings)
         seconds = time.perf_counter() - started
         ((intact,),) = self.connection.execute(INTACT.encode(), (count, count)).fetchall()
         if not intact:
@@ -331,13 +339,23 @@ def stream(bench: Bench, sizes: Sizes) -> None:
     bench.cdc("setup", slot="base")
     bench.fill(LEADS)
     bench.updates(count)
-    lines: list[Sequence[object]] = [("round", "pg_recvlogical /s", "worker /s", "ratio")]
-    ratios = []
+    lines: list[Sequence[object]] = [
+        ("round", "pg_recvlogical /s", "worker /s", "ratio", "recording /s", "to worker", "bytes each")
+    ]
+    ratios, kept = [], []
     for number in range(1, sizes.rounds + 1):
-        peer, ours = bench.recvlogical(number), bench.worker(number, count)
+        peer = bench.recvlogical(number)
+        if number % 2:  # what comes later may find more in the caches
+            ours, (recorded, size) = bench.worker(number, count), bench.recording(number, count)
+        else:
+            (recorded, size), ours = bench.recording(number, count), bench.worker(number, count)
         ratios.append(peer / ours)
-        lines.append((number, f"{count / peer:,.0f}", f"{count / ours:,.0f}", f"{peer / ours:.2f}"))
-    lines.append(("median", "", "", f"{statistics.median(ratios):.2f}"))
+        kept.append(ours / recorded)
+        rates = [f"{count / seconds:,.0f}" for seconds in (peer, ours, recorded)]
+        lines.append(
+            (number, *rates[:2], f"{peer / ours:.2f}", rates[2], f"{ours / recorded:.2f}", f"{size / count:.0f}")
+        )
+    lines.append(("median", "", "", f"{statistics.median(ratios):.2f}", "", f"{statistics.median(kept):.2f}", ""))
     table(f"Drain of {count:,} single-row transactions, rows checked", lines)
     shutdowns = [
         ("caught up", bench.shutdown(1)),
