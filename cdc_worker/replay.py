@@ -97,6 +97,11 @@ class Replayed(BaseModel):
     dry_run: bool = Field(default=False, description="whether nothing was written")
     samples: list[Sample] = Field(default=[], description="some of the activities; only with --dry-run")
 
+    @property
+    def whole(self) -> bool:
+        """Whether all was done that was asked for, as far as that can be known."""
+        return not self.missing
+
 
 def lines(done: Replayed) -> Iterator[str]:
     """What was done as a person reads it."""
