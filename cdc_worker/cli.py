@@ -363,31 +363,39 @@ def _bound(value: str) -> LSN | datetime:
 @click.option("--table", "tables", multiple=True, metavar="TABLE", help="Only changes of this table.")
 @click.option("--type", "types", multiple=True, metavar="TYPE", help="Only activities of this type.")
 @click.option("--dry-run", is_flag=True, help="Count what would be written and show some of it; nothing is.")
+@click.option("--rewrite", "again", is_flag=True, help="Also change and remove what the profile says otherwise now.")
 @click.option("--output", metavar="FILE", help="Write JSON lines there, and nothing to the target; - is stdout.")
 @click.option("--strict", is_flag=True, help="Stop at the first thing that is not whole.")
 @click.option("--system-identifier", metavar="ID", help="The cluster of recordings that don't name theirs.")
 @click.option("--json", "as_json", is_flag=True, help="For machines.")
 @_settings
-def replay(settings: Settings, paths: tuple[str, ...], as_json: bool, **wishes: Any) -> None:
+def replay(settings: Settings, paths: tuple[str, ...], again: bool, as_json: bool, **wishes: Any) -> None:
     """Write the activities of recorded changes that the target hasn't, beside the worker.
 
     The worker's own recording is read if none is named; - is stdin. It ends with 1 if something is missing in what was
-    read. It takes the rights of the tables' owner. A date may have a time and a zone; without one it is the target's.
+    read, or the target refused to have something changed. It takes the rights of the tables' owner. A date may have a
+    time and a zone; without one it is the target's.
 
     \b
     Example: cdc-worker replay --since 2026-01-31 --dry-run
     """
     from cdc_worker import replay as replaying  # noqa: PLC0415  # likewise
+    from cdc_worker import rewrite as rewriting  # noqa: PLC0415  # likewise
 
     asked = replaying.Wishes(**wishes)
+    if again and asked.output is not None:
+        raise click.UsageError("--rewrite is about what the target has, --output leaves it alone")
     unwritten = asked.dry_run or asked.output is not None
     with _interruptible("nothing was written" if unwritten else "what is written stays: run it again for the rest"):
-        done = replaying.replay(settings, profile.load(settings.profile), paths, asked, log=log.get())
-    for line in [done.model_dump_json()] if as_json else replaying.lines(done):
+        loaded = profile.load(settings.profile)
+        do = rewriting.rewrite if again else replaying.replay
+        done = do(settings, loaded, paths, asked, log=log.get())
+    lines = rewriting.lines(done) if isinstance(done, rewriting.Rewritten) else replaying.lines(done)
+    for line in [done.model_dump_json()] if as_json else lines:
         click.echo(line, err=asked.output == "-")
     for line in replaying.damages(done.missing):
         click.echo(line, err=True)
-    if done.missing:
+    if not done.whole:
         sys.exit(1)
 
 
