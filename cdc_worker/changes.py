@@ -238,7 +238,6 @@ class Assembler:
         self.received = start  # the end of the last commit that is complete
         self._start = start
         self._begin: Begin | None = None
-        self._begun_with: Payload = b""
         self._lost: _Lost | None = None
         self._changes: list[Change] = []
         self._messages: list[tuple[int, Message]] = []
@@ -286,7 +285,6 @@ class Assembler:
                 raise MessageUnreadableError(f"transaction {message.xid} began inside transaction {begin.xid}")
             left_out = None if self._lost is None else self._over(self._lost)
             self._begin, self._first, self._index, self._emptied = message, True, 0, None
-            self._begun_with = payload
             if self._received is not None:
                 self._received = [Received(payload)]
             return left_out
@@ -334,7 +332,7 @@ class Assembler:
         return self._cut(begin, last=False) if full else None
 
     def pass_over(self, unread: Unread, line: Payload) -> Transaction | None:
-        """Take a message that can't be read, and the line that stands for it in a recording.
+        """Take a message that can't be read, and the line that stands for it in a recording, be it as the commit.
 
         Where a begin can't be read, what follows is left out up to the commit, which raises BeginToldError if it can be
         read itself.
@@ -354,11 +352,9 @@ class Assembler:
                 self._let_go()
             self._emptied = None
             self._append(unread, line, len(line))
-            if self._received is not None:
+            if self._received is not None and unread.of != "commit":
                 self._received.append(Received(line))
-        if unread.of == "commit":
-            return self.feed(Commit(), _COMMITS + bytes(self._begun_with[len(_BEGINS) :]))
-        return None
+        return self.feed(Commit(), line) if unread.of == "commit" else None
 
     def _over(self, lost: _Lost) -> Transaction | None:
         """A transaction has ended of which neither begin nor commit can be read: all of it is left out.

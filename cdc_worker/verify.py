@@ -43,7 +43,7 @@ from pydantic import BaseModel, Field
 
 from cdc_worker import catalog, checkpoint, errors, postgres, reconcile, rows
 from cdc_worker.activities import Activity, Batch, DeadLetter, Place, Position, Scope, parsed_key
-from cdc_worker.changes import Row, Transaction
+from cdc_worker.changes import STREAM, Row, Transaction
 from cdc_worker.config import Settings
 from cdc_worker.fence import PATIENCE, Fence
 from cdc_worker.history import EVERYTHING, Event, Recorded, What, dated, recorded
@@ -153,11 +153,27 @@ class Verified(BaseModel):
         return self.repaired == self.disagree and not self.undecided
 
 
-def lines(found: Iterable[Disagreement | Verified]) -> Iterator[str]:
+class Unread(BaseModel):
+    """A commit that the worker couldn't read whole. These are the fields of the lines with the record `unread`."""
+
+    record: Literal["unread"] = Field(default="unread", description="`unread`")
+    commit_lsn: str = Field(description="where it was committed")
+    table: str | None = Field(description="schema and table; null if it isn't known of which the messages told")
+    dead_letters: list[int] = Field(description="the messages, by the numbers of their dead letters")
+
+
+Finding = Disagreement | Verified | Unread
+"""What is found, as it is found."""
+
+
+def lines(found: Iterable[Finding]) -> Iterator[str]:
     """What was found as a person reads it: of each table what it came to, then some of those that disagree."""
     shown: list[str] = []
     more = untold = 0
     for of in found:
+        if isinstance(of, Unread):
+            yield _marked(of)
+            continue
         if isinstance(of, Disagreement):
             more += len(shown) >= SHOWN
             shown += [_described(of)] if len(shown) < SHOWN else []
@@ -187,6 +203,15 @@ def _described(of: Disagreement) -> str:
     if of.repaired:
         what += "; repaired" if of.repaired == "yes" else f"; not repaired: {of.repaired}"
     return f"  {of.subject}: {what}"
+
+
+def _marked(of: Unread) -> str:
+    """A commit that was not read whole, in a line."""
+    letters = of.dead_letters
+    kept = f"dead letter{'s' if len(letters) > 1 else ''} {', '.join(map(str, letters))}"
+    count = f"{len(letters)} message{'s' if len(letters) > 1 else ''}"
+    about = "" if of.table is None else f" of {of.table}"
+    return f"not all of the commit at {of.commit_lsn} could be read: {count}{about}, kept as {kept}"
 
 
 def _shown(value: Any) -> str:
@@ -245,15 +270,17 @@ def _unverifiable(given: Profile, name: str) -> str:
 
 def verify(
     settings: Settings, given: Profile, names: Collection[str] = (), wishes: Wishes = _PLAIN, *, log: Logger
-) -> Iterator[Disagreement | Verified]:
+) -> Iterator[Finding]:
     """Hold the rows of tables against the log, one table after another; of each comes a summary in the end.
 
-    Raises SettingsError for tables that can't be, and NotRunningError where no worker runs beside it.
+    First come the commits that couldn't be read whole: what rows miss of them is found as anything else is. Raises
+    SettingsError for tables that can't be, and NotRunningError where no worker runs beside it.
     """
     with ExitStack() as stack:
         edges = _Edges(stack, settings, given, log)
         works = [_Work(edges, name, wishes) for name in tables(given, names)]
         edges.fence.check()
+        yield from edges.unread({work.table for work in works})
         for work in works:
             yield from work.run()
 
@@ -283,10 +310,28 @@ class _Edges:
         """A connection to write with."""
         return self.opened(postgres.connect(self._dsn, self.worker))
 
+    def unread(self, tables: Collection[str]) -> Iterator[Unread]:
+        """Commits that were not read whole, as far as that may be about these tables."""
+        parameters = {"worker": self.worker, "cluster": self.cluster, "stream": ".".join(STREAM)}
+        for commit_lsn, table, letters in self.control.execute(_UNREAD, parameters).fetchall():
+            if table is None or table in tables:
+                yield Unread(commit_lsn=commit_lsn, table=table, dead_letters=letters)
+
     def look_up(self, rules: Rules) -> Fetch:
         """Rows of other tables as they are now, for these rules."""
         lookups = Lookups(self.opened(postgres.connect_reading(self._dsn, self.worker)), rules)
         return lambda wanted: finished(lookups.fetch(wanted), lookups.fileno())
+
+
+# A begin or a commit that couldn't be read leaves nothing out.
+_UNREAD: Final = """
+SELECT commit_lsn::text, nullif(concat_ws('.', change ->> 'schema', change ->> 'table'), %(stream)s) AS about,
+       array_agg(dead_letter_id ORDER BY dead_letter_id)
+FROM cdc_worker.dead_letter
+WHERE worker = %(worker)s AND kind = 'unreadable' AND discarded_at IS NULL
+  AND starts_with(change_key, %(worker)s || '/' || %(cluster)s || '/') AND split_part(change_key, '/', -1) = '*'
+GROUP BY dead_letter.commit_lsn, about ORDER BY dead_letter.commit_lsn, about
+"""
 
 
 class _Seen(NamedTuple):
@@ -320,7 +365,8 @@ class _Work:
             rows=self._rows,
             checkpoint=edges.checkpoint,
         )
-        self._done = Verified(table=self._recorded.table, sample=wishes.sample is not None)
+        self.table = self._recorded.table
+        self._done = Verified(table=self.table, sample=wishes.sample is not None)
         stretches = _stretches(checkpoint.scope(edges.control, edges.checkpoint), self._rows.table.name)
         # What was there before it was set up is no matter of explanation.
         self._begun = Silence(stretches=[stretch for stretch in stretches if not stretch[0]])

@@ -20,7 +20,7 @@ from test_verify import caught_up, insert, lose, missing, running, verified
 from cdc_worker import errors, profile
 from cdc_worker.cluster import Cluster
 from cdc_worker.fence import Fence
-from cdc_worker.verify import Difference, Disagreement, Verified
+from cdc_worker.verify import Difference, Disagreement, Unread, Verified
 
 
 def test_a_commit_that_others_do_not_see_yet_is_no_fault(
@@ -218,6 +218,7 @@ def test_a_role_that_may_not_read_is_told_so(crm: Crm) -> None:
 def test_its_page_lists_the_fields_that_it_prints() -> None:
     assert_has("docs/verify.md", fields_table(Disagreement, Difference))
     assert_has("docs/verify.md", fields_table(Verified))
+    assert_has("docs/verify.md", fields_table(Unread))
 
 
 def test_it_prints_what_its_page_shows(crm: Crm) -> None:
