@@ -10,7 +10,7 @@ import re
 import sys
 from bisect import bisect_left
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import ExitStack, suppress
 from datetime import UTC, datetime
 from enum import Enum, auto
@@ -57,7 +57,8 @@ class Recorded(NamedTuple):
     """A transaction of a recording, or a slice of one. A commit that breaks off has no last slice.
 
     `looked` is what was found by lookups for the changes of this slice, counted as they are now. Without LSN a
-    transaction has positions that only say what came first; without time, that of its commit is no true one.
+    transaction has positions that only say what came first; without time, that of its commit is no true one. Of the
+    tables that it `holds` all changes of the commit come; of others that isn't known.
     """
 
     system_identifier: str
@@ -67,6 +68,7 @@ class Recorded(NamedTuple):
     has_lsn: bool = True
     has_time: bool = True
     file: str = ""
+    holds: Set[Table] = frozenset()
 
     @property
     def exact(self) -> bool:
@@ -474,6 +476,7 @@ class _Reader:
         self._kept = 0
         self._yielded = False
         self._left_out = False
+        self._holds: frozenset[Table] = frozenset()
 
     def _new(self) -> Assembler:
         return Assembler(root_of=self._root, keys=self._source.keys)
@@ -684,6 +687,7 @@ class _Reader:
             self._has_lsn,
             self._has_time,
             self._file.name,
+            frozenset() if self._left_out else self._holds,
         )
 
     def _cut(self, slice_: Transaction, places: Sequence[int], looked: Sequence[Looked]) -> Transaction:
@@ -729,6 +733,7 @@ class _Reader:
         self._frame, self._verified = frame, verified
         self._until = until
         self._tables = dict.fromkeys(map(qualified, frame.tables))
+        self._holds = frozenset(self._tables)
         self._partitions = {}
         self._masked = {qualified(name): frozenset(columns) for name, columns in frame.masked.items()}
         if self._at is _At.LOST and not frame.within:
