@@ -427,7 +427,7 @@ def verify(settings: Settings, tables: tuple[str, ...], as_json: bool, **wishes:
 
     true = True
 
-    def found() -> Iterator[verifying.Disagreement | verifying.Verified]:
+    def found() -> Iterator[verifying.Finding]:
         nonlocal true
         loaded = profile.load(settings.profile)
         for of in verifying.verify(settings, loaded, tables, verifying.Wishes(**wishes), log=log.get()):
