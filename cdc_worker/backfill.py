@@ -140,7 +140,7 @@ def lines(done: Backfilled) -> Iterator[str]:
     for sample in done.samples:
         yield f"  {sample.occurred_at}  {sample.type}  {sample.description}"
     if done.dead_letters:
-        yield f"  {done.dead_letters:,} became dead letters: see cdc_worker.dead_letter"
+        yield f"  {done.dead_letters:,} became dead letters: cdc-worker dead-letters list"
     if done.undecided:
         yield f"  {done.undecided:,} rows are left out for now: transactions go on that may be about them; run it again"
 

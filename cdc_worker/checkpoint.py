@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import time
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Final
@@ -105,8 +107,15 @@ def read(connection: Connection, worker: str) -> Checkpoint:
 
 def fetched(connection: Connection, query: str, parameters: Params) -> list[tuple[Any, ...]]:
     """What is in tables of cdc-worker. Raises NotSetUpError if they aren't as this version makes them."""
-    try:
+    with as_set_up():
         return connection.execute(query.encode(), parameters).fetchall()
+
+
+@contextmanager
+def as_set_up() -> Iterator[None]:
+    """Raise NotSetUpError for tables of cdc-worker that aren't as this version makes them."""
+    try:
+        yield
     except (psycopg.errors.UndefinedTable, psycopg.errors.InvalidSchemaName) as error:
         raise errors.NotSetUpError("the database has no tables of cdc-worker", hint="run: cdc-worker setup") from error
     except psycopg.errors.UndefinedColumn as error:

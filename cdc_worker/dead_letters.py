@@ -412,9 +412,11 @@ class _Retry:
             raise _LeftError("its key is none that this version makes")
         table = key.table.removeprefix("public.")
         if key.kind == "backfill":
-            raise _LeftError(f"it is of a backfill, which reads the row anew: cdc-worker backfill {table}")
+            raise _LeftError(f"it is of a backfill, which reads the row anew: cdc-worker backfill {table}, then this")
         if key.kind == "repair":
-            raise _LeftError(f"it is of a repair, which looks anew what is missing: cdc-worker verify {table} --repair")
+            raise _LeftError(
+                f"it is of a repair, which looks anew what is missing: cdc-worker verify {table} --repair, then this"
+            )
         if letter.kind == "old_values_unknown":
             raise _LeftError("it is not known what the row was before, and never will be")
         origin = letter.origin

@@ -441,7 +441,7 @@ class Journal:
             )
 
     def _unwritten(self, subjects: Collection[str], until: LSN) -> Iterator[Event]:
-        """Changes of key of which the activities are dead letters."""
+        """Changes of key of which the activities are dead letters, and creations that someone discarded."""
         parameters = {"worker": self._worker, "schema": self._rows.table.name[0], "table": self._rows.table.name[1]}
         differ = sql.SQL(" OR ").join(
             sql.SQL("change -> 'old' ->> {key} <> change -> 'new' ->> {key}").format(key=key) for key in self._rows.key
@@ -452,8 +452,15 @@ class Journal:
         for number, change_key, old, new in found:
             self._last_letter = max(self._last_letter, number)
             parsed = parsed_key(self._worker, self._cluster, change_key)
-            if parsed is not None and parsed.kind == "stream":
-                key, before = (tuple(text(row[column]) for column in self._rows.key) for row in (new, old))
+            if parsed is None:
+                continue
+            key = tuple(text(new.get(column)) for column in self._rows.key)
+            if old is None:
+                subject = parsed.subject or self._rows.subject(key)
+                event = Event(subject, parsed.rule, "created", parsed.place, skipped=True)
+                self._letters.setdefault(subject, []).append(event)
+            elif parsed.kind == "stream":
+                before = tuple(text(old[column]) for column in self._rows.key)
                 subject = self._rows.subject(key)
                 self._letters.setdefault(subject, []).append(Event(subject, "", "moved", parsed.place, before=before))
         for subject in subjects:
@@ -495,8 +502,10 @@ SELECT EXISTS (SELECT FROM pg_index JOIN pg_attribute ON attrelid = indrelid AND
 
 _UNWRITTEN: Final = sql.SQL("""
 SELECT dead_letter_id, change_key, change -> 'old', change -> 'new' FROM cdc_worker.dead_letter
-WHERE dead_letter_id > %(last)s AND worker = %(worker)s AND change ->> 'operation' = 'update'
-  AND change ->> 'schema' = %(schema)s AND change ->> 'table' = %(table)s AND ({differ})
+WHERE dead_letter_id > %(last)s AND worker = %(worker)s
+  AND change ->> 'schema' = %(schema)s AND change ->> 'table' = %(table)s
+  AND CASE change ->> 'operation' WHEN 'update' THEN {differ}
+      WHEN 'insert' THEN discarded_at IS NOT NULL WHEN 'read' THEN discarded_at IS NOT NULL END
 """)
 
 # The index on subjects knows which rows each is in, and no other serves what is within OFFSET 0. NULL are all subjects.

@@ -105,26 +105,27 @@ def retained(look: Look, found: Slot) -> Iterator[Finding]:
 
 
 _DEAD_LETTERS: Final = """
-SELECT count(*), max(reason) FILTER (WHERE dead_letter_id = last),
-       format('SELECT reason, change FROM cdc_worker.dead_letter WHERE worker = %%L', %s::text),
-       format('DELETE FROM cdc_worker.dead_letter WHERE worker = %%L AND dead_letter_id <= %%s', %s::text, max(last))
+SELECT count(*), max(reason) FILTER (WHERE dead_letter_id = last)
 FROM (SELECT dead_letter_id, reason, max(dead_letter_id) OVER () AS last
-      FROM cdc_worker.dead_letter WHERE worker = %s) letter
+      FROM cdc_worker.dead_letter WHERE worker = %s AND discarded_at IS NULL) letter
 """
 
 
 def dead_letters(look: Look) -> Iterator[Finding]:
     """Whether changes could not become activities."""
-    worker = look.settings.worker
     try:
-        count, reason, see, forget = fetch_one(look.connection, _DEAD_LETTERS, worker, worker, worker)
+        count, reason = fetch_one(look.connection, _DEAD_LETTERS, look.settings.worker)
     except (psycopg.errors.UndefinedTable, psycopg.errors.InvalidSchemaName):
         yield unknown("there is no table of them (see checkpoint)")
+        return
+    except psycopg.errors.UndefinedColumn:
+        yield unknown("their table is that of an older version: run: cdc-worker setup")
         return
     if count:
         yield failed(
             f"{count:,} changes could not become activities, the last because {reason}",
-            f"see them: {see}; when they have been seen to, as the owner: {forget}",
+            "see them: cdc-worker dead-letters list; when the cause is mended, as the owner:"
+            " cdc-worker dead-letters retry --all; to leave it at that: cdc-worker dead-letters discard --all --yes",
         )
     else:
         yield ok("none wait to be seen to")

@@ -123,9 +123,10 @@ SELECT CASE WHEN writer.wait_event = 'SyncRep' THEN current_setting('synchronous
            extract(epoch FROM clock_timestamp() - coalesce(sender.reply_time, sender.backend_start))::float8
        END AS silence,
        clock_timestamp() AS now, current_setting('server_version') AS server_version,
-       (SELECT count(*) FROM cdc_worker.dead_letter WHERE worker = %(worker)s) AS waiting,
-       (SELECT reason FROM cdc_worker.dead_letter WHERE worker = %(worker)s
-        ORDER BY dead_letter_id DESC LIMIT 1) AS reason
+       (SELECT count(*) FROM cdc_worker.dead_letter
+        WHERE worker = %(worker)s AND discarded_at IS NULL) AS waiting,
+       (SELECT reason FROM cdc_worker.dead_letter
+        WHERE worker = %(worker)s AND discarded_at IS NULL ORDER BY dead_letter_id DESC LIMIT 1) AS reason
 FROM (SELECT) one
 LEFT JOIN pg_stat_replication sender ON sender.pid = %(sender)s
 LEFT JOIN pg_stat_activity writer ON writer.pid = %(writer)s
@@ -184,7 +185,8 @@ def _status(connection: Connection, settings: Settings) -> Status:
     processes = process.known(connection, worker)
     parameters = {"worker": worker, "sender": found and found.active_pid, "writer": known.backend_pid}
     with connection.cursor(row_factory=class_row(_Seen)) as cursor:
-        (seen,) = cursor.execute(_LATELY, parameters).fetchall()
+        with checkpoint.as_set_up():
+            (seen,) = cursor.execute(_LATELY, parameters).fetchall()
     wal_end = found.wal_end if found else slot.committed_so_far(connection)
     told = LSN.parse(seen.replay_lsn) if seen.replay_lsn else found.confirmed_flush_lsn if found else INVALID
     lag = max(0, wal_end - max(known.position.lsn, told))
@@ -302,7 +304,10 @@ def _late(
     if seconds > BEHIND:
         return f"catching up: {lag:,} bytes are to be read, or to be written"
     if seen.waiting:
-        return f"dead letters: {seen.waiting:,} changes wait to be seen to, the last because {seen.reason}"
+        return (
+            f"dead letters: {seen.waiting:,} changes wait to be seen to, the last because {seen.reason};"
+            " see: cdc-worker dead-letters list"
+        )
     return None
 
 

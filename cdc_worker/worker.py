@@ -887,6 +887,7 @@ class _Stream:
                 table=letter.change.table,
                 sqlstate=letter.sqlstate,
                 constraint=letter.constraint,
+                lsn=str(letter.origin.commit_lsn),
                 change_key=letter.change_key,
             )
             if letter.kind == "old_values_unknown":

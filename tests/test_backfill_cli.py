@@ -184,7 +184,7 @@ def test_what_a_person_reads(crm: Crm) -> None:
         crm.execute("ALTER TABLE activity ADD CHECK (lead_id <> 2)")
         assert crm.succeed("backfill", "lead", "--since", "2000-01-01").splitlines() == [
             "public.lead (since 2000-01-01T00:00:00): 2 rows read, 1 activities written: 1 lead_created",
-            "  1 became dead letters: see cdc_worker.dead_letter",
+            "  1 became dead letters: cdc-worker dead-letters list",
         ]
 
 

@@ -510,3 +510,42 @@ def test_a_conversion_has_the_contact_that_came_after_it(crm: Crm) -> None:
     assert crm.activities()[-1]["customer_uid"] == 70
     written = rows(crm)
     assert twice.again() == written
+
+
+def test_a_creation_that_was_discarded_is_not_told_by_a_backfill(crm: Crm) -> None:
+    refused(crm)
+    crm.add_leads(3)
+    record(crm)
+    accepted(crm)
+    first, *_ = (number for (number,) in crm.execute("SELECT dead_letter_id FROM cdc_worker.dead_letter ORDER BY 1"))
+    assert crm.succeed("dead-letters", "discard", str(first), "--yes") == "1 discarded\n"
+    with crm.worker() as worker:
+        worker.wait_for("replication_started")
+        crm.succeed("backfill", "lead")
+        assert [row["lead_id"] for row in crm.activities()] == [2, 3]
+        assert outcomes(retry(crm)) == {"written": 2}
+        assert [row["lead_id"] for row in crm.activities()] == [2, 3]
+        assert not [row for row in crm.activities() if "backfilled" in row["metadata"]]
+        assert worker.terminate() == 0
+
+
+def test_the_dead_letter_of_a_backfill_goes_once_a_backfill_has_written(crm: Crm) -> None:
+    crm.execute("ALTER TABLE lead DISABLE TRIGGER ALL")
+    crm.add_leads(2)
+    record(crm)
+    crm.execute("SET cdc_worker.protect = off")
+    crm.execute("DELETE FROM activity")
+    refused(crm, "lead_id <> 1")
+    with crm.worker() as worker:
+        worker.wait_for("replication_started")
+        crm.succeed("backfill", "lead")
+        accepted(crm)
+        ((outcome, reason),) = reasons(retry(crm))
+        assert (outcome, reason) == (
+            "left",
+            "it is of a backfill, which reads the row anew: cdc-worker backfill lead, then this",
+        )
+        crm.succeed("backfill", "lead")
+        assert outcomes(retry(crm)) == {"already there": 1}
+        assert worker.terminate() == 0
+    assert (waiting(crm), [row["lead_id"] for row in crm.activities()]) == (0, [2, 1])

@@ -178,7 +178,13 @@ def test_dead_letters_wait(crm: Crm) -> None:
     crm.execute("ALTER TABLE activity ADD CHECK (description NOT LIKE '%%2%%')")
     crm.add_leads(3)
     crm.record()
+    assert ailing(crm, "dead_letters").fix == (
+        "see them: cdc-worker dead-letters list; when the cause is mended, as the owner:"
+        " cdc-worker dead-letters retry --all; to leave it at that: cdc-worker dead-letters discard --all --yes"
+    )
+    crm.execute("ALTER TABLE activity DROP CONSTRAINT activity_description_check")
     found = cure(crm, "dead_letters")
+    assert crm.types() == ["lead_created"] * 3
     assert found.message == (
         "1 changes could not become activities, the last because the target refused the row"
         " (SQLSTATE 23514, constraint activity_description_check)"

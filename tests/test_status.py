@@ -247,7 +247,7 @@ def test_late_because_of_dead_letters(crm: Crm) -> None:
         eventually(lambda: seen(crm).lag_bytes == 0)
         assert late(crm) == (
             "dead letters: 1 changes wait to be seen to, the last because the target refused the row"
-            " (SQLSTATE 23514, constraint activity_description_check)"
+            " (SQLSTATE 23514, constraint activity_description_check); see: cdc-worker dead-letters list"
         )
 
 
