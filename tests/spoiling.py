@@ -50,6 +50,8 @@ class Wire:
                 client, _ = self._listening.accept()
                 server = socket.create_connection(self._server)
                 self._sockets += [client, server]
+                for end in (client, server):
+                    end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 for target in (self._up, self._down):
                     threading.Thread(target=target, args=(client, server), daemon=True).start()
 
