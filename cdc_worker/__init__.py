@@ -14,6 +14,7 @@ In reading order. The core takes values and returns values:
     protocol    the messages inside COPY BOTH
     changes     what happened in the database, and the transactions it adds up to
     wal2json    the decoder
+    documents   what the same plugin writes in format 1
     context     who did it, as applications say it
     activities  what it meant: activities, dead letters, skipped rows, batches, positions, keys
     profile     what a CRM's tables mean, as read from TOML
@@ -45,7 +46,9 @@ The edges each know one thing outside:
     replication the replication connection
     recorder    keeps what the stream has brought, in segments
     coverage    which commits have been read
-    blocks      the lines of files, plain or compressed
+    ledger      and which of those that were asked for are missing
+    blocks      the lines of files, plain or compressed, whole or damaged
+    reading     the transactions of one file of a recording
     segments    reads recordings, whole or damaged
     sink        the writing connection
     lookups     the connection that fetches rows of other tables

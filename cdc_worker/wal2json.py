@@ -70,7 +70,9 @@ def _askable(prefix: str) -> str:
     return prefix
 
 
-class _Column(msgspec.Struct, gc=False):
+class Column(msgspec.Struct, gc=False):
+    """A column, as it is told of."""
+
     name: str
     value: Any  # a union with Decimal would read strings as numbers; see float_hook
     typeoid: int = 0
@@ -98,21 +100,21 @@ class _Said(msgspec.Struct, gc=False):
 class _Insert(msgspec.Struct, tag_field="action", tag="I", gc=False):
     schema: str
     table: str
-    columns: list[_Column]
+    columns: list[Column]
 
 
 class _Update(msgspec.Struct, tag_field="action", tag="U", gc=False):
     schema: str
     table: str
-    columns: list[_Column]
-    identity: list[_Column] = []
+    columns: list[Column]
+    identity: list[Column] = []
     changed: list[str] = []  # by `masked`
 
 
 class _Delete(msgspec.Struct, tag_field="action", tag="D", gc=False):
     schema: str
     table: str
-    identity: list[_Column] = []
+    identity: list[Column] = []
 
 
 class _Truncate(msgspec.Struct, tag_field="action", tag="T", gc=False):
@@ -135,13 +137,16 @@ _encode = msgspec.json.Encoder(decimal_format="number").encode
 _INTEGER_DIGITS: Final = 4_300
 """More than these int() doesn't read; a numeric may have 131,072."""
 
+_MESSAGES: Final = b'{"action":"M"', b'{"kind":"message"'
+"""How messages begin, by the versions of the format."""
+
 _COMMIT: Final = Commit()
 
 _FLOAT_OIDS: Final = frozenset((700, 701))
 _FLOATS: Final = frozenset(("real", "double precision"))
 
 
-def _number(column: _Column) -> Value:
+def _number(column: Column) -> Value:
     # float4 and float8 print an exponent where numeric prints every digit: a float prints it as Postgres does.
     value: Decimal = column.value
     if abs(value.adjusted()) > MAX_DIGITS:
@@ -149,7 +154,8 @@ def _number(column: _Column) -> Value:
     return float(value) if column.typeoid in _FLOAT_OIDS or column.type in _FLOATS else value
 
 
-def _row(columns: list[_Column]) -> Row:
+def row_of(columns: Iterable[Column]) -> Row:
+    """The values of columns by their names. Raises ValueError."""
     return {c.name: c.value if type(c.value) is not Decimal else _number(c) for c in columns}
 
 
@@ -157,7 +163,7 @@ def _read_slowly(payload: Payload) -> _Line:
     """What the fast decoder refuses though Postgres may send it, and anyone who writes may cause it: integers of very
     many digits, and messages that aren't text, because `pg_logical_emit_message` takes bytes as well.
     """
-    line: _Line = msgspec.convert(_document(payload), _Line)
+    line: _Line = msgspec.convert(document_of(payload), _Line)
     return line
 
 
@@ -166,10 +172,11 @@ def integer(digits: str) -> int | Decimal:
     return int(digits) if len(digits) < _INTEGER_DIGITS else Decimal(digits)
 
 
-def _document(payload: Payload) -> dict[str, Any]:
+def document_of(payload: Payload) -> dict[str, Any]:
+    """An object with all digits of its numbers. Raises ValueError."""
     text = bytes(payload)
     document: dict[str, Any] = json.loads(
-        text.decode("utf-8", "replace" if text.startswith(b'{"action":"M"') else "strict"),
+        text.decode("utf-8", "replace" if text.startswith(_MESSAGES) else "strict"),
         parse_int=integer,
         parse_float=Decimal,
     )
@@ -184,16 +191,16 @@ def decode(payload: Payload) -> Begin | Change | Message | Commit:
         except (msgspec.ValidationError, UnicodeDecodeError):
             line = _read_slowly(payload)
         if type(line) is _Update:  # by far the most frequent, with the ends of its transaction
-            return update(line.schema, line.table, _row(line.identity), _row(line.columns), also=line.changed)
+            return update(line.schema, line.table, row_of(line.identity), row_of(line.columns), also=line.changed)
         if type(line) is _Begin:
             committed_at = datetime.fromisoformat(line.timestamp)
             return Begin(line.xid, LSN.parse(line.lsn), LSN.parse(line.nextlsn), committed_at)
         if type(line) is _Commit:
             return _COMMIT
         if type(line) is _Insert:
-            return Change("insert", line.schema, line.table, None, _row(line.columns))
+            return Change("insert", line.schema, line.table, None, row_of(line.columns))
         if type(line) is _Delete:
-            return Change("delete", line.schema, line.table, _row(line.identity), None)
+            return Change("delete", line.schema, line.table, row_of(line.identity), None)
         if type(line) is _Truncate:
             return Change("truncate", line.schema, line.table, None, None)
         return Message(line.prefix, line.content, line.transactional)
@@ -279,10 +286,10 @@ def masked(payload: Payload, mask: Callable[[Row], Row]) -> bytes:
     change = decode(payload)
     if not isinstance(change, Change):
         return bytes(payload)
-    document = _document(payload)
+    document = document_of(payload)
     for row in ("columns", "identity"):
         columns = document.get(row, [])
-        seen = _row(msgspec.convert(columns, list[_Column]))
+        seen = row_of(msgspec.convert(columns, list[Column]))
         for column, before, after in zip(columns, seen.values(), mask(seen).values(), strict=True):
             if after is not before:
                 column["value"] = after

@@ -10,7 +10,7 @@ import pytest
 import cdc_worker
 
 CORE = [
-    *("errors", "lsn", "protocol", "changes", "wal2json", "pgoutput", "context", "activities"),
+    *("errors", "lsn", "protocol", "changes", "wal2json", "documents", "pgoutput", "context", "activities"),
     *("profile", "templates", "rules", "history", "truth", "reconcile"),
     *("written", "transform", "recording", "kept"),
 ]
@@ -26,7 +26,9 @@ EDGES = [
         "replication",
         "recorder",
         "coverage",
+        "ledger",
         "blocks",
+        "reading",
         "segments",
         "sink",
         "lookups",

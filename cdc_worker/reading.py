@@ -1,0 +1,498 @@
+"""Reads one file of a recording: its transactions, as far as they are whole."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from datetime import UTC, datetime
+from enum import Enum, auto
+from typing import Final, NamedTuple
+
+import msgspec
+
+from cdc_worker import recording, wal2json
+from cdc_worker.blocks import LONGEST, Lines, NotARecordingError, looks_like
+from cdc_worker.changes import (
+    Assembler,
+    Begin,
+    BeginToldError,
+    Change,
+    Commit,
+    Masked,
+    Message,
+    RootOf,
+    Transaction,
+    Unread,
+)
+from cdc_worker.documents import Documents
+from cdc_worker.errors import MessageUnreadableError
+from cdc_worker.ledger import Ledger, Loss, Place, Range, Table
+from cdc_worker.lsn import INVALID, LSN
+from cdc_worker.recording import Frame, Looked, Partition
+from cdc_worker.rules import Rules, qualified
+from cdc_worker.wal2json import Said
+
+_LINE: Final = b'{"action"'
+_ACTION: Final = b'{"action":"'
+_STRUCTURE: Final = b"BCRP"
+"""The lines that are read also of what nobody wants."""
+
+_BEGIN: Final = b'{"action":"B"'
+_COMMIT: Final = b'{"action":"C"'
+
+_ELEMENT: Final = b'{"kind"', b',{"kind"'
+"""How lines begin that are a part of a document, where each change is a line."""
+
+_UNKNOWN: Final = datetime.fromtimestamp(0, UTC)
+"""In place of the time of a commit that doesn't tell it."""
+
+
+class Recorded(NamedTuple):
+    """A transaction of a recording, or a slice of one. A commit that breaks off has no last slice.
+
+    `looked` is what was found by lookups for the changes of this slice, counted as they are now. Without LSN the
+    positions of a transaction only say what came first; without time, that of its commit is not true.
+    """
+
+    system_identifier: str
+    database: str | None
+    transaction: Transaction
+    looked: Sequence[Looked] = ()
+    has_lsn: bool = True
+    has_time: bool = True
+    file: str = ""
+
+    @property
+    def exact(self) -> bool:
+        """Whether it is known where and when the commit was."""
+        return self.has_lsn and self.has_time
+
+
+class Wanted(NamedTuple):
+    """What is to be read, and what files that don't tell are taken to be of."""
+
+    worker: str
+    place: Place
+    rules: Rules
+    roots: RootOf | None
+    keys: Mapping[Table, tuple[str, ...]]
+    range_: Range
+
+
+class _At(Enum):
+    """Where in a file its reader is."""
+
+    OUTSIDE = auto()
+    INSIDE = auto()  # a transaction
+    PASSING = auto()  # one that nobody wants
+    LOST = auto()  # until something whole begins
+
+
+_UNREAD: Final = frozenset((_At.PASSING, _At.LOST))
+
+
+class _Open:
+    """The transaction that is being read. `end` is where it ends, if that is known."""
+
+    def __init__(self, begin: Begin | None, *, has_lsn: bool, has_time: bool, end: LSN | None) -> None:
+        self.begin = begin
+        self.has_lsn = has_lsn
+        self.has_time = has_time
+        self.end = end
+        self.document = False
+        self.known: dict[Table, bool] = {}  # whether the changes of a table were read already
+        self.tables: dict[Table, None] = {}  # of which there were others
+        self.looked: list[Looked] = []
+        self.kept = 0
+        self.begun = self.left_out = False
+
+
+class FileReader:
+    """Reads lines in order, whatever came between them. `others` is whether some are of another worker."""
+
+    def __init__(
+        self, name: str, wanted: Wanted, ledger: Ledger, *, after: LSN | None, positions: Callable[[], tuple[LSN, LSN]]
+    ) -> None:
+        """It begins `after`, if its name says so. `positions` are of commits that have none."""
+        self.others = False
+        self._name = name
+        self._wanted = wanted
+        self._ledger = ledger
+        self._positions = positions
+        self._place = wanted.place
+        self._frame: Frame | None = None
+        self._verified = self._foreign = False
+        self._until: LSN | None = None  # of the frame
+        self._tables: dict[Table, None] = {}  # those of the frame; without one, those that were seen
+        self._partitions: dict[Table, Table] = {}
+        self._masked: Masked = {}
+        self._at = _At.OUTSIDE
+        self._line = 0
+        self._reached = after  # so far it has been read
+        self._whole_from: LSN | None = None  # and from here on without a gap
+        self._lost: tuple[LSN | None, str] | None = None  # from where on, and why
+        self._lost_end: LSN | None = None  # at least up to there
+        self._open: _Open | None = None
+        self._assembler = self._new()
+        self._documents = Documents()
+        self._document: list[bytes] = []
+
+    def _new(self) -> Assembler:
+        return Assembler(root_of=self._root, keys=self._wanted.keys)
+
+    def _root(self, change: Change, commit_lsn: LSN) -> Table | None:
+        table = change.schema, change.table
+        if table in self._partitions:
+            return self._partitions[table]
+        if table in self._wanted.rules or (self._frame is not None and table in self._tables):
+            return table
+        return None if self._wanted.roots is None else self._wanted.roots(change, commit_lsn)
+
+    # Lines
+
+    def take(self, block: Lines) -> Iterator[Recorded]:
+        """Read lines that follow each other. Raises NotARecordingError, RecordingUnreadableError."""
+        if block.number == 1 and not block.lines[0].lstrip().startswith(b"{"):
+            raise NotARecordingError(looks_like(block.lines[0]))
+        if block.verified and self._skips(block):
+            return
+        for number, line in enumerate(block.lines, block.number):
+            self._line = number
+            if not line or line.isspace():
+                continue
+            if self._at in _UNREAD and line.startswith(_ACTION) and line[len(_ACTION)] not in _STRUCTURE:
+                continue
+            try:
+                if line.startswith(_LINE):
+                    recorded = self._take(line, verified=block.verified)
+                    if recorded is not None:
+                        yield recorded
+                elif not self._foreign:
+                    yield from self._part(line)
+            except (MessageUnreadableError, BeginToldError) as error:
+                self.lose(f"line {number} can't be read: {error}" if block.ended else f"it is cut within line {number}")
+        if block.verified:
+            self._close_frame(whole=True)
+
+    def _skips(self, block: Lines) -> bool:
+        """Whether nothing in a frame is wanted, nor begins in it."""
+        frame = first_frame(block.lines)
+        if frame is None:
+            self.lose(f"the frame at line {block.number} doesn't say what it holds")
+            return False
+        if frame.worker != self._wanted.worker:
+            self.others = True
+            return True
+        if self._at is not _At.OUTSIDE or frame.within:
+            return False
+        range_, ends_open = self._wanted.range_, len(block.lines) > 1 and not block.lines[-1].startswith(_COMMIT)
+        with suppress(MessageUnreadableError, ValueError):
+            if range_.precedes(LSN.parse(frame.after)) or (range_.follows(LSN.parse(frame.until)) and not ends_open):
+                self._line = block.number
+                self._open_frame(frame, verified=True)
+                self._close_frame(whole=True)
+                return True
+        return False
+
+    def _take(self, line: bytes, *, verified: bool) -> Recorded | None:
+        if recording.is_own(line):
+            return self._own(line, verified=verified)
+        if self._foreign:
+            return None
+        if line.startswith(_BEGIN):
+            self._start(wal2json.said(line), line)
+            return None
+        message = wal2json.decode(line)
+        if type(message) is Commit:
+            return self._commit(message, line)
+        if type(message) is Begin:
+            self._start(wal2json.said(line), line)
+            return None
+        if self._at is _At.INSIDE:
+            return self._put(self._assembler.feed(message, line))
+        if self._at is _At.OUTSIDE and isinstance(message, Change):
+            raise MessageUnreadableError("a change comes outside a transaction")
+        return None
+
+    def _own(self, line: bytes, *, verified: bool) -> Recorded | None:
+        own = recording.decode(line)
+        if isinstance(own, Frame):
+            self._open_frame(own, verified=verified)
+        elif self._foreign:
+            pass
+        elif isinstance(own, Partition):
+            self._partitions[own.schema, own.table] = own.root
+        elif isinstance(own, Looked):
+            if self._at is _At.INSIDE and self._open is not None:
+                self._open.looked.append(own)
+        else:
+            return self._pass_over(own, line)
+        return None
+
+    def _pass_over(self, unread: Unread, line: bytes) -> Recorded | None:
+        if self._at is _At.OUTSIDE and unread.of == "begin":
+            self._at, self._open = _At.INSIDE, _Open(None, has_lsn=True, has_time=True, end=None)
+        if self._at is not _At.INSIDE:
+            return None
+        recorded = self._put(self._assembler.pass_over(unread, line))
+        if unread.of == "commit":
+            self._end(unread.position)
+        return recorded
+
+    # Documents of format 1
+
+    def _part(self, line: bytes) -> Iterator[Recorded]:
+        """A line of a document, or one that is all of it."""
+        line = line.rstrip()
+        if line.startswith(b"{") and not line.startswith(_ELEMENT):
+            if self._document:
+                self._document = []
+                self.lose(f"a document ends before line {self._line} without being whole")
+            self._document = [line]
+            whole = line.endswith(b"]}")
+        elif not self._document:
+            raise MessageUnreadableError("it isn't what wal2json writes")
+        else:
+            self._document.append(line)
+            whole = line in (b"}", b"]}")
+        if whole:
+            lines, self._document = self._document, []
+            yield from self._whole_document(b"\n".join(lines))
+        elif sum(map(len, self._document[-1:])) > LONGEST:
+            raise NotARecordingError("a document of more than a gigabyte")
+
+    def _whole_document(self, document: bytes) -> Iterator[Recorded]:
+        said, changes = self._documents.read(document)
+        self._start(said._replace(commit_lsn=None), document, document=True)
+        for raw in changes:
+            message: Change | Message = self._documents.message(raw)
+            if self._at is _At.INSIDE:
+                recorded = self._put(self._assembler.feed(message, raw))
+                if recorded is not None:
+                    yield recorded
+        recorded = self._commit(Commit(), b"")
+        if recorded is not None:
+            yield recorded
+
+    # Transactions
+
+    def _start(self, said: Said, line: bytes, *, document: bool = False) -> None:
+        commit_lsn, end_lsn = said.commit_lsn, said.end_lsn
+        has_lsn, has_time = commit_lsn is not None and end_lsn is not None, said.committed_at is not None
+        if self._at is _At.INSIDE:
+            self.lose(f"a transaction ends before line {self._line} without being whole")
+        if commit_lsn is None or end_lsn is None:
+            self._resume(None)
+            commit_lsn, end_lsn = self._positions()
+        else:
+            self._resume(commit_lsn)
+            if not self._verified:
+                if self._reached is not None and commit_lsn < self._reached:
+                    self._claim()  # it was started again, and sends some again
+                    self._reached = commit_lsn
+                if self._whole_from is None:
+                    self._whole_from = commit_lsn
+        begin = Begin(said.xid, commit_lsn, end_lsn, said.committed_at or _UNKNOWN)
+        self._open = _Open(begin, has_lsn=has_lsn, has_time=has_time, end=said.end_lsn)
+        self._open.document = document
+        self._at = _At.PASSING
+        wanted = self._wanted
+        if not wanted.range_.holds(self._place, begin, has_lsn=has_lsn, has_time=has_time, file=self._name):
+            return
+        tables = [table for table in (wanted.rules if self._frame is None else self._tables) if table in wanted.rules]
+        if all(self._is_known(table) for table in tables):
+            self._ledger.repeated += bool(tables)
+            return
+        self._at = _At.INSIDE
+        self._assembler.feed(begin, line)
+
+    def _is_known(self, table: Table) -> bool:
+        of = self._open
+        if of is None or of.end is None:
+            return False
+        if table not in of.known:
+            of.known[table] = self._ledger.known(self._place, table, of.end)
+        return of.known[table]
+
+    def _commit(self, commit: Commit, line: bytes) -> Recorded | None:
+        if self._at is _At.OUTSIDE:
+            raise MessageUnreadableError("a commit comes outside a transaction")
+        if self._at is _At.LOST:
+            if (end := wal2json.said(line).end_lsn) is not None:
+                self._resume(end)
+            return None
+        of, recorded = self._open, None
+        assert of is not None
+        if self._at is _At.INSIDE:
+            recorded = self._put(self._assembler.feed(commit, line))
+            self._ledger.repeated += of.left_out and not of.begun
+        self._end(of.end)
+        return recorded
+
+    def _end(self, end: LSN | None) -> None:
+        """The transaction has been read."""
+        if end is not None:
+            if not self._verified and self._open is not None:
+                self._ledger.see(self._place, self._open.tables, end)
+            self._reach(end)
+        self._open, self._at = None, _At.OUTSIDE
+
+    def _put(self, slice_: Transaction | None) -> Recorded | None:
+        """What of a slice is captured, and wasn't read already."""
+        of = self._open
+        if slice_ is None or of is None:
+            return None
+        places = [place for place, change in enumerate(slice_.changes) if self._takes(change, of)]
+        end = slice_.index + len(slice_.changes)
+        looked = [one for one in of.looked if one.number < end]
+        of.looked = [one for one in of.looked if one.number >= end]
+        if not places and not slice_.messages and not (of.begun and slice_.last):
+            return None
+        numbers = {slice_.index + place: of.kept + number for number, place in enumerate(places)}
+        found = [msgspec.structs.replace(one, number=numbers[one.number]) for one in looked if one.number in numbers]
+        changes = [slice_.changes[place] for place in places]
+        transaction = msgspec.structs.replace(
+            slice_,
+            changes=changes,
+            messages=[(bisect_left(places, place), message) for place, message in slice_.messages],
+            # What comes in a document is nothing that `wal2json` could read again.
+            payloads=[*changes] if of.document else [slice_.payloads[place] for place in places],
+            index=of.kept,
+            first=not of.begun,
+            answers={(one.number, one.name): one.row for one in found},
+            masked=self._masked,
+        )
+        self._ledger.transactions += not of.begun
+        of.begun = True
+        of.kept += len(places)
+        return Recorded(*self._place, transaction, found, of.has_lsn, of.has_time, self._name)
+
+    def _takes(self, change: Change, of: _Open) -> bool:
+        table = change.schema, change.table
+        if isinstance(change, Unread):
+            return True
+        if table not in self._wanted.rules:
+            return False
+        if self._is_known(table):
+            of.left_out = True
+            return False
+        of.tables[table] = None
+        if self._frame is None:
+            self._tables[table] = None
+        return True
+
+    # Frames of ours
+
+    def _open_frame(self, frame: Frame, *, verified: bool) -> None:
+        self._foreign = frame.worker != self._wanted.worker
+        if self._foreign:
+            self.others = True
+            return
+        try:
+            after, until = LSN.parse(frame.after), LSN.parse(frame.until)
+        except ValueError as error:
+            raise MessageUnreadableError(str(error)) from error
+        place = Place(frame.system_identifier, frame.database)
+        tables = dict.fromkeys(map(qualified, frame.tables))
+        if self._frame is None:
+            self._claim()
+            self._place = place
+            self._ledger.begin(place, tables, after, self._name)
+        elif not self._verified:
+            self._close_frame(whole=True)
+        follows = self._frame is not None and frame.within and place == self._place and after == self._until
+        if self._at is _At.INSIDE and not follows:
+            self.lose(f"what comes at line {self._line} is not the rest of the transaction before")
+        elif self._at is _At.PASSING and not follows:
+            self._open, self._at = None, _At.OUTSIDE
+        elif self._at is _At.OUTSIDE and frame.within:
+            self._reach(after)
+            self.lose(f"the transaction that goes on at line {self._line} has no beginning")
+        if not frame.within:
+            self._resume(after)
+        self._frame, self._place, self._verified = frame, place, verified
+        self._until, self._tables, self._partitions = until, tables, {}
+        self._masked = {qualified(name): frozenset(columns) for name, columns in frame.masked.items()}
+        if self._at is not _At.LOST:
+            self._whole_from = after
+            self._reach(after)
+
+    def _close_frame(self, *, whole: bool) -> None:
+        if self._frame is None or self._foreign or self._at is _At.LOST:
+            return
+        if whole and self._until is not None:
+            self._reach(self._until)
+        self._claim()
+
+    def _claim(self) -> None:
+        """Note what has been read without a gap."""
+        if self._whole_from is not None and self._reached is not None:
+            self._ledger.cover(
+                self._place,
+                self._tables,
+                self._whole_from,
+                self._reached,
+                file=self._name,
+                framed=self._frame is not None,
+                whole=self._verified,
+            )
+        self._whole_from = None
+
+    def _reach(self, at: LSN) -> None:
+        self._reached = at if self._reached is None else max(self._reached, at)
+
+    # Losses
+
+    def lose(self, reason: str) -> None:
+        """Leave out what comes, up to where something whole begins."""
+        self._document = []
+        if self._at is _At.LOST:
+            return
+        of = self._open
+        if of is not None and of.has_lsn and of.begin is not None:
+            self._reach(of.begin.commit_lsn)
+        self._lost_end = None if of is None else of.end
+        self._lost = self._reached, reason
+        self._claim()
+        self._assembler = self._new()
+        self._open, self._at = None, _At.LOST
+
+    def _resume(self, at: LSN | None) -> None:
+        """What ends after this is there again."""
+        if self._at is not _At.LOST or self._lost is None:
+            return
+        after, reason = self._lost
+        self._lost, self._at = None, _At.OUTSIDE
+        if after is None or at is None or after < at:
+            self._note(after, at, reason)
+        self._whole_from = at
+        if at is not None:
+            self._reach(at)
+
+    def _note(self, after: LSN | None, until: LSN | None, reason: str, *, last: bool = False) -> None:
+        tables = [*self._tables] or [*self._wanted.rules]
+        self._ledger.lose(Loss(self._name, self._place, tables, after, until, reason, last))
+
+    def close(self) -> None:
+        """The file has ended."""
+        if self._document:
+            self.lose(f"it ends within a document, at line {self._line}")
+        if self._at is _At.INSIDE:
+            self.lose(f"it ends within a transaction, at line {self._line}")
+        if self._lost is not None:
+            after, reason = self._lost
+            ends = [end for end in (self._lost_end, self._until) if end is not None and end > (after or INVALID)]
+            self._note(after, max(ends, default=None), reason, last=True)
+        elif not self._verified:
+            self._claim()
+
+
+def first_frame(lines: Iterable[bytes]) -> Frame | None:
+    """The frame that begins with the first of some lines."""
+    with suppress(MessageUnreadableError):
+        for line in lines:
+            if recording.is_own(line) and isinstance(found := recording.decode(line), Frame):
+                return found
+            break
+    return None
