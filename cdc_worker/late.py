@@ -36,6 +36,7 @@ from cdc_worker.activities import (
     Scope,
     Skipped,
     Stretch,
+    own_key,
     parsed_key,
 )
 from cdc_worker.changes import Row, Transaction
@@ -422,15 +423,18 @@ class Late:
 
     def _also(self, lines: Sequence[Line]) -> str:
         """What gives way to rows, in the transaction in which they were written."""
+        worker, cluster = self._worker, self.checkpoint.system_identifier
         statements = []
         late: dict[Place, list[Key]] = {}
         for line in lines:
             for place, keys in self._late.get(line.change_key, ()):
                 late.setdefault(place, []).extend(keys)
         if self._substitutes is not None:
-            worker, cluster = self._worker, self.checkpoint.system_identifier
             statements.append(backfill.replacement(self.profile.target, self.target, worker, cluster, late))
-        if resolved := [line.change_key for line in lines if line.change_key in self._letters]:
+        resolved = [line.change_key for line in lines if line.change_key in self._letters]
+        # What could not be made up must not be tried again.
+        resolved += {own_key(worker, cluster, key) for keys in late.values() for key in keys}
+        if resolved:
             statements.append(_RESOLVE.format(self._worker, resolved).as_string())
         return "".join(f"{statement}; " for statement in statements)
 
@@ -461,6 +465,11 @@ class _Substitutes:
         self._worker, self._checkpoint = late.checkpoint.worker, late.checkpoint
         self._until = late.checkpoint.position.lsn
         self._tables: dict[tuple[str, str], _Table] = {}
+        self._unmended: dict[tuple[str, str], list[Key]] = {}
+        prefix = f"{self._worker}/{self._checkpoint.system_identifier}/repair/"
+        for (name,) in late.control.execute(_UNMENDED, (self._worker, prefix)):
+            if (key := parsed_key(self._worker, self._checkpoint.system_identifier, name)) is not None:
+                self._unmended.setdefault((key.table, key.subject), []).append(key)
         for name, table in late.profile.tables.items():
             meant = recorded(late.profile, name)
             if not table.rules or not table.key or not meant.links.keys() >= {*table.key}:
@@ -504,7 +513,12 @@ class _Substitutes:
         names = {row: table.rows.subject(row) for _, _, row in concerned}
         events = table.journal.of(names, until=until, since=until)
         emptied = table.journal.emptied(until)
-        mended = {row for row, subject in names.items() if any(of.kind == "repair" for of in events[subject])}
+        unmended = {subject: self._unmended.get((table.recorded.table, subject), []) for subject in names.values()}
+        mended = {
+            row
+            for row, subject in names.items()
+            if unmended[subject] or any(of.kind == "repair" for of in events[subject])
+        }
         whole = table.journal.of(mended, until=until) if mended else {}
         for activity, key, row in concerned:
             subject = names[row]
@@ -513,7 +527,7 @@ class _Substitutes:
                     event = Event(of, key.rule, table.recorded.what(key.rule), key.place)
                     if keys := made_up(table.recorded, event, known, emptied):
                         yield activity.change_key, key.place, keys
-            if row in mended and (keys := self._mended(key, whole[subject])):
+            if row in mended and (keys := self._mended(key, whole[subject], unmended[subject])):
                 yield activity.change_key, key.place, keys
 
     def _followed(
@@ -533,16 +547,18 @@ class _Substitutes:
             if subject not in known:
                 known |= table.journal.of([last.before], until=self._until, since=self._until)
 
-    def _mended(self, key: Key, events: Sequence[Event]) -> list[Key]:
-        """The repairs that stand in the hole which is filled: with nothing between them and it that was recorded."""
+    def _mended(self, key: Key, events: Sequence[Event], unmended: Sequence[Key]) -> list[Key]:
+        """The repairs that stand in the hole which is filled: with nothing between them and it that was recorded.
+
+        Those that could not be written are among them.
+        """
+        worker, cluster = self._worker, self._checkpoint.system_identifier
+        written = (parsed_key(worker, cluster, of.change_key or "") for of in events if of.kind == "repair")
         found = []
-        for repair in events:
-            if repair.kind != "repair" or repair.rule != key.rule or repair.place > key.place or not repair.change_key:
-                continue
+        for repair in (*unmended, *(of for of in written if of is not None)):
             after = [of.place for of in events if of.kind == "stream" and of.place > repair.place]
-            parsed = parsed_key(self._worker, self._checkpoint.system_identifier, repair.change_key)
-            if parsed is not None and (not after or key.place < min(after)):
-                found.append(parsed)
+            if repair.rule == key.rule and repair.place < key.place and (not after or key.place < min(after)):
+                found.append(repair)
         return found
 
     def heed(self, outcomes: Sequence[Prepared]) -> None:
@@ -587,6 +603,8 @@ FROM jsonb_to_recordset(%s) AS again (worker text, change_key text, kind text, r
 WHERE letter.worker = again.worker AND letter.change_key = again.change_key
 """
 
+_UNMENDED: Final = "SELECT change_key FROM cdc_worker.dead_letter WHERE worker = %s AND starts_with(change_key, %s)"
+
 # A query, because it is to be told from what was made up.
 _RESOLVE: Final = sql.SQL(
     "WITH resolved AS (DELETE FROM cdc_worker.dead_letter WHERE worker = {} AND change_key = ANY ({}) RETURNING 1)"
@@ -596,6 +614,7 @@ _RESOLVE: Final = sql.SQL(
 # A repair may be the only one who has made anything up, and it leaves no other trace.
 _MADE_UP: Final = sql.SQL("""
 SELECT EXISTS (SELECT FROM cdc_worker.backfill WHERE worker = %(worker)s)
+    OR EXISTS (SELECT FROM cdc_worker.dead_letter WHERE worker = %(worker)s AND starts_with(change_key, %(repair)s))
     OR EXISTS (SELECT FROM {table} WHERE starts_with({key}, %(backfill)s) OR starts_with({key}, %(repair)s))
 """)
 
