@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import suppress
 from datetime import UTC, datetime
 from enum import Enum, auto
@@ -52,7 +52,8 @@ class Recorded(NamedTuple):
     """A transaction of a recording, or a slice of one. A commit that breaks off has no last slice.
 
     `looked` is what was found by lookups for the changes of this slice, counted as they are now. Without LSN the
-    positions of a transaction only say what came first; without time, that of its commit is not true.
+    positions of a transaction only say what came first; without time, that of its commit is not true. Of the tables
+    that it `holds` all changes of the commit come; of others that isn't known.
     """
 
     system_identifier: str
@@ -62,6 +63,7 @@ class Recorded(NamedTuple):
     has_lsn: bool = True
     has_time: bool = True
     file: str = ""
+    holds: Set[Table] = frozenset()
 
     @property
     def exact(self) -> bool:
@@ -125,6 +127,7 @@ class FileReader:
         self._verified = self._foreign = False
         self._until: LSN | None = None  # of the frame
         self._tables: dict[Table, None] = {}  # those of the frame; without one, those that were seen
+        self._holds: frozenset[Table] = frozenset()
         self._partitions: dict[Table, Table] = {}
         self._masked: Masked = {}
         self._at = _At.OUTSIDE
@@ -366,7 +369,8 @@ class FileReader:
         self._ledger.transactions += not of.begun
         of.begun = True
         of.kept += len(places)
-        return Recorded(*self._place, transaction, found, of.has_lsn, of.has_time, self._name)
+        holds = frozenset() if of.left_out else self._holds
+        return Recorded(*self._place, transaction, found, of.has_lsn, of.has_time, self._name, holds)
 
     def _takes(self, change: Change, of: _Open) -> bool:
         table = change.schema, change.table
@@ -413,6 +417,7 @@ class FileReader:
             self._resume(after)
         self._frame, self._place, self._verified = frame, place, verified
         self._until, self._tables, self._partitions = until, tables, {}
+        self._holds = frozenset(tables)
         self._masked = {qualified(name): frozenset(columns) for name, columns in frame.masked.items()}
         if self._at is not _At.LOST:
             self._whole_from = after
