@@ -11,8 +11,9 @@ RUN python3 -m venv /opt/cdc-worker \
     && /opt/cdc-worker/bin/pip install --no-cache-dir dist/*.whl
 
 FROM ${PYTHON_IMAGE}
-# A home, because libpq looks there for .pgpass and certificates.
-RUN useradd --create-home --uid 10001 cdc-worker
+# A home, because libpq looks there for .pgpass and certificates; and where recordings go, a new volume has its owner from.
+RUN useradd --create-home --uid 10001 cdc-worker \
+    && install --directory --mode=700 --owner=cdc-worker /var/lib/cdc-worker
 COPY --from=build /opt/cdc-worker /opt/cdc-worker
 ENV PATH=/opt/cdc-worker/bin:$PATH
 USER cdc-worker

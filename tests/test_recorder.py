@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import resource
 import signal
 import subprocess
@@ -23,7 +24,9 @@ import structlog
 import zstandard
 from application import Application, Connection
 from factories import COMMITTED_AT, leadfi
+from psycopg import sql
 from support import Crm, WorkerProcess, eventually, storm
+from test_docs import shown
 from test_reload import LEADFI, THINGS, hang_up, with_profile, within_a_commit
 
 from cdc_worker import config, profile, recorder, wal2json
@@ -105,6 +108,12 @@ class Recorded:
         self._options = wal2json.options(compile_rules(profile.load("leadfi")), PREFIXES)
         crm.execute("SELECT pg_create_logical_replication_slot(%s, 'wal2json')", self._slot)
 
+    def environment(self) -> dict[str, str]:
+        """For programs of the server's: they are found, and connect to it."""
+        directory = Path(self._server.binaries.program("pg_recvlogical")).parent
+        found = self._server.environment()
+        return found | {"PATH": f"{directory}:{found.get('PATH', os.defpath)}"}
+
     def position(self) -> LSN:
         """How far the worker has come."""
         return LSN.parse(self.crm.value("SELECT lsn::text FROM cdc_worker.checkpoint"))
@@ -146,15 +155,6 @@ def recorded(crm: Crm, server: Cluster) -> Recorded:
 
 
 # What is recorded
-
-
-HOSTILE = {
-    "bytea_output": "escape",
-    "datestyle": "SQL, DMY",
-    "extra_float_digits": "-5",
-    "intervalstyle": "sql_standard",
-    "timezone": "Asia/Kolkata",
-}
 
 
 def test_lines_are_those_of_pg_recvlogical_byte_for_byte(recorded: Recorded) -> None:
@@ -710,3 +710,82 @@ def test_retention_is_seen_to_where_nothing_happens(tmp_path: Path) -> None:
         clock.now = 1_000_000 + days * 86_400
         recorder.tend()
         assert len(names(tmp_path)) == left
+
+
+# What the page says
+
+
+def broken(lines: Sequence[bytes]) -> str:
+    """Lines as the page has them, but in one line each, with all that differs each time alike."""
+    text = "\n".join(line.decode() for line in lines)
+    text = re.sub(r'("(?:after|until|lsn|nextlsn)":)"[^"]*"', r'\1"0/0"', text)
+    text = re.sub(r'("(?:timestamp|system_identifier|database)":)"[^"]*"', r'\1""', text)
+    return re.sub(r'"xid":\d+', '"xid":0', text)
+
+
+def test_recordings_shows_what_is_recorded(crm: Crm) -> None:
+    crm.slot = crm.settings["slot"] = "crm"
+    with_profile(crm, LOOKING)
+    crm.connection.execute(DEALS)
+    crm.setup()
+    crm.record()
+    with crm.connection.transaction():
+        crm.execute("SELECT pg_logical_emit_message(true, 'cdc_worker.context', %s)", '{"changed_by": "jane"}')
+        crm.execute("INSERT INTO deal VALUES (1, 'Fair', 'x', 1)")
+        crm.execute("UPDATE deal SET title = 'Trade fair'")
+    crm.record(recording_directory=str(crm.directory))
+    (path,) = crm.directory.glob("*.zst")
+    lines = zstandard.ZstdDecompressor().stream_reader(path.read_bytes(), read_across_frames=True).read().splitlines()
+    (page,) = shown("docs/recordings.md", '{"action":"R"')
+    assert broken(re.sub(r"\n +", "", page).encode().splitlines()) == broken(lines)
+    (name,) = shown("docs/recordings.md", "crm-")
+    assert re.fullmatch(recorder._NAME, name.strip())
+
+
+def test_settings_as_recordings_shows_them_are_settings(tmp_path: Path) -> None:
+    (text,) = shown("docs/recordings.md", "[recording]")
+    (tmp_path / "settings.toml").write_text(text)
+    settings = config.load(tmp_path / "settings.toml")
+    assert str(settings.recording_directory) == "/var/lib/cdc-worker"
+    given = {name for name in config.Settings.model_fields if name.startswith("recording_")}
+    assert {f"recording_{line.split()[0]}" for line in text.splitlines()[1:]} == given
+
+
+HOSTILE: dict[str, str] = {
+    "bytea_output": "escape",
+    "datestyle": "SQL, DMY",
+    "extra_float_digits": "-5",
+    "intervalstyle": "sql_standard",
+    "timezone": "Asia/Kolkata",
+}
+
+
+def test_recording_without_the_worker_as_the_page_has_it_gives_the_same_lines(recorded: Recorded) -> None:
+    """Whatever a database's defaults would print."""
+    crm = recorded.crm
+    (create,) = shown("docs/recordings.md", "export PGOPTIONS")
+    name = crm.connection.info.dbname
+    for setting, value in HOSTILE.items():
+        statement = sql.SQL("ALTER DATABASE {} SET {} = {}")
+        crm.connection.execute(statement.format(sql.Identifier(name), sql.Identifier(setting), sql.Literal(value)))
+    crm.reconnect()
+    commands = create.replace("=crm ", f"={name} ").replace("=recording ", f"={crm.slot}_page ")
+    commands = commands.replace("crm.jsonl", str(crm.directory / "crm.jsonl")).replace("--start", "--start --no-loop")
+    # It would go on for ever.
+    commands = commands.replace("--no-loop", '--no-loop --endpos="$END"')
+    script, _, start = commands.partition("--plugin=wal2json\n")
+
+    def run(text: str, **variables: str) -> None:
+        environment = recorded.environment() | variables
+        subprocess.run(["sh", "-euc", text], env=environment, check=True, capture_output=True)
+
+    run(script + "--plugin=wal2json")
+    crm.add_leads(2)
+    crm.execute("UPDATE lead SET date_created = '2026-02-03 04:05:06.789' WHERE lead_id = 1")
+    crm.record()
+    exports = script.partition("pg_recvlogical")[0]
+    run(exports + start, END=crm.value("SELECT pg_current_wal_flush_lsn()::text"))
+    lines = set((crm.directory / "crm.jsonl").read_bytes().splitlines())
+    found = [line for of in commits(recorded.directory).values() for line in of]
+    assert len(found) == 7
+    assert [line for line in found if line not in lines] == []
