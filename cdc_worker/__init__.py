@@ -55,6 +55,7 @@ The edges each know one thing outside:
     backfill    rows that were there before the worker
     late        activities that come later than the stream would have brought them
     replay      recordings, told again
+    ours        the worker's own rows of the target
     rewrite     activities that become what the profile says now
     dead_letters  changes that could not become activities, seen to
     recover     what to do where the stream can't go on

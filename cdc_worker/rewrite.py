@@ -21,32 +21,28 @@ from __future__ import annotations
 import json
 import time
 from collections import deque
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence, Set
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
-from decimal import Decimal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final, Literal, NamedTuple
-from zoneinfo import ZoneInfo
 
 import psycopg
-from psycopg import sql
 from pydantic import BaseModel, Field
 
-from cdc_worker import catalog, errors, kept, postgres, replay
-from cdc_worker.activities import Activity, DeadLetter, Person, Position, Skipped, key_prefix
-from cdc_worker.catalog import TargetTable
+from cdc_worker import errors, postgres, replay
+from cdc_worker.activities import Activity, DeadLetter, Person, Position, Skipped, key_prefix, parsed_key
 from cdc_worker.changes import Transaction, Unread
 from cdc_worker.config import Settings
 from cdc_worker.context import PREFIX as CONTEXT_PREFIX
 from cdc_worker.late import Late
 from cdc_worker.log import Logger
 from cdc_worker.lsn import LSN
-from cdc_worker.postgres import Connection
-from cdc_worker.profile import Profile, Target
+from cdc_worker.ours import Edit, Ours, There, Values, Was
+from cdc_worker.profile import Profile, Table
 from cdc_worker.replay import SAMPLES, Loop, Portion, Replayed, Wishes, show
-from cdc_worker.rules import Rules, Table, qualified
-from cdc_worker.sink import MAX_LOCKING, MAX_REFUSALS, encoder, hurry, parsed, unlinked
+from cdc_worker.rules import Rules, compile_rules, qualified
+from cdc_worker.sink import MAX_LOCKING, MAX_REFUSALS, hurry
 from cdc_worker.transform import ERASED, Outcome, told
 
 PORTION: Final = 1_000
@@ -55,21 +51,7 @@ PORTION: Final = 1_000
 PATIENCE: Final = 1.0
 """Seconds, at most, between two looks whether rows are free that others have locked."""
 
-PRESET: Final = frozenset(("is_visible_to_bd",))
-"""Columns that rows begin with, and that are the application's from then on: see 050_leadfi_protection.sql."""
-
-Values = Mapping[str, str | None]
-"""Columns of a row as text."""
-
-
 Fate = Literal["changed", "removed"]
-
-
-class Was(BaseModel):
-    """A value before and after."""
-
-    was: Any = Field(description="as it is")
-    now: Any = Field(description="as it would be")
 
 
 class Difference(BaseModel):
@@ -93,6 +75,7 @@ class Rewritten(Replayed):
     refused: int = Field(
         default=0, description="activities that the target refused to change or to give up: they are as they were"
     )
+    failed: int = Field(default=0, description="activities that a rule fails to make now: they are as they were")
     differences: list[Difference] = Field(
         default=[], description="some of what would be changed or removed; only with --dry-run"
     )
@@ -121,6 +104,8 @@ def lines(done: Rewritten) -> Iterator[str]:
                 yield f"  {difference.type}  {difference.description}"
                 for name, of in difference.fields.items():
                     yield f"    {name}: {_shown(of.was)} -> {_shown(of.now)}"
+    if done.failed:
+        yield f"{done.failed:,} activities are as they were: a rule fails to make them"
     if done.refused:
         yield f"{done.refused:,} activities are as they were: the target refused what would be done, as the log tells"
 
@@ -174,369 +159,18 @@ class Places:
         return [place for _, place in self._open] + summaries
 
 
-class There(NamedTuple):
-    """A row of the target: perhaps of a person who was `erased`, or without links that were refused, or `gone`."""
-
-    type: str
-    description: str
-    erased: bool
-    unlinked: Mapping[str, Any]
-    gone: bool
-
-
-class Letter(NamedTuple):
-    """A dead letter; it is left at what it says if it is `settled`: discarded, or of a person who was erased."""
-
-    settled: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Edit:
-    """A row that is to be changed or, if nothing is `wanted`, removed.
-
-    `was` and `now` are the values of the columns that rules write, as the target prints them, and `wanted` as they are
-    sent.
-    """
-
-    key: str
-    type: str
-    was: Values = field(default_factory=dict)
-    now: Values = field(default_factory=dict)
-    wanted: Values | None = None
-    description: str = ""
-
-    @property
-    def columns(self) -> tuple[str, ...]:
-        """The columns that differ."""
-        return tuple(column for column, value in self.now.items() if self.was[column] != value)
-
-
-class Rows:
-    """The worker's rows of the target, by key."""
-
-    def __init__(
-        self,
-        connection: Connection,
-        target: Target,
-        *,
-        table: TargetTable,
-        worker: str,
-        cluster: str,
-        time_zone: str,
-        anyone_erased: bool,
-    ) -> None:
-        """`table` is the target as the catalog has it. TargetUnusableError where its rows can't be told apart."""
-        self._connection = connection
-        self._prefix = f"{worker}/{cluster}/"
-        self._catalog = table
-        self._encode = encoder(target, table, ZoneInfo(time_zone))
-        self._sent = (*target.columns, *target.constants)
-        self._by_field = {field: column for column, field in target.columns.items()}
-        name = qualified(target.table)
-        self.table = sql.Identifier(*name)
-        found = catalog.columns(connection, name)[name]
-        own = catalog.key_column(target)
-        left = {own, *PRESET, table.numbered and table.numbered[0]}
-        self._written = [column for column in self._sent if column not in left]
-        self._types = {
-            # What is too long is to be refused, as it is when it is written; a scale rounds then as well.
-            column: catalog.cast(found[column])
-            if found[column].category in ("S", "V")
-            else sql.SQL(found[column].declared)
-            for column in self._written
-        }
-        if own is not None:
-            self._key: sql.Composable = sql.Identifier("told", own)
-            self._gone: sql.Composable = sql.SQL("false")
-            self._all = self._rows = sql.SQL("{} AS told").format(self.table)
-            self._ours: sql.Composable = sql.SQL("true")
-            self._keys: sql.Composable = self.table
-            self._key_column: sql.Composable = sql.Identifier(own)
-        elif table.numbered is not None:
-            row = sql.Identifier("told", table.numbered[0])
-            self._key = sql.SQL("written.change_key")
-            self._rows, self._all = (
-                sql.SQL("cdc_worker.written_key AS written {} {} AS told ON written.row_id = {}").format(
-                    join, self.table, row
-                )
-                for join in (sql.SQL("JOIN"), sql.SQL("LEFT JOIN"))
-            )
-            self._gone = sql.SQL("{} IS NULL").format(row)
-            self._ours = sql.SQL("written.table_name = {}").format(".".join(name))
-            self._keys, self._key_column = sql.Identifier("cdc_worker", "written_key"), sql.Identifier("change_key")
-        else:
-            raise errors.TargetUnusableError(
-                f"which rows of {target.table} are the worker's can't be told: it has no column for change keys,"
-                " and no primary key from a sequence",
-                hint="add a column for change keys, and name it in [target.columns] of the profile",
-            )
-        self._numbered = own is None
-        self._metadata = self._by_field.get("metadata")
-        self._anyone_erased = anyone_erased
-        # The target grows beneath plans that would be kept.
-        connection.execute("SET plan_cache_mode = force_custom_plan")
-        self._rules_of: tuple[LSN, LSN] | None = None
-        self._rules: list[str] = []
-
-    @property
-    def catalog(self) -> TargetTable:
-        """The target as the catalog has it."""
-        return self._catalog
-
-    @property
-    def foreign_keys(self) -> Mapping[str, tuple[str, ...]]:
-        """Constraints that hold for the rows, with their columns."""
-        return self._catalog.foreign_keys
-
-    def values(self, activity: Activity) -> dict[str, str | None]:
-        """An activity as it is sent."""
-        return dict(zip(self._sent, parsed(self._encode(activity)), strict=True))
-
-    def without(self, values: Values, links: Collection[str]) -> dict[str, str | None]:
-        """The values as they are where the target has refused links."""
-        return unlinked(values, links, metadata=self._metadata, types=self._catalog.columns)
-
-    def recorded(self, places: Collection[str], since: LSN, until: LSN) -> tuple[dict[str, There], dict[str, Letter]]:
-        """What there is of changes in commits from one to another: activities, and dead letters, by key."""
-        rules = self._names(since, until)
-        keys = [f"{place}/{rule}" for place in places for rule in rules]
-        return self.there(keys), self.letters(keys)
-
-    def _names(self, since: LSN, until: LSN) -> list[str]:
-        """The rules by which anything was told in these commits. Keys sort as commits do, and not by what follows."""
-        if self._rules_of != (since, until):
-            bounds = {"since": f"{self._prefix}{since:016X}", "until": f"{self._prefix}{until + 1:016X}"}
-            query = _NAMES.format(key=self._key_column, keys=self._keys)
-            self._rules = [name for (name,) in self._connection.execute(postgres.with_parameters(query), bounds)]
-            self._rules_of = since, until
-        return self._rules
-
-    def there(self, keys: Sequence[str]) -> dict[str, There]:
-        """Those of these activities that are there."""
-        column = sql.SQL("''")
-        blank: sql.Composable = sql.SQL("false")
-        refused: sql.Composable = sql.SQL("NULL")
-        kind, description = (
-            sql.SQL("{}::text").format(sql.Identifier("told", self._by_field[of])) if of in self._by_field else column
-            for of in ("type", "description")
-        )
-        if self._metadata is not None:
-            metadata = sql.SQL("{}::jsonb").format(sql.Identifier("told", self._metadata))
-            blank = sql.SQL("coalesce({} ->> 'erased' = 'true', false)").format(metadata)
-            refused = sql.SQL("{} -> 'unlinked'").format(metadata)
-        elif self._anyone_erased and "description" in self._by_field:
-            blank = sql.SQL("{} = ''").format(description)
-        query = _THERE.format(
-            key=self._key,
-            kind=kind,
-            description=description,
-            blank=blank,
-            unlinked=refused,
-            rows=self._all,
-            ours=self._ours,
-            gone=self._gone,
-        )
-        found = self._connection.execute(postgres.with_parameters(query), {"keys": [*keys]})
-        return {
-            key: There(kind or "", said or "", erased, without if isinstance(without, dict) else {}, gone)
-            for key, kind, said, erased, without, gone in found
-        }
-
-    def letters(self, keys: Sequence[str]) -> dict[str, Letter]:
-        """Those of these activities that are dead letters."""
-        return {key: Letter(settled) for key, settled in self._connection.execute(_LETTERS, (ERASED, [*keys]))}
-
-    def compared(self, wanted: Mapping[str, tuple[str, Values]]) -> list[Edit]:
-        """Which of these rows are to be changed: their types, and values as they are sent, by key.
-
-        Postgres prints both, so that what it takes for the same is the same. What it can't read as a value of its
-        column is told as it is sent.
-        """
-        if not wanted:
-            return []
-        try:
-            return self._compared(wanted)
-        except (psycopg.DataError, psycopg.IntegrityError):
-            if len(wanted) > 1:
-                items = [*wanted.items()]
-                middle = len(items) // 2
-                return [*self.compared(dict(items[:middle])), *self.compared(dict(items[middle:]))]
-            ((key, (kind, values)),) = wanted.items()
-            return [Edit(key, kind, {}, {}, values)]
-
-    def _compared(self, wanted: Mapping[str, tuple[str, Values]]) -> list[Edit]:
-        columns = self._written
-        names = [sql.Identifier(f"value_{number}") for number in range(len(columns))]
-        query = _COMPARED.format(
-            was=sql.SQL(", ").join(_printed(sql.Identifier("told", column)) for column in columns),
-            now=sql.SQL(", ").join(
-                _printed(sql.SQL("asked.{}::{}").format(name, self._types[column]))
-                for name, column in zip(names, columns, strict=True)
-            ),
-            asked=self._asked(names),
-            rows=self._rows,
-            key=self._key,
-            ours=self._ours,
-        )
-        found = self._connection.execute(postgres.with_parameters(query), self._arrays(wanted, columns))
-        return [
-            Edit(
-                key,
-                wanted[key][0],
-                dict(zip(columns, was, strict=True)),
-                dict(zip(columns, now, strict=True)),
-                wanted[key][1],
-            )
-            for key, was, now in found
-        ]
-
-    def _asked(self, names: Sequence[sql.Identifier]) -> sql.Composed:
-        """Values, row by row, with their keys."""
-        arrays = [sql.SQL("%(keys)s::text[]"), *(sql.SQL(f"%(value_{n})s::text[]") for n in range(len(names)))]
-        return sql.SQL("unnest({}) AS asked ({})").format(
-            sql.SQL(", ").join(arrays), sql.SQL(", ").join([sql.Identifier("key"), *names])
-        )
-
-    def _arrays(self, wanted: Mapping[str, tuple[str, Values]], columns: Sequence[str]) -> dict[str, Any]:
-        arrays: dict[str, Any] = {"keys": [*wanted]}
-        for number, column in enumerate(columns):
-            arrays[f"value_{number}"] = [values[column] for _, values in wanted.values()]
-        return arrays
-
-    def description(self, values: Values) -> str:
-        """The text of an activity, as it is sent."""
-        return values.get(self._by_field.get("description", "")) or ""
-
-    def fields(self, edit: Edit) -> dict[str, Was]:
-        """What differs, by column and within metadata by name."""
-        found: dict[str, Was] = {}
-        for column in edit.columns:
-            was, now = edit.was[column], edit.now[column]
-            if column == self._metadata and (names := _apart(was, now)):
-                found |= {f"{column}.{name}": of for name, of in names.items()}
-            else:
-                found[column] = Was(was=was, now=now)
-        return found
-
-    # What changes them takes another connection, within a transaction.
-
-    def lock(self, connection: Connection, keys: Sequence[str]) -> tuple[set[str], set[str]]:
-        """Lock what is there of rows, and nobody else has locked; returns the keys of these, and of the others."""
-        query = _LOCK.format(key=self._key, rows=self._rows, ours=self._ours)
-        locked = {key for (key,) in connection.execute(postgres.with_parameters(query), {"keys": [*keys]})}
-        query = _STANDING.format(key=self._key, rows=self._rows, ours=self._ours)
-        there = {key for (key,) in connection.execute(postgres.with_parameters(query), {"keys": [*keys]})}
-        return locked, there - locked
-
-    def change(self, connection: Connection, edits: Sequence[Edit]) -> None:
-        """Give rows the columns that differ."""
-        by_columns: dict[tuple[str, ...], list[Edit]] = {}
-        for edit in edits:
-            by_columns.setdefault(edit.columns or tuple(self._written), []).append(edit)
-        for columns, of in by_columns.items():
-            names = [sql.Identifier(f"value_{number}") for number in range(len(columns))]
-            query = _CHANGE.format(
-                table=self.table,
-                assigned=sql.SQL(", ").join(
-                    sql.SQL("{} = asked.{}::{}").format(sql.Identifier(column), name, self._types[column])
-                    for name, column in zip(names, columns, strict=True)
-                ),
-                asked=self._asked(names),
-                same=self._same(),
-            )
-            wanted = {edit.key: (edit.type, edit.wanted or {}) for edit in of}
-            connection.execute(postgres.with_parameters(query), self._arrays(wanted, columns))
-
-    def _same(self) -> sql.Composable:
-        """That a row of the target is the one that is asked for."""
-        if not self._numbered:
-            return sql.SQL("{} = asked.key").format(self._key)
-        return sql.SQL("{} = (SELECT row_id FROM cdc_worker.written_key WHERE change_key = asked.key)").format(
-            sql.Identifier("told", self._row)
-        )
-
-    @property
-    def _row(self) -> str:
-        assert self._catalog.numbered is not None
-        return self._catalog.numbered[0]
-
-    def remove(self, connection: Connection, keys: Sequence[str]) -> None:
-        """Take rows away, and where their keys are in a table of their own these as well."""
-        if self._numbered:
-            query = _REMOVE_NUMBERED.format(table=self.table, row=sql.Identifier("told", self._row))
-            connection.execute(postgres.with_parameters(query), {"keys": [*keys]})
-            connection.execute(_FORGET, ([*keys],))
-        else:
-            query = _REMOVE.format(table=self.table, key=self._key)
-            connection.execute(postgres.with_parameters(query), {"keys": [*keys]})
-
-
-def _printed(value: sql.Composable) -> sql.Composed:
-    """A value as text, of which no letter is like another."""
-    return sql.SQL("""{}::text COLLATE "C\"""").format(value)
-
-
-_NAMES: Final = sql.SQL("""
-SELECT split_part({key}, '/', -1) FROM {keys} WHERE {key} > %(since)s AND {key} < %(until)s
-UNION
-SELECT split_part(change_key, '/', -1) FROM cdc_worker.dead_letter
-WHERE change_key > %(since)s AND change_key < %(until)s
-""")
-
-_THERE: Final = sql.SQL("""
-SELECT {key}, {kind}, {description}, {blank}, {unlinked}, {gone} FROM {rows} WHERE {key} = ANY (%(keys)s) AND {ours}
-""")
-
-_LETTERS: Final = """
-SELECT change_key, discarded_at IS NOT NULL OR reason = %s FROM cdc_worker.dead_letter WHERE change_key = ANY (%s)
-"""
-
-# Not analysed, the target would be read as a whole.
-_COMPARED: Final = sql.SQL("""
-SELECT asked.key, was, now
-FROM {asked} CROSS JOIN LATERAL (
-    SELECT ARRAY[{was}] AS was, ARRAY[{now}] AS now FROM {rows} WHERE {key} = asked.key AND {ours} OFFSET 0
-) AS compared
-WHERE was IS DISTINCT FROM now
-""")
-
-# The application may refer to rows that are changed.
-_LOCK: Final = sql.SQL("""
-SELECT {key} FROM {rows} WHERE {key} = ANY (%(keys)s) AND {ours} FOR NO KEY UPDATE OF told SKIP LOCKED
-""")
-
-_STANDING: Final = sql.SQL("SELECT {key} FROM {rows} WHERE {key} = ANY (%(keys)s) AND {ours}")
-
-_CHANGE: Final = sql.SQL("UPDATE {table} AS told SET {assigned} FROM {asked} WHERE {same}")
-
-_REMOVE: Final = sql.SQL("DELETE FROM {table} AS told WHERE {key} = ANY (%(keys)s)")
-
-_REMOVE_NUMBERED: Final = sql.SQL("""
-DELETE FROM {table} AS told USING cdc_worker.written_key AS written
-WHERE written.change_key = ANY (%(keys)s) AND written.row_id = {row}
-""")
-
-_FORGET: Final = "DELETE FROM cdc_worker.written_key WHERE change_key = ANY (%s)"
-
-
-def _apart(was: str | None, now: str | None) -> dict[str, Was]:
-    """What differs between two JSON objects, by name."""
-    olds, news = (json.loads(of or "{}", parse_float=Decimal) for of in (was, now))
-    return {
-        name: Was(was=olds.get(name), now=news.get(name))
-        for name in dict.fromkeys([*olds, *news])
-        if olds.get(name) != news.get(name)
-    }
-
-
 class Slice(NamedTuple):
-    """What came of a slice of a commit, all filters but that of types applied."""
+    """What came of a slice of a commit, all filters but that of types applied.
+
+    Of the tables that its recording `holds` all changes of the commit have been read.
+    """
 
     outcomes: Sequence[Outcome]
     transaction: Transaction
     done: int
     complete: bool
     given: Sequence[Person]
+    holds: Set[tuple[str, str]]
 
 
 class Rewriting:
@@ -557,7 +191,7 @@ class Rewriting:
         """With `types` it is about activities that are of one of them, or would be."""
         self._late, self._cluster, self._done, self._types = late, cluster, done, types
         self._worker = late.checkpoint.worker
-        self._rows = Rows(
+        self._rows = Ours(
             late.control,
             late.profile.target,
             table=late.target,
@@ -568,6 +202,8 @@ class Rewriting:
         )
         self._size = MAX_LOCKING if late.target.foreign_keys else PORTION
         self._slices: list[Slice] = []
+        self._holds: Set[tuple[str, str]] = frozenset()
+        self._tables = {".".join(name): table for name, table in late.rules.items()}
         self._places: list[str] = []
         self._count = 0
         self._summaries: set[str] = set()  # those of the commit that is read: its places come in the end
@@ -576,6 +212,9 @@ class Rewriting:
 
     def add(self, slice_: Slice, places: Sequence[str]) -> None:
         """Take what came of a slice of a commit, and the changes of which all is known; some of it is done at once."""
+        if slice_.holds != self._holds:
+            self.flush()
+            self._holds = slice_.holds
         self._slices.append(slice_)
         self._places += places
         self._count += max(len(places), len(slice_.outcomes))
@@ -609,17 +248,14 @@ class Rewriting:
         edits += (
             Edit(key, at.type, description=at.description)
             for key, at in there.items()
-            if key not in known and place_of(key) in held and not at.erased and not at.gone and self._is_type(at.type)
+            if key not in known and place_of(key) in held and self._is_unwanted(key, at)
         )
         gone = [
             key
-            for key, letter in letters.items()
-            if key not in known and place_of(key) in held and not letter.settled and not self._types
+            for key, stays in letters.items()
+            if key not in known and place_of(key) in held and not stays and not self._types
         ]
-        failing = [
-            of for key, of in wanted.items() if isinstance(of, DeadLetter) and key in letters and not self._types
-        ]
-
+        self._done.failed += sum(isinstance(of, DeadLetter) and key in there for key, of in wanted.items())
         self._write(slices, missing)
         if self._done.dry_run:
             for edit in edits:
@@ -628,25 +264,46 @@ class Rewriting:
         else:
             for start in range(0, len(edits), self._size):
                 self._apply(edits[start : start + self._size])
-            self._settle(gone, failing)
+            self._resolve(gone)
         if slices[-1].complete:
             self._summaries.clear()
 
     def _is_type(self, *names: str) -> bool:
         return not self._types or any(name in self._types for name in names)
 
-    def _is_missing(self, outcome: Activity | DeadLetter, letters: Mapping[str, Letter]) -> bool:
+    def _is_missing(self, outcome: Activity | DeadLetter, letters: Mapping[str, bool]) -> bool:
         """Whether what isn't there is to be added."""
-        letter = letters.get(outcome.change_key)
-        if letter is not None and letter.settled:
+        if letters.get(outcome.change_key):
             return False
         if isinstance(outcome, DeadLetter):
-            return outcome.reason != ERASED and letter is None and not self._types
+            return outcome.reason != ERASED and not self._types
         return not _is_blank(outcome) and self._is_type(outcome.fields["type"])
 
     def _is_meant(self, outcome: Activity, at: There) -> bool:
         """Whether what is there is to be compared."""
-        return not at.erased and not _is_blank(outcome) and self._is_type(at.type, outcome.fields["type"])
+        if at.erased or _is_blank(outcome) or not self._is_type(at.type, outcome.fields["type"]):
+            return False
+        missing = {name for name, row in outcome.found.items() if row is None}
+        return not missing or self._is_certain(outcome.change_key, missing)
+
+    def _is_unwanted(self, key: str, at: There) -> bool:
+        """Whether what is there, and no rule has made, is to be removed."""
+        return not at.erased and not at.gone and self._is_type(at.type) and self._is_certain(key)
+
+    def _is_certain(self, key: str, missing: Collection[str] | None = None) -> bool:
+        """Whether the recording has all that a rule knows a change by: facts that were `missing`, or any.
+
+        A recording of fewer tables may lack them.
+        """
+        parsed = parsed_key(self._worker, self._cluster, key)
+        table = None if parsed is None else self._tables.get(parsed.table)
+        if parsed is None or table is None:
+            return (
+                not key.endswith(_SUMMARY)
+                or {n for n, of in self._late.rules.items() if any(of.rules.values())} <= self._holds
+            )
+        names = {name for of in table.rules.values() for rule in of if rule.name == parsed.rule for name in rule.facts}
+        return all(table.facts[name].table in self._holds for name in names if missing is None or name in missing)
 
     def _values(self, outcome: Activity, at: There) -> Values:
         """An activity as it is sent: if it is there without its links, without them."""
@@ -757,14 +414,12 @@ class Rewriting:
             )
         return []
 
-    def _settle(self, gone: Sequence[str], failing: Sequence[DeadLetter]) -> None:
-        """Resolve dead letters that nothing speaks of any more, and give others the reason that they have now."""
-        failing = [letter for letter in failing if letter.kind != "unreadable"]
-        if not gone and not failing:
-            return
-        with self._late.transaction(self._at) as connection:
-            self._late.counts.resolved += connection.execute(_RESOLVE, (self._worker, [*gone])).rowcount
-            connection.execute(_GIVE_REASON, (kept.encoded(self._worker, failing).decode(),))
+    def _resolve(self, gone: Sequence[str]) -> None:
+        """Take dead letters away that nothing speaks of any more."""
+        if gone:
+            with self._late.transaction(self._at) as connection:
+                found = connection.execute(_RESOLVE, (self._worker, [*gone]))
+                self._late.counts.resolved += found.rowcount
 
 
 _SUMMARY: Final = "/collapse"
@@ -776,16 +431,6 @@ _LOCKED: Final = ("55P03", "40P01")
 _RESOLVE: Final = (
     "DELETE FROM cdc_worker.dead_letter WHERE worker = %s AND change_key = ANY (%s) AND discarded_at IS NULL"
 )
-
-_GIVE_REASON: Final = """
-UPDATE cdc_worker.dead_letter AS of
-SET kind = now.kind, reason = now.reason, sqlstate = NULL, constraint_name = NULL, fields = NULL, change = now.change,
-    found = now.found, masked = now.masked, attempts = attempts + 1, tried_at = now()
-FROM jsonb_to_recordset(%s::jsonb) AS now (worker text, change_key text, kind text, reason text, change jsonb,
-    found jsonb, masked text[])
-WHERE of.worker = now.worker AND of.change_key = now.change_key AND discarded_at IS NULL
-  AND (of.kind, of.reason, of.change) IS DISTINCT FROM (now.kind, now.reason, now.change)
-"""
 
 
 def _count(counts: dict[str, int], name: str) -> None:
@@ -829,13 +474,9 @@ _CAPTURED: Final = "SELECT DISTINCT table_name FROM cdc_worker.excluded WHERE wo
 
 def _others(late: Late) -> Rules:
     """Tables that the worker has captured, and that are in the profile no more."""
-    names = [qualified(name) for (name,) in late.control.execute(_CAPTURED, (late.checkpoint.worker,))]
-    nothing: dict[Any, Any] = {}
-    return {
-        name: Table(name, (), nothing, nothing, nothing, (), (), frozenset(), nothing, nothing, frozenset(), nothing)
-        for name in names
-        if name not in late.rules
-    }
+    names = [name for (name,) in late.control.execute(_CAPTURED, (late.checkpoint.worker,))]
+    gone = {name: Table() for name in names if qualified(name) not in late.rules}
+    return compile_rules(late.profile.model_copy(update={"tables": gone}))
 
 
 class _Deal:
@@ -871,6 +512,13 @@ class _Deal:
         places, rewriting = self._of[of]
         home = late.is_home(*of)
         rewriting.add(
-            Slice(portion.outcomes, transaction, portion.done, portion.complete, portion.given if home else ()),
+            Slice(
+                portion.outcomes,
+                transaction,
+                portion.done,
+                portion.complete,
+                portion.given if home else (),
+                recorded.holds,
+            ),
             places.take(transaction, portion.decided, portion.scope.excludes(transaction.commit_lsn)),
         )
