@@ -19,7 +19,7 @@ CdcWorkerError
 ├── CatalogMismatchError    17   profile and database disagree: mend the profile or the tables
 ├── FencedError             18   another worker has taken over: nothing to do
 ├── SynchronousStandbyError 19   commits of the application would wait for this worker: exclude it
-├── MessageUnreadableError  20   the stream holds something we don't understand: report it
+├── MessageUnreadableError  20   the stream holds something we don't understand: report it, or run recover --skip
 ├── TargetUnusableError     21   the target refuses every write (grants, read-only, missing column): mend it
 ├── TooManyRefusalsError    22   the target refuses row after row for the same reason: mend it
 ├── SlotGivenUpError        23   the server kept too much WAL for the slot, which was dropped: a gap, as you have set it

@@ -180,8 +180,9 @@ def _described(
     what = "" if table is None else f", a change of {'.'.join(table)}"
     where = ", outside of any transaction"
     if assembler.begun is not None:
-        begun = assembler.begun
-        where = f", after {assembler.count} changes of transaction {begun.xid}, whose commit is at {begun.commit_lsn}"
+        begun, count = assembler.begun, assembler.count
+        changes = f"{count} change{'' if count == 1 else 's'}"
+        where = f", after {changes} of transaction {begun.xid}, whose commit is at {begun.commit_lsn}"
     elif assembler.open:
         where = ", in a transaction whose begin can't be read either"
     return f"{error}; this is the message at {position}{what}{where}"

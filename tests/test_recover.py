@@ -16,6 +16,7 @@ from factories import COMMITTED_AT, begin, inserted, lead, leadfi, rules, said
 from spoiling import Spoil, Wire, head, tail
 from support import Crm, eventually, role, storm
 from test_partitions import DEALS, set_up
+from test_docs import shown, varying
 from test_verify import insert, missing, running
 
 from cdc_worker import config, errors, log, recording, wal2json
@@ -316,7 +317,7 @@ def test_it_ends_the_worker_which_goes_on_once_that_is_allowed(crm: Crm) -> None
     xid = in_one_transaction(crm, "Bob", "Spoilt", "Eve")
     in_one_transaction(crm, "Joe", "Torn", "Zoe")
     first, second = passed_over(crm, lambda payload: tail(b"Spoilt")(head(b"Torn")(payload)), times=2)
-    assert f", a change of public.lead, after 1 changes of transaction {xid}, whose commit is at " in first
+    assert f", a change of public.lead, after 1 change of transaction {xid}, whose commit is at " in first
     assert "a change of" not in second, "how it begins can't be read either"
     assert "Spoilt" not in first
     assert ordinals(crm) == [
@@ -493,6 +494,27 @@ def test_it_says_what_is_allowed_and_what_comes_next(crm: Crm) -> None:
     with crm.worker() as worker:
         worker.wait_for("replication_started")
         assert "when it is started anew" in allowed(crm, position)[2]
+
+
+def test_operating_shows_what_is_printed(bare_crm: Crm) -> None:
+    crm = bare_crm
+    crm.slot = crm.settings["slot"] = "cdc_worker"
+    crm.setup()
+    in_one_transaction(crm, "Ann", "Spoilt")
+    crm.execute("UPDATE lead SET status = 'x', email = 'Torn' WHERE lead_id = 1")
+    with spoilt(crm, tail(b"Spoilt", b"Torn")) as wire:
+        position, _ = stopped(crm, wire)
+        (page,) = shown("docs/operating.md", "error: wal2json sent")
+        assert varying(page) == varying(
+            "error: " + crm.command("run", "--once", dsn=wire.dsn).stderr.split("error: ")[1]
+        )
+        (page,) = shown("docs/operating.md", 'the worker "cdc_worker" is allowed')
+        assert varying(page) == varying(crm.succeed("recover", "--skip", str(position)))
+        allowed(crm, stopped(crm, wire)[0])
+        crm.record(dsn=wire.dsn)
+    with running(crm):
+        (page,) = shown("docs/operating.md", "not all of the commit at")
+        assert varying(page) == varying(crm.command("verify", "lead", "--repair").stdout)
 
 
 def test_a_position_at_which_nothing_can_be_is_refused(crm: Crm) -> None:
