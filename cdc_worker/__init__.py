@@ -32,6 +32,7 @@ The edges each know one thing outside:
 
     config      settings
     log         structured logs
+    metrics     what a process has counted
     postgres    connections, SQLSTATEs
     partitions  whose the changes of partitions are
     catalog     the tables as the database has them, and whether a profile fits

@@ -113,9 +113,15 @@ def run(settings: Settings, once: bool, takeover: bool, no_wait: bool) -> None:
     stop = Stop()
     stop.install()
     logger = log.get().bind(slot=settings.slot)
-    Worker(
+    worker = Worker(
         settings, profile.load(settings.profile), stop=stop, log=logger, once=once, takeover=takeover, wait=not no_wait
-    ).run()
+    )
+    if settings.metrics_port is not None:
+        from cdc_worker import metrics  # noqa: PLC0415  # it is rarely asked for, and takes time to begin
+
+        activities, dead_letters = worker.totals.activities, worker.totals.dead_letters
+        metrics.serve(settings.metrics_host, settings.metrics_port, activities=activities, dead_letters=dead_letters)
+    worker.run()
 
 
 _dry_run = click.option("--dry-run", is_flag=True, help="Print the SQL with its locks and rewrites, and do nothing.")

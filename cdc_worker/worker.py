@@ -150,7 +150,7 @@ class Totals:
 
     transactions: int = 0
     activities: Counter[str] = field(default_factory=Counter)
-    dead_letters: int = 0
+    dead_letters: Counter[str] = field(default_factory=Counter)
     batches: int = 0
 
 
@@ -876,7 +876,7 @@ class _Stream:
         refused = {letter.change_key for letter in written.dead_letters}
         totals.batches += 1
         totals.transactions += batch.transactions
-        totals.dead_letters += len(refused)
+        totals.dead_letters.update(letter.kind for letter in written.dead_letters)
         totals.activities.update(
             outcome.type for outcome in batch.outcomes if type(outcome) is Line and outcome.change_key not in refused
         )
@@ -1014,7 +1014,7 @@ def _summary(totals: Totals) -> dict[str, int]:
     return {
         "transactions": totals.transactions,
         "activities": totals.activities.total(),
-        "dead_letters": totals.dead_letters,
+        "dead_letters": totals.dead_letters.total(),
     }
 
 
