@@ -15,8 +15,8 @@ import zstandard
 from factories import COMMITTED_AT, begin, inserted, lead, leadfi, rules, said
 from spoiling import Spoil, Wire, head, tail
 from support import Crm, eventually, role, storm
-from test_partitions import DEALS, set_up
 from test_docs import shown, varying
+from test_partitions import DEALS, set_up
 from test_verify import insert, missing, running
 
 from cdc_worker import config, errors, log, recording, wal2json
