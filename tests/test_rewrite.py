@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
+import zstandard
 from factories import assembled, inserted, rules
-from support import Crm, crm_on
+from support import Crm, crm_on, eventually
 from test_replay import Workload, replayed, written
 
 from cdc_worker import config, log, profile
@@ -146,6 +148,177 @@ def test_a_table_that_is_in_the_profile_no_more_leaves_nothing(crm: Crm, recordi
     assert (done.activities, done.changed) == ({}, {})
     assert done.removed == {"customer_created": 2, "customer_updated": 1}
     assert crm.types() == ["lead_created", "lead_created"]
+    assert nothing_left(crm)
+
+
+def test_nothing_that_is_others_is_touched(crm: Crm, recording: Path) -> None:
+    """Rows of the application, of other workers, and what a backfill has made up."""
+    crm.add_leads(2)
+    crm.record()
+    worker, cluster, rest = crm.activities()[0]["change_key"].split("/", 2)
+    for key in (None, f"{worker}x/{cluster}/{rest}", f"{worker}/1/{rest}", f"{worker}/{cluster}/backfill/{rest}"):
+        crm.execute(
+            "INSERT INTO activity (activity_type, activity_category, description, lead_id, change_key)"
+            " VALUES ('lead_created', 'system', 'a canary', 1, %s)",
+            key,
+        )
+    canaries = "SELECT a.xmin, a.* FROM activity AS a WHERE description = 'a canary' ORDER BY activity_id"
+    before = crm.execute(canaries)
+    say(crm, ('[[tables.lead.rules]]\non = "insert"', '[[tables.lead.rules]]\nname = "new"\non = "insert"'))
+    done = rewritten(crm)
+    assert (done.activities, done.removed) == ({"lead_created": 2}, {"lead_created": 2})
+    assert crm.execute(canaries) == before
+
+
+def test_of_a_rule_that_is_gone_nothing_is_left(crm: Crm, recording: Path) -> None:
+    crm.execute("INSERT INTO customer (customer_uid, name) VALUES (1, 'Acme')")
+    crm.execute("UPDATE customer SET name = 'Acme Ltd', is_closed = true")
+    crm.record()
+    start = SHIPPED.index('[[tables.customer.rules]]\non = "update"\nchanged = "*"')
+    say(crm, (SHIPPED[start : SHIPPED.index("[[tables.customer.rules]]", start + 1)], ""))
+    assert rewritten(crm).removed == {"customer_updated": 1}
+    assert crm.types() == ["customer_created", "status_changed"]
+
+
+def without_frames(recording: Path, but: Callable[[int, bytes], bool]) -> None:
+    """Leave only some frames of a recording: by their number, and what is in them."""
+    decompress, number = zstandard.ZstdDecompressor(), 0
+    for file in sorted(recording.iterdir()):
+        data, kept = file.read_bytes(), b""
+        while data:
+            one = decompress.decompressobj()
+            text = one.decompress(data)
+            frame, data = data[: len(data) - len(one.unused_data)], one.unused_data
+            kept += frame if but(number, text) else b""
+            number += 1
+        file.write_bytes(kept)
+
+
+def test_a_gap_never_reads_as_removed(crm: Crm, recording: Path) -> None:
+    with crm.worker() as worker:
+        worker.wait_for("replication_started")
+        for _ in range(5):
+            count = len(crm.types())
+            crm.add_leads(1)
+            eventually(lambda count=count: len(crm.types()) > count)  # type: ignore[misc]
+        worker.terminate()
+    say(crm, ('[[tables.lead.rules]]\non = "insert"', '[[tables.lead.rules]]\nname = "new"\non = "insert"'))
+    without_frames(recording, lambda number, text: b"Lead 1" in text and number % 2 == 1)
+    before = written(crm)
+    done = rewritten(crm)
+    assert done.missing
+    assert not done.whole
+    count = done.removed["lead_created"]
+    assert 0 < count < 5
+    assert done.activities == done.removed
+    gone = before.keys() - written(crm).keys()
+    assert len(gone) == count
+    assert {key.replace("/lead_created", "/new") for key in gone} == written(crm).keys() - before.keys()
+
+
+def test_a_damaged_transaction_never_reads_as_removed(crm: Crm, recording: Path) -> None:
+    crm.add_leads(3)
+    crm.record()
+    (file,) = recording.iterdir()
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+    say(crm, ('[[tables.lead.rules]]\non = "insert"', '[[tables.lead.rules]]\nname = "new"\non = "insert"'))
+    done = rewritten(crm)
+    assert (done.activities, done.changed, done.removed) == ({}, {}, {})
+    assert done.missing
+    assert crm.types() == ["lead_created"] * 3
+
+
+PEEKED = """
+SELECT data FROM pg_logical_slot_peek_changes(%s, NULL, NULL, 'format-version', '2', 'include-lsn', 'true',
+    'include-timestamp', 'true', 'include-xids', 'true', 'add-tables', %s)
+"""
+
+
+def recorded_elsewhere(crm: Crm, tables: str) -> Path:
+    """What pg_recvlogical would have recorded of some tables."""
+    file = crm.directory / "elsewhere.jsonl"
+    rows = crm.execute(PEEKED, f"{crm.slot}_other", tables)
+    file.write_text("".join(f"{line}\n" for (line,) in rows), "utf-8")
+    return file
+
+
+def test_a_recording_of_fewer_tables_takes_nothing_away(crm: Crm) -> None:
+    """Not even what the others told of a change: here which customer a lead has become."""
+    crm.execute("SELECT pg_create_logical_replication_slot(%s, 'wal2json')", f"{crm.slot}_other")
+    crm.add_leads(2)
+    with crm.connection.transaction():
+        crm.execute("INSERT INTO customer (customer_uid, name) VALUES (42, 'Acme')")
+        crm.execute("UPDATE lead SET is_converted = true WHERE lead_id = 1")
+        crm.execute("INSERT INTO contact (customer_uid, lead_id) VALUES (42, 1)")
+    crm.record()
+    before = crm.activities()
+    assert [activity["customer_uid"] for activity in before] == [None, None, 42, 42]
+    for tables in ("public.lead", "public.customer"):
+        assert rewritten(crm, recorded_elsewhere(crm, tables)).whole
+        assert crm.activities() == before
+    say(crm, ("converted to customer'", "became a customer'"))
+    assert rewritten(crm, recorded_elsewhere(crm, "public.lead")).changed == {}
+    done = rewritten(crm, recorded_elsewhere(crm, "public.lead,public.contact"))
+    assert done.fields == {"lead_converted": {"description": 1}}
+
+
+def test_who_was_erased_stays_erased(crm: Crm, recording: Path) -> None:
+    crm.add_leads(2)
+    crm.execute("UPDATE lead SET status = '7. lost'")
+    crm.record()
+    crm.succeed("forget", "--lead", "1", "--yes")
+    blank = [activity for activity in crm.activities() if activity["lead_id"] == 1]
+    say(
+        crm,
+        ("old_status = ", "before = "),
+        ('[[tables.lead.rules]]\non = "insert"', '[[tables.lead.rules]]\nname = "new"\non = "insert"'),
+    )
+    done = rewritten(crm)
+    assert (done.activities, done.removed) == ({"lead_created": 1}, {"lead_created": 1})
+    assert done.changed == {"status_changed": 1}
+    assert [activity for activity in crm.activities() if activity["lead_id"] == 1] == blank
+    assert nothing_left(crm)
+
+
+@pytest.mark.parametrize("then", ["false", "true"])
+def test_what_messages_may_ask_for_by_now(crm: Crm, fresh: Crm, recording: Path, then: str) -> None:
+    """Skipped or told one by one, collapsed or not: all of it as the settings have it now."""
+    for said in ({"skip": True}, {"collapse": {"description": "An import"}}, {"changed_by": "ann"}):
+        with crm.connection.transaction():
+            crm.execute("SELECT pg_logical_emit_message(true, 'cdc_worker.context', %s)", json.dumps(said))
+            crm.add_leads(2)
+            crm.execute("UPDATE lead SET status = '2. proposal' WHERE status LIKE '1%%'")
+    crm.record(unsigned_control="true" if then == "false" else "false")
+    for of in (crm, fresh):
+        of.settings |= {"unsigned_control": then, "profile": "leadfi"}
+    done = rewritten(crm)
+    told = {"lead_created": 4, "status_changed": 4}
+    if then == "false":
+        assert (done.activities, done.removed) == (told, {"changes_collapsed": 1})
+    else:
+        assert (done.activities, done.removed) == ({"changes_collapsed": 1}, told)
+    assert told_anew(crm, fresh, recording)
+    with crm.worker() as worker:
+        worker.wait_for("replication_started")
+        crm.succeed("verify")
+        worker.terminate()
+    assert nothing_left(crm)
+
+
+def test_the_log_is_true_afterwards(crm: Crm, recording: Path, seed: int) -> None:
+    Workload(crm, seed).run(40)
+    with crm.worker() as worker:
+        worker.wait_for("replication_started")
+        say(crm, ('name = "leads_truncated"', 'name = "none_left"'), ("old_bd = ", "before = "), more=NEW_RULE)
+        worker.terminate()
+    crm.record()
+    rewritten(crm)
+    with crm.worker() as worker:
+        worker.wait_for("replication_started")
+        crm.succeed("verify")
+        worker.terminate()
     assert nothing_left(crm)
 
 
