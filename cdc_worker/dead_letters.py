@@ -477,27 +477,25 @@ class _Retry:
         return f'the profile has no rule "{key.rule}" for it any more; to leave it at that, discard it'
 
     def _read_again(self, letter: DeadLetter, key: Key, transaction: Transaction) -> list[Told]:
-        """What is told of a message that may be readable by now."""
+        """What is told of a message that may be readable by now. Raises _LeftError if it isn't."""
         change = None if letter.raw is None else wal2json.read_again(letter.change, letter.raw)
         table = self._late.rules.get((letter.change.schema, letter.change.table))
         if change is None or key.rule != "*":
             raise _LeftError("its message can't be read: report it")
-        if table is None or table.facts:
-            raise _LeftError(
-                "it takes more of its transaction than was kept: cdc-worker replay, with a recording of it"
-            )
         of = msgspec.structs.replace(letter, change=change)
         commit = msgspec.structs.replace(transaction, changes=[change], payloads=[change])
-        return [*self._told(of, key, commit)]
+        told = [*self._told(of, key, commit)]
+        made = {outcome.change_key.rpartition("/")[2] for outcome in told}
+        if table is None or any(rule.facts for rule in table.rules[change.operation] if rule.name in made):
+            raise _LeftError(_MORE)
+        return told
 
     def _as_refused(self, letter: DeadLetter) -> Activity:
         """The activity as it was refused. Raises _LeftError if it wasn't, or if the target has other columns by now."""
         target, fields = self._late.profile.target, letter.fields or {}
         columns = [*target.columns, *target.constants]
         if fields.keys() != {*columns}:
-            raise _LeftError(
-                "it takes more of its transaction than was kept: cdc-worker replay, with a recording of it"
-            )
+            raise _LeftError(_MORE)
         values = {name: fields[column] for column, name in target.columns.items()}
         metadata = read(values.get("metadata") or "{}")
         told = {"type": "", "occurred_at": letter.committed_at, **values, "metadata": metadata}

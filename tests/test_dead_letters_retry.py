@@ -549,3 +549,33 @@ def test_the_dead_letter_of_a_backfill_goes_once_a_backfill_has_written(crm: Crm
         assert outcomes(retry(crm)) == {"already there": 1}
         assert worker.terminate() == 0
     assert (waiting(crm), [row["lead_id"] for row in crm.activities()]) == (0, [2, 1])
+
+
+UNREADABLE: LiteralString = """
+WITH gone AS (DELETE FROM activity WHERE activity_type = 'lead_created' RETURNING change_key, date_created)
+INSERT INTO cdc_worker.dead_letter
+    (worker, change_key, kind, reason, committed_at, change, xid, commit_lsn, end_lsn, context, raw)
+SELECT (SELECT worker FROM cdc_worker.checkpoint), replace(change_key, 'lead_created', '*'), 'unreadable', 'no JSON',
+       date_created AT TIME ZONE current_setting('timezone'),
+       '{"operation": "unreadable", "schema": "public", "table": "lead", "old": null, "new": null, "changed": [],
+         "partition": null}', 7, '0/1', '0/2',
+       '{"said": {"changed_by": "jane_doe"}, "claimed": {}, "skip": false, "collapse": null, "refused": []}', %s::bytea
+FROM gone
+"""
+
+
+def test_a_message_that_could_not_be_read_becomes_what_it_would_have(crm: Crm) -> None:
+    crm.execute("SELECT pg_create_logical_replication_slot('lines', 'wal2json')")
+    with crm.connection.transaction():
+        crm.execute("SELECT pg_logical_emit_message(true, 'cdc_worker.context', '{\"changed_by\": \"jane_doe\"}')")
+        crm.add_leads(1)
+    lines = "SELECT data FROM pg_logical_slot_get_changes('lines', NULL, NULL, 'format-version', '2', 'add-tables', %s)"
+    (line,) = [line for (line,) in crm.execute(lines, "public.lead") if '"action":"I"' in line]
+    record(crm)
+    before = rows(crm)
+    crm.execute("SET cdc_worker.protect = off")
+    crm.execute(UNREADABLE, line[:-9].encode())
+    assert reasons(retry(crm)) == [("left", "its message can't be read: report it")]
+    crm.execute("UPDATE cdc_worker.dead_letter SET raw = %s::bytea", line.encode())
+    assert outcomes(retry(crm)) == {"written": 1}
+    assert (waiting(crm), rows(crm)) == (0, before)
