@@ -52,8 +52,9 @@ class Recorded(NamedTuple):
     """A transaction of a recording, or a slice of one. A commit that breaks off has no last slice.
 
     `looked` is what was found by lookups for the changes of this slice, counted as they are now. Without LSN the
-    positions of a transaction only say what came first; without time, that of its commit is not true. Of the tables
-    that it `holds` all changes of the commit come; of others that isn't known.
+    positions of a transaction only say what came first; without time, that of its commit is not true. It may be known
+    nevertheless where the commit `ended`. Of the tables that it `holds` all changes of the commit come; of others that
+    isn't known.
     """
 
     system_identifier: str
@@ -64,6 +65,7 @@ class Recorded(NamedTuple):
     has_time: bool = True
     file: str = ""
     holds: Set[Table] = frozenset()
+    ended: LSN | None = None
 
     @property
     def exact(self) -> bool:
@@ -135,7 +137,8 @@ class FileReader:
         self._reached = after  # so far it has been read
         self._whole_from: LSN | None = None  # and from here on without a gap
         self._lost: tuple[LSN | None, str] | None = None  # from where on, and why
-        self._lost_end: LSN | None = None  # at least up to there
+        self._lost_end: LSN | None = None  # where what was open then ends
+        self._more = False  # nobody knows what else was there
         self._open: _Open | None = None
         self._assembler = self._new()
         self._documents = Documents()
@@ -174,7 +177,10 @@ class FileReader:
                 elif not self._foreign:
                     yield from self._part(line)
             except (MessageUnreadableError, BeginToldError) as error:
-                self.lose(f"line {number} can't be read: {error}" if block.ended else f"it is cut within line {number}")
+                if block.ended:
+                    self.lose(f"line {number} can't be read: {error}", more=not block.verified)
+                else:
+                    self.lose(f"it is cut within line {number}")
         if block.verified:
             self._close_frame(whole=True)
 
@@ -206,12 +212,9 @@ class FileReader:
         if line.startswith(_BEGIN):
             self._start(wal2json.said(line), line)
             return None
+        if line.startswith(_COMMIT):
+            return self._commit(wal2json.said(line), line)
         message = wal2json.decode(line)
-        if type(message) is Commit:
-            return self._commit(message, line)
-        if type(message) is Begin:
-            self._start(wal2json.said(line), line)
-            return None
         if self._at is _At.INSIDE:
             return self._put(self._assembler.feed(message, line))
         if self._at is _At.OUTSIDE and isinstance(message, Change):
@@ -274,7 +277,7 @@ class FileReader:
                 recorded = self._put(self._assembler.feed(message, raw))
                 if recorded is not None:
                     yield recorded
-        recorded = self._commit(Commit(), b"")
+        recorded = self._commit(said, document)
         if recorded is not None:
             yield recorded
 
@@ -318,17 +321,17 @@ class FileReader:
             of.known[table] = self._ledger.known(self._place, table, of.end)
         return of.known[table]
 
-    def _commit(self, commit: Commit, line: bytes) -> Recorded | None:
+    def _commit(self, said: Said, line: bytes) -> Recorded | None:
         if self._at is _At.OUTSIDE:
             raise MessageUnreadableError("a commit comes outside a transaction")
         if self._at is _At.LOST:
-            if (end := wal2json.said(line).end_lsn) is not None:
-                self._resume(end)
+            if said.end_lsn is not None:
+                self._resume(said.end_lsn)
             return None
         of, recorded = self._open, None
         assert of is not None
         if self._at is _At.INSIDE:
-            recorded = self._put(self._assembler.feed(commit, line))
+            recorded = self._put(self._assembler.feed(Commit(), line))
             self._ledger.repeated += of.left_out and not of.begun
         self._end(of.end)
         return recorded
@@ -370,7 +373,7 @@ class FileReader:
         of.begun = True
         of.kept += len(places)
         holds = frozenset() if of.left_out else self._holds
-        return Recorded(*self._place, transaction, found, of.has_lsn, of.has_time, self._name, holds)
+        return Recorded(*self._place, transaction, found, of.has_lsn, of.has_time, self._name, holds, of.end)
 
     def _takes(self, change: Change, of: _Open) -> bool:
         table = change.schema, change.table
@@ -449,9 +452,10 @@ class FileReader:
 
     # Losses
 
-    def lose(self, reason: str) -> None:
-        """Leave out what comes, up to where something whole begins."""
+    def lose(self, reason: str, *, more: bool = False) -> None:
+        """Leave out what comes, up to where something whole begins: perhaps `more` than what is open and its frame."""
         self._document = []
+        self._more = more or (self._more and self._at is _At.LOST)
         if self._at is _At.LOST:
             return
         of = self._open
@@ -487,8 +491,9 @@ class FileReader:
             self.lose(f"it ends within a transaction, at line {self._line}")
         if self._lost is not None:
             after, reason = self._lost
-            ends = [end for end in (self._lost_end, self._until) if end is not None and end > (after or INVALID)]
-            self._note(after, max(ends, default=None), reason, last=True)
+            ends = () if self._more else (self._lost_end, self._until)
+            until = max((end for end in ends if end is not None and end > (after or INVALID)), default=None)
+            self._note(after, until, reason, last=True)
         elif not self._verified:
             self._claim()
 

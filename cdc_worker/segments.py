@@ -131,13 +131,13 @@ class Source:
         try:
             for block in blocks(file):
                 if isinstance(block, Damage):
-                    reader.lose(block.reason)
+                    reader.lose(block.reason, more=True)
                 else:
                     yield from reader.take(block)
         except NotARecordingError as error:
             if named.given:
                 raise _no_recording(named.name, error) from error
-            reader.lose(f"it is no recording: it is {error}")
+            reader.lose(f"it is no recording: it is {error}", more=True)
         reader.close()
         if reader.others:
             self.others.append(named.name)

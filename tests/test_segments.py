@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import gzip
 from collections.abc import Container, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,8 +14,11 @@ import msgspec
 import pytest
 import zstandard
 from factories import rules
+from hypothesis import given
+from hypothesis import strategies as st
 
 from cdc_worker import recording
+from cdc_worker.changes import Change, Message
 from cdc_worker.errors import RecordingUnreadableError
 from cdc_worker.lsn import LSN
 from cdc_worker.recording import Frame
@@ -37,6 +43,11 @@ description = "{new.customer_uid}"
 """
 
 RULES = rules(TABLES)
+
+RECORDED = TABLES.replace("customer_uid", "id").replace("customer", "keyed")
+"""Of what is in `recordings/format*`."""
+
+BARE = ("xid", "timestamp", "lsn", "nextlsn")
 
 compress = zstandard.ZstdCompressor(level=1, write_checksum=True).compress
 
@@ -187,3 +198,346 @@ def test_what_is_no_recording_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a").write_text("hello\n")
     with pytest.raises(RecordingUnreadableError, match="text of another kind"):
         source(tmp_path / "a")
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A file of frames, and which commits are, at least in part, in each."""
+
+    frames: list[bytes]
+    commits: list[set[int]]
+    rows: dict[int, list[int]]
+
+    @property
+    def data(self) -> bytes:
+        return b"".join(self.frames)
+
+
+def framed(commits: Sequence[tuple[int, Sequence[int]]], cuts: Container[int], after: int = 0) -> Segment:
+    """Commits, by their ends, in frames that are cut after lines with these numbers."""
+    made = Segment([], [], {end: [*rows] for end, rows in commits})
+    held: list[bytes] = []
+    of: set[int] = set()
+    within, until = False, after
+    lines = [(end, line) for end, rows in commits for line in transaction(end, *rows)]
+    for number, (end, line) in enumerate(lines):
+        held.append(line)
+        of.add(end)
+        ended = line.startswith(b'{"action":"C"')
+        until = end if ended else until
+        if number in cuts or number == len(lines) - 1:
+            made.frames.append(frame(after, until, *held, within=within))
+            made.commits.append(of)
+            held, of, within, after = [], set(), not ended, until
+    return made
+
+
+@st.composite
+def segments(draw: st.DrawFn, first: int = 0) -> Segment:
+    """Of some commits from one on, of which each is the same wherever it is."""
+    sizes = draw(st.lists(st.integers(1, 4), min_size=1, max_size=8)) if not first else [1 + n % 4 for n in range(8)]
+    commits = [(20 * (n + 1), [100 * n + k for k in range(size)]) for n, size in enumerate(sizes)]
+    begins = draw(st.integers(0, first))
+    commits = commits[begins : begins + draw(st.integers(1, 8))] if first else commits
+    return framed(commits, draw(st.sets(st.integers(0, 40), max_size=12)), 20 * begins)
+
+
+def whole(recorded: Sequence[Recorded]) -> dict[int, list[Any]]:
+    """The rows of commits that were read to their end."""
+    found: dict[int, list[Any]] = {}
+    for one in recorded:
+        if one.transaction.first:
+            found[one.transaction.end_lsn] = []
+        found[one.transaction.end_lsn] += numbers([one])
+    return {
+        end: rows
+        for end, rows in found.items()
+        if any(r.transaction.last for r in recorded if r.transaction.end_lsn == end)
+    }
+
+
+def is_named(end: int, missing: Sequence[Missing]) -> bool:
+    return any(
+        (one.after is None or LSN.parse(one.after) < end) and (one.until is None or end <= LSN.parse(one.until))
+        for one in missing
+    )
+
+
+def judge(segment: Segment, damaged: set[int], directory: Path, *, named: bool = True) -> None:
+    """What is in none of the `damaged` frames is read, and what is not is named."""
+    of = source(directory)
+    recorded = [*of]
+    found = whole(recorded)
+    assert all(segment.rows[one.transaction.end_lsn] for one in recorded)
+    assert {end: segment.rows[end] for end in found} == found
+    assert all(set(numbers([one])) <= {*segment.rows[one.transaction.end_lsn]} for one in recorded)
+    touched = {end for number in damaged for end in segment.commits[number]}
+    assert set(segment.rows) - touched <= set(found)
+    if named:
+        assert [end for end in segment.rows if end not in found and not is_named(end, of.missing)] == []
+    for one in of.missing:
+        assert one.file.startswith(str(directory))
+
+
+@given(segments(), st.data())
+def test_whatever_byte_is_flipped_the_rest_is_read_and_what_is_missing_is_named(
+    tmp_path_factory: pytest.TempPathFactory, segment: Segment, data: st.DataObject
+) -> None:
+    number = data.draw(st.integers(0, len(segment.frames) - 1))
+    of = segment.frames[number]
+    place = data.draw(st.integers(0, len(of) - 1))
+    flipped = bytes([of[place] ^ data.draw(st.integers(1, 255))])
+    frames = [*segment.frames[:number], of[:place] + flipped + of[place + 1 :], *segment.frames[number + 1 :]]
+    directory = written(tmp_path_factory.mktemp("flipped"), a=b"".join(frames))
+    judge(segment, {number}, directory)
+
+
+@given(segments(), st.data())
+def test_wherever_a_stretch_is_cut_out_the_rest_is_read_and_what_is_missing_is_named(
+    tmp_path_factory: pytest.TempPathFactory, segment: Segment, data: st.DataObject
+) -> None:
+    whole = segment.data
+    first = data.draw(st.integers(0, len(whole) - 1))
+    last = data.draw(st.integers(first, len(whole) - 1) | st.just(len(whole) - 1))
+    ends = [*accumulate(map(len, segment.frames))]
+    starts = [0, *ends[:-1]]
+    damaged = {n for n, (start, end) in enumerate(zip(starts, ends, strict=True)) if start <= last and first < end}
+    # Between two frames nobody sees that something was there, unless it goes on elsewhere.
+    clean = first in starts and (last + 1) in ends
+    directory = written(tmp_path_factory.mktemp("cut"), a=whole[:first] + whole[last + 1 :])
+    judge(segment, damaged, directory, named=not clean)
+
+
+# Several files
+
+
+@given(st.lists(st.tuples(segments(first=7), st.integers(0, 3)), min_size=1, max_size=3), st.data())
+def test_each_commit_is_read_once_from_whichever_file_has_it_whole(
+    tmp_path_factory: pytest.TempPathFactory, files: list[tuple[Segment, int]], data: st.DataObject
+) -> None:
+    """Of each file perhaps a frame is flipped, or torn; the same commits are the same in all files."""
+    directory = tmp_path_factory.mktemp("several")
+    read: set[int] = set()
+    rows: dict[int, list[int]] = {}
+    for number, (segment, damage) in enumerate(files):
+        frames, touched = [*segment.frames], set[int]()
+        rows |= segment.rows
+        if damage == 0:
+            place = data.draw(st.integers(0, len(frames) - 1))
+            frames[place] = frames[place][:-1] + bytes([frames[place][-1] ^ 1])
+            touched = segment.commits[place]
+        elif damage == 1:
+            frames[-1] = frames[-1][: data.draw(st.integers(1, len(frames[-1]) - 1))]
+            touched = segment.commits[-1]
+        read |= segment.rows.keys() - touched
+        written(directory, **{f"{number}": b"".join(frames)})
+    of = source(directory)
+    recorded = [*of]
+    found = whole(recorded)
+    assert {*found} >= read
+    assert {end: rows[end] for end in found} == found
+    ends = [one.transaction.end_lsn for one in recorded if one.transaction.last]
+    assert len(ends) == len({*ends})
+    assert [end for end in rows if end not in found and not is_named(end, of.missing)] == []
+
+
+def test_files_are_read_in_the_order_of_their_commits_whatever_their_names(tmp_path: Path) -> None:
+    written(tmp_path, c=segment(100, 120), a=segment(140, 160), b=segment(120, 140))
+    assert read(tmp_path) == ([120, 140, 160], [])
+    paths = [tmp_path / f"{name}.jsonl.zst" for name in "abc"]
+    assert read(*paths) == ([120, 140, 160], [])
+    assert read(*paths, tmp_path, paths[0]) == ([120, 140, 160], []), "each once"
+
+
+def test_a_file_without_frames_comes_after_those_that_have_them(tmp_path: Path) -> None:
+    written(tmp_path, z=segment(100, 120))
+    (tmp_path / "a.jsonl").write_bytes(text([*transaction(120), *transaction(140)]))
+    of = source(tmp_path)
+    assert numbers([*of]) == [120, 140]
+    assert (of.repeated, of.missing) == (1, [])
+
+
+def test_commits_between_those_of_a_file_without_frames_are_read_from_another(tmp_path: Path) -> None:
+    """Nobody says that such a file is without a gap: two may have been put together."""
+    (tmp_path / "a.jsonl").write_bytes(text([*transaction(120), *transaction(160)]))
+    (tmp_path / "b.jsonl").write_bytes(text([*transaction(120), *transaction(140), *transaction(160)]))
+    assert read(tmp_path) == ([120, 160, 140], [])
+
+
+def test_files_with_different_tables_over_the_same_commits_are_both_read(tmp_path: Path) -> None:
+    customer = change(7, "customer")
+    (tmp_path / "leads.jsonl").write_bytes(text([*transaction(120, 1), *transaction(140, 2)]))
+    (tmp_path / "customers.jsonl").write_bytes(text([*transaction(120, customer), *transaction(140, customer, 2)]))
+    assert sorted(read(tmp_path)[0]) == [1, 2, 7, 7]
+
+
+def test_a_table_that_only_one_of_two_segments_captured_is_read_from_that_one(tmp_path: Path) -> None:
+    """The profile has got a table, and the segments overlap."""
+    both = transaction(120, 1, change(7, "customer"), 2)
+    leads = frame(100, 120, both[0], both[1], both[3], both[4], tables=["public.lead"])
+    of = source(written(tmp_path, a=leads, b=frame(100, 120, *both)))
+    first, second = of
+    assert (numbers([first]), numbers([second])) == ([1, 2], [7])
+    assert (second.transaction.index, second.transaction.first, second.transaction.last) == (0, True, True)
+
+
+def test_a_repetition_in_one_file_is_read_once(tmp_path: Path) -> None:
+    """pg_recvlogical was started again, and appended what it had not confirmed; once it was killed in a line."""
+    first, second, third = (transaction(end, end, end + 1) for end in (120, 140, 160))
+    cut = [*second[:2], second[2][:30] + first[0]]
+    (tmp_path / "a").write_bytes(text([*first, *second, *first, *second, *third]))
+    assert read(tmp_path / "a") == ([120, 121, 140, 141, 160, 161], [])
+    (tmp_path / "b").write_bytes(text([*first, *cut, *first[1:], *second, *third]))
+    found, missing = read(tmp_path / "b")
+    assert found == [120, 121, 140, 141, 160, 161]
+    assert missing == []
+
+
+def test_files_of_other_workers_are_left_out_and_named(tmp_path: Path) -> None:
+    written(tmp_path, a=segment(100, 120), b=frame(100, 140, *transaction(140), worker="erp"))
+    (tmp_path / "c.jsonl").write_bytes(zstandard.decompress((tmp_path / "b.jsonl.zst").read_bytes()))
+    of = source(tmp_path)
+    assert numbers([*of]) == [120]
+    assert [Path(name).name for name in of.others] == ["b.jsonl.zst", "c.jsonl"]
+    assert of.missing == []
+
+
+def test_clusters_are_kept_apart(tmp_path: Path) -> None:
+    written(tmp_path, a=segment(100, 120), b=frame(300, 120, *transaction(120), system_identifier="76"))
+    recorded = [*source(tmp_path)]
+    assert [one.system_identifier for one in recorded] == ["75", "76"]
+
+
+# What a kill leaves
+
+
+def torn(directory: Path) -> Path:
+    """A file whose last frame was being written."""
+    return written(directory, **{"crm-0000000000000064-01234567": segment(100, 120) + segment(120, 140)[:-9]})
+
+
+def test_a_torn_last_frame_is_missing_if_the_checkpoint_has_passed_it(tmp_path: Path) -> None:
+    assert read(torn(tmp_path), checkpoint=LSN(120)) == ([120], [])
+    assert read(tmp_path, checkpoint=LSN(120), strict=True) == ([120], [])
+    for checkpoint, until in ((LSN(140), lsn(140)), (None, None)):
+        found, missing = read(tmp_path, checkpoint=checkpoint)
+        assert (found, lost(missing)) == ([120], [("crm-0000000000000064-01234567", lsn(120), until)])
+        assert "is cut" in missing[0].reason
+
+
+def test_a_torn_last_frame_is_not_missing_if_another_file_goes_on(tmp_path: Path) -> None:
+    written(torn(tmp_path), b=segment(120, 160))
+    assert read(tmp_path) == ([120, 160], [])
+    assert read(tmp_path, strict=True) == ([120, 160], [])
+
+
+def test_a_file_that_has_nothing_yet_lacks_nothing(tmp_path: Path) -> None:
+    written(tmp_path, **{"crm-0000000000000078-01234567": b""}, a=segment(100, 120))
+    assert read(tmp_path) == ([120], [])
+
+
+def test_a_file_whose_first_frame_is_torn_is_named_with_where_it_begins(tmp_path: Path) -> None:
+    written(tmp_path, **{"crm-0000000000000078-01234567": segment(120, 140)[:-3]}, a=segment(100, 120))
+    found, missing = read(tmp_path)
+    assert (found, lost(missing)) == ([120], [("crm-0000000000000078-01234567", lsn(120), None)])
+
+
+# Strict
+
+
+def test_strict_stops_at_what_is_missing(tmp_path: Path) -> None:
+    frames = [segment(100, 120), segment(120, 140), segment(140, 160)]
+    for number, data in enumerate((frames[0] + frames[2], b"".join(frames)[:-2], frames[0] + b"\0" * 9 + frames[2])):
+        directory = tmp_path / str(number)
+        directory.mkdir()
+        of, found = source(written(directory, a=data), strict=True), list[Recorded]()
+        with pytest.raises(RecordingUnreadableError, match="isn't whole"):
+            found.extend(of)
+        assert set(numbers(found)) <= {120, 140, 160}
+
+
+def test_strict_stops_before_a_gap(tmp_path: Path) -> None:
+    of, found = source(written(tmp_path, a=segment(100, 120), b=segment(140, 160)), strict=True), list[Recorded]()
+    with pytest.raises(RecordingUnreadableError, match=r"b\.jsonl\.zst, from 0/78 to 0/8C"):
+        found.extend(of)
+    assert numbers(found) == [120]
+
+
+# A range
+
+
+def test_a_range_is_one_of_commits(tmp_path: Path) -> None:
+    written(tmp_path, a=segment(100, *range(120, 220, 20), each=2))
+    moment = datetime(2026, 1, 1, 0, 2, 40, tzinfo=UTC)  # of the commit that ends at 160
+    assert read(tmp_path, since=LSN(152)) == ([160, 180, 200], [])
+    assert read(tmp_path, since=LSN(153), until=LSN(192)) == ([180], [])
+    assert read(tmp_path, until=LSN(193)) == ([120, 140, 160, 180, 200], [])
+    assert read(tmp_path, since=moment) == ([160, 180, 200], [])
+    assert read(tmp_path, until=moment) == ([120, 140], [])
+
+
+@given(segments(), st.integers(0, 180), st.integers(0, 180))
+def test_a_range_is_read_however_frames_are_cut(
+    tmp_path_factory: pytest.TempPathFactory, segment: Segment, since: int, until: int
+) -> None:
+    directory = written(tmp_path_factory.mktemp("range"), a=segment.data)
+    of = source(directory, since=LSN(since), until=LSN(until))
+    wanted = {end: rows for end, rows in segment.rows.items() if since <= end - 8 < until}
+    assert (whole([*of]), of.missing) == (wanted, [])
+
+
+def test_what_is_missing_outside_the_range_is_not_named(tmp_path: Path) -> None:
+    written(tmp_path, a=segment(100, 120), b=segment(140, 160, 180))
+    after = datetime(2026, 1, 1, 0, 2, 50, tzinfo=UTC)
+    for range_ in ({"since": LSN(140)}, {"until": LSN(120)}, {"since": after}):
+        assert read(tmp_path, **range_)[1] == [], range_
+    assert read(tmp_path, since=LSN(139))[1] != []
+
+
+# Other ways to record
+
+
+def test_lines_without_lsn_or_time_are_read_in_their_order(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(text([*transaction(120, without=BARE), *transaction(140, without=BARE)]))
+    of = source(tmp_path / "a")
+    first, second = of
+    assert (first.has_lsn, first.has_time, first.exact) == (False, False, False)
+    assert first.transaction.end_lsn <= second.transaction.commit_lsn
+    assert numbers([first, second]) == [120, 140]
+    (tmp_path / "b").write_bytes(text(transaction(120, without=["timestamp"])))
+    (only,) = source(tmp_path / "b")
+    assert (only.has_lsn, only.has_time, only.transaction.end_lsn) == (True, False, 120)
+    (tmp_path / "c").write_bytes(text(transaction(120, without=["lsn"])))
+    (only,) = source(tmp_path / "c")
+    assert (only.has_lsn, only.has_time, str(only.transaction.committed_at)) == (False, True, at(120) + ":00")
+
+
+def test_a_range_of_what_is_not_told_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(text(transaction(120, without=BARE)))
+    with pytest.raises(RecordingUnreadableError, match="without LSN"):
+        read(tmp_path / "a", since=LSN(1))
+    with pytest.raises(RecordingUnreadableError, match="without time"):
+        read(tmp_path / "a", until=datetime.now(UTC))
+
+
+RECORDINGS = Path(__file__).parent / "recordings"
+
+FORMAT_1 = ("format1.jsonl", "format1_lsn.jsonl", "format1_pretty.json", "format1_chunks.jsonl")
+
+
+def told(name: str) -> list[tuple[list[Change], list[tuple[int, Message]]]]:
+    """The transactions of a recording in which something was captured."""
+    of = source(RECORDINGS / name, rules=rules(RECORDED))
+    found = [(one.transaction.changes, one.transaction.messages) for one in of]
+    assert of.missing == []
+    return found
+
+
+@pytest.mark.parametrize("name", FORMAT_1)
+def test_format_1_says_the_same_as_format_2_but_for_truncates(name: str) -> None:
+    """All four were recorded beside it: by default, with `include-lsn`, `pretty-print` and `write-in-chunks`."""
+    assert told(name) == [pair for pair in told("format2.jsonl") if pair[0][0].operation != "truncate"]
+
+
+def test_format_2_without_options_says_the_same() -> None:
+    assert told("format2_bare.jsonl") == told("format2.jsonl")
