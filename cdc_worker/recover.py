@@ -7,13 +7,13 @@ in the same database transaction as the checkpoint that passes it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import closing
 from datetime import UTC, datetime
 from typing import Final
 
 from cdc_worker import errors, postgres, recording, slot, wal2json
-from cdc_worker.changes import STREAM, Assembler, Begin, Change, Part, Payload, RootOf, Transaction, Unread
+from cdc_worker.changes import STREAM, Assembler, Begin, Change, Commit, Part, Payload, RootOf, Transaction, Unread
 from cdc_worker.checkpoint import Checkpoint
 from cdc_worker.config import Settings
 from cdc_worker.errors import MessageUnreadableError
@@ -78,13 +78,18 @@ def _check_position(position: LSN, at: slot.Slot, end: LSN) -> None:
         )
 
 
+def allowed(connection: Connection, found: Checkpoint) -> frozenset[LSN]:
+    """The positions of messages that the worker may pass over."""
+    rows = connection.execute(_ALLOWED, (found.worker, found.system_identifier)).fetchall()
+    return frozenset(LSN.parse(lsn) for (lsn,) in rows)
+
+
 class Skips:
     """What may be passed over, and what is made of it."""
 
     def __init__(
         self,
-        connection: Connection,
-        found: Checkpoint,
+        allowed: Collection[LSN],
         rules: Rules,
         root_of: RootOf | None,
         begins: Mapping[LSN, bytes],
@@ -96,8 +101,7 @@ class Skips:
 
         With `raw` messages go into recordings as they are, else only those in which no value can be that is masked.
         """
-        rows = connection.execute(_ALLOWED, (found.worker, found.system_identifier)).fetchall()
-        self._allowed = frozenset(LSN.parse(lsn) for (lsn,) in rows)
+        self._allowed = allowed
         self._rules = rules
         self._root_of = root_of
         self._begins = begins
@@ -111,8 +115,9 @@ class Skips:
 
         Raises MessageUnreadableError, with all that is known of the message, where that is not allowed.
         """
+        part = _part(payload, position, assembler)
         if assembler.dealt_with:
-            return None
+            return assembler.feed(Commit(), payload) if part == "commit" else None
         begun = assembler.begun
         table, partition = self._table(payload, begun)
         if _is_readable(payload):  # it can't stand where it does
@@ -132,7 +137,7 @@ class Skips:
         unread = Unread(
             *("unreadable", *(table or STREAM), None, None),
             partition=partition,
-            of=_part(payload, position, assembler),
+            of=part,
             position=position,
             reason=str(error),
             met_at=datetime.now(UTC),

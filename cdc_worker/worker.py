@@ -29,7 +29,7 @@ from psycopg import sql
 from psycopg.waiting import Ready, Wait
 from tenacity import RetryCallState, Retrying, retry_if_exception, stop_when_event_set, wait_random_exponential
 
-from cdc_worker import catalog, checkpoint, errors, postgres, process, recorder, setup, slot, wal2json
+from cdc_worker import catalog, checkpoint, errors, postgres, process, recorder, recover, setup, slot, wal2json
 from cdc_worker.activities import Activity, Batch, Line, Position, Scope
 from cdc_worker.changes import MARKER_PREFIX, Assembler, BeginToldError, Change, Transaction
 from cdc_worker.checkpoint import Checkpoint
@@ -386,8 +386,7 @@ class Worker:
                 )
                 stack.callback(recording.close)
             skips = Skips(
-                connection,
-                found,
+                recover.allowed(connection, found),
                 self._rules,
                 partitions.root_of if partitions else None,
                 self._begins,

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import Any, LiteralString
 
@@ -36,7 +34,7 @@ from cdc_worker.changes import (
 from cdc_worker.context import Policy
 from cdc_worker.lsn import LSN
 from cdc_worker.profile import load as load_profile
-from cdc_worker.recover import skip
+from cdc_worker.recover import Skips, skip
 from cdc_worker.rules import Rules
 from cdc_worker.transform import transform
 from cdc_worker.verify import lines, verify
@@ -248,6 +246,27 @@ def test_what_can_be_read_by_now_is_the_change_that_it_was() -> None:
     assert wal2json.read_again(unread(), b"\xff{") is None
 
 
+def test_what_was_dealt_with_before_needs_no_permission() -> None:
+    assembler = Assembler(LSN(0x1030))
+    skips = Skips(frozenset(), leadfi(), None, {}, raw=True, log=log.get())
+    error = errors.MessageUnreadableError("")
+    assembler.feed(begin(), b"")
+    for position in (0x900, 0x1030):
+        assert assembler.open
+        assert skips.pass_over(assembler, b"{", LSN(position), error) is None
+    assert not assembler.open
+    with pytest.raises(errors.MessageUnreadableError, match="outside of any transaction"):
+        skips.pass_over(assembler, b"{", LSN(0x1030), error)
+
+
+def test_what_can_be_read_and_stands_in_a_wrong_place_is_not_passed_over() -> None:
+    skips = Skips(frozenset([LSN(0x900)]), leadfi(), None, {}, raw=True, log=log.get())
+    line = b'{"action":"T","schema":"public","table":"lead"}'
+    with pytest.raises(errors.MessageUnreadableError, match="this is the message at 0/900, outside") as raised:
+        skips.pass_over(Assembler(), line, LSN(0x900), errors.MessageUnreadableError(""))
+    assert raised.value.hint == "this is no fault of one message: report it"
+
+
 def marks(crm: Crm, *tables: str) -> list[str]:
     """What `verify` says of commits that were not read whole."""
     settings = config.load(None, {"dsn": crm.dsn, "slot": crm.slot} | crm.settings)
@@ -258,15 +277,11 @@ def marks(crm: Crm, *tables: str) -> list[str]:
 # The worker, on a wire that spoils what the server sends.
 
 
-@contextmanager
-def spoilt(crm: Crm, spoil: Spoil) -> Iterator[Wire]:
-    with Wire(crm.dsn, spoil) as wire:
-        yield wire
-
-
-def stopped(crm: Crm, wire: Wire) -> tuple[LSN, str]:
-    """Where `run` ends, at what it can't read, and what it says."""
+def run(crm: Crm, wire: Wire) -> tuple[LSN, str] | None:
+    """Where `run` ends, at what it can't read, and what it says; None if it doesn't."""
     done = crm.command("run", "--once", dsn=wire.dsn)
+    if not done.returncode:
+        return None
     assert done.returncode == errors.MessageUnreadableError.exit_code, done.stderr
     said = re.search(r"^error: (.*)\nhint: (.*)$", done.stderr, re.M)
     assert said, done.stderr
@@ -276,19 +291,29 @@ def stopped(crm: Crm, wire: Wire) -> tuple[LSN, str]:
     return LSN.parse(position[1]), said[1]
 
 
+def stopped(crm: Crm, wire: Wire) -> LSN:
+    """Where `run` ends."""
+    found = run(crm, wire)
+    assert found is not None
+    return found[0]
+
+
 def allowed(crm: Crm, position: LSN, **wishes: Any) -> list[str]:
     return [*skip(config.load(None, {"dsn": crm.dsn, "slot": crm.slot} | crm.settings), position, **wishes)]
 
 
-def passed_over(crm: Crm, spoil: Spoil, *, times: int = 1) -> list[str]:
-    """Let the worker go on, at each message that it ends at; returns what it said of them."""
+def passed_over(crm: Crm, spoil: Spoil) -> list[str]:
+    """Let the worker go on, at each message that it ends at; returns what it said of them.
+
+    They are fewer than the messages where some lie at the same position: a commit ends where the next transaction may
+    begin.
+    """
     reasons = []
-    with spoilt(crm, spoil) as wire:
-        for _ in range(times):
-            position, said = stopped(crm, wire)
+    with Wire(crm.dsn, spoil) as wire:
+        while (found := run(crm, wire)) is not None:
+            position, said = found
             reasons.append(said)
-            assert "is allowed to pass over" in allowed(crm, position)[0]
-        crm.record(dsn=wire.dsn)
+            assert "is allowed to pass over" in allowed(crm, position)[0], "it doesn't end there twice"
     return reasons
 
 
@@ -316,7 +341,7 @@ def test_it_ends_the_worker_which_goes_on_once_that_is_allowed(crm: Crm) -> None
     in_one_transaction(crm, "Ann")
     xid = in_one_transaction(crm, "Bob", "Spoilt", "Eve")
     in_one_transaction(crm, "Joe", "Torn", "Zoe")
-    first, second = passed_over(crm, lambda payload: tail(b"Spoilt")(head(b"Torn")(payload)), times=2)
+    first, second = passed_over(crm, lambda payload: tail(b"Spoilt")(head(b"Torn")(payload)))
     assert f", a change of public.lead, after 1 change of transaction {xid}, whose commit is at " in first
     assert "a change of" not in second, "how it begins can't be read either"
     assert "Spoilt" not in first
@@ -362,7 +387,7 @@ def test_a_transaction_of_which_neither_can_be_read_is_left_out_and_said_to_be(c
     xid = in_one_transaction(crm, "Bob", "Eve")
     in_one_transaction(crm, "Joe")
     lines = [b'{"action":"%b","xid":%d,' % (action, xid) for action in (b"B", b"C")]
-    first, second = passed_over(crm, head(*lines), times=2)
+    first, second = passed_over(crm, head(*lines))
     assert "outside of any transaction" in first
     assert "in a transaction whose begin can't be read either" in second
     assert [name for name, _ in ordinals(crm)] == ["Ann", "Joe"]
@@ -371,8 +396,8 @@ def test_a_transaction_of_which_neither_can_be_read_is_left_out_and_said_to_be(c
 
 def test_only_what_cannot_be_read_is_passed_over(crm: Crm) -> None:
     in_one_transaction(crm, "Ann", "Spoilt")
-    with spoilt(crm, tail(b"Spoilt")) as wire:
-        position, _ = stopped(crm, wire)
+    with Wire(crm.dsn, tail(b"Spoilt")) as wire:
+        position = stopped(crm, wire)
     allowed(crm, position)
     crm.record()
     assert [name for name, _ in ordinals(crm)] == ["Ann", "Spoilt"]
@@ -397,7 +422,7 @@ def test_it_is_kept_once_however_often_the_worker_is_killed_within_its_commit(cr
         return lsn, changes
 
     within = set()
-    with spoilt(crm, tail(*(part.encode() for part in parts))) as wire:
+    with Wire(crm.dsn, tail(*(part.encode() for part in parts))) as wire:
         for _ in range(rounds):
             before = position()
             with crm.worker(dsn=wire.dsn) as worker:
@@ -429,13 +454,20 @@ def test_a_change_of_a_partition_counts_as_one_of_its_root(crm: Crm) -> None:
     assert crm.value("SELECT change -> 'partition' FROM cdc_worker.dead_letter") == ["Far, away", "deal, south"]
 
 
-def test_a_recording_has_a_line_in_its_place_that_can_be_read(crm: Crm) -> None:
+_LETTERS: LiteralString = """
+SELECT change_key, kind, reason, committed_at, change, xid, commit_lsn, end_lsn, context, found, masked, raw
+FROM cdc_worker.dead_letter ORDER BY commit_lsn, change_key
+"""
+
+
+def test_a_recording_has_a_line_in_its_place_with_which_a_replay_tells_the_same(crm: Crm) -> None:
     directory = crm.directory / "recording"
     directory.mkdir()
     crm.settings["recording_directory"] = str(directory)
-    xid = in_one_transaction(crm, "Ann", "Spoilt")
-    in_one_transaction(crm, "Eve")
-    passed_over(crm, lambda payload: tail(b"Spoilt")(head(b'{"action":"C","xid":%d,' % xid)(payload)), times=2)
+    xid = in_one_transaction(crm, "Ann", "Spoilt", "Joe")
+    begins = in_one_transaction(crm, "Eve", "Torn")
+    whole = tail(b"Spoilt"), head(b'{"action":"C","xid":%d,' % xid, b'{"action":"B","xid":%d,' % begins, b"Torn")
+    passed_over(crm, lambda payload: whole[0](whole[1](payload)))
     text = b""
     for path in sorted(directory.iterdir()):
         with (
@@ -445,8 +477,19 @@ def test_a_recording_has_a_line_in_its_place_that_can_be_read(crm: Crm) -> None:
             text += lines.read()
     found = [json.loads(line) for line in text.splitlines()]
     ours = [line for line in found if line.get("xid") == xid or line["action"] == "X"]
-    assert [line["action"] for line in ours] == ["B", "I", "X", "X"]
-    assert [line.get("of") for line in ours] == [None, None, "change", "commit"]
+    assert [line["action"] for line in ours] == ["B", "I", "X", "I", "X", "X", "X"]
+    assert [line["of"] for line in ours if "of" in line] == ["change", "commit", "begin", "change"]
+    before = crm.activities(), crm.execute(_LETTERS)
+    assert [len(of) for of in before] == [3, 4]
+    crm.execute("SET cdc_worker.protect = off")
+    crm.execute("DELETE FROM activity")
+    crm.execute("DELETE FROM cdc_worker.dead_letter")
+    crm.succeed("replay", str(directory))
+    told = crm.activities()
+    assert [{**of, "activity_id": 0} for of in told] == [{**of, "activity_id": 0} for of in before[0]]
+    assert crm.execute(_LETTERS) == before[1]
+    crm.succeed("replay", str(directory))
+    assert (crm.activities(), crm.execute(_LETTERS)) == (told, before[1])
 
 
 def test_verify_finds_what_is_missing_and_makes_up_for_it(crm: Crm) -> None:
@@ -457,7 +500,7 @@ def test_verify_finds_what_is_missing_and_makes_up_for_it(crm: Crm) -> None:
     crm.execute("INSERT INTO customer (customer_uid, name, type) VALUES (1, 'Torn', 't')")
     xid = in_one_transaction(crm, "Eve")
     spoils = tail(b"Spoilt"), head(b"Torn", b'{"action":"C","xid":%d,' % xid)
-    passed_over(crm, lambda payload: spoils[0](spoils[1](payload)), times=3)
+    passed_over(crm, lambda payload: spoils[0](spoils[1](payload)))
     rows = crm.execute("SELECT dead_letter_id, commit_lsn::text FROM cdc_worker.dead_letter ORDER BY 1")
     (first, first_lsn), (second, second_lsn), _ = rows
     not_all = "not all of the commit at "
@@ -479,8 +522,8 @@ def test_verify_finds_what_is_missing_and_makes_up_for_it(crm: Crm) -> None:
 
 def test_it_says_what_is_allowed_and_what_comes_next(crm: Crm) -> None:
     in_one_transaction(crm, "Ann", "Spoilt")
-    with spoilt(crm, tail(b"Spoilt")) as wire:
-        position, _ = stopped(crm, wire)
+    with Wire(crm.dsn, tail(b"Spoilt")) as wire:
+        position = stopped(crm, wire)
     may = f"to pass over the message at {position}, if it can't be read"
     (said, kept, following) = allowed(crm, position, dry_run=True)
     assert said == f'the worker "{crm.slot}" would be allowed {may}'
@@ -502,15 +545,15 @@ def test_operating_shows_what_is_printed(bare_crm: Crm) -> None:
     crm.setup()
     in_one_transaction(crm, "Ann", "Spoilt")
     crm.execute("UPDATE lead SET status = 'x', email = 'Torn' WHERE lead_id = 1")
-    with spoilt(crm, tail(b"Spoilt", b"Torn")) as wire:
-        position, _ = stopped(crm, wire)
+    with Wire(crm.dsn, tail(b"Spoilt", b"Torn")) as wire:
+        position = stopped(crm, wire)
         (page,) = shown("docs/operating.md", "error: wal2json sent")
         assert varying(page) == varying(
             "error: " + crm.command("run", "--once", dsn=wire.dsn).stderr.split("error: ")[1]
         )
         (page,) = shown("docs/operating.md", 'the worker "cdc_worker" is allowed')
         assert varying(page) == varying(crm.succeed("recover", "--skip", str(position)))
-        allowed(crm, stopped(crm, wire)[0])
+        allowed(crm, stopped(crm, wire))
         crm.record(dsn=wire.dsn)
     with running(crm):
         (page,) = shown("docs/operating.md", "not all of the commit at")
