@@ -99,7 +99,7 @@ class Status(BaseModel):
     wal_status: str | None = Field(None, description="as in pg_replication_slots")
     activities: Counts = Field(description="activities written")
     dead_letters: Counts = Field(description="changes that could not become activities")
-    dead_letters_waiting: int = Field(description="those that nobody has seen to")
+    dead_letters_waiting: int = Field(description="those that wait to be seen to; not those that were discarded")
     marked: list[str] = Field(
         description="tables of which only what follows a context message is recorded, until `cdc-worker cutover`"
     )

@@ -10,6 +10,7 @@ from typing import LiteralString
 
 import pytest
 from support import Crm, role
+from test_docs import assert_has, fields_table, shown, varying
 
 from cdc_worker.dead_letters import Listed, Tried
 
@@ -215,3 +216,44 @@ def test_their_arrival_is_counted_and_logged(poisoned: Crm) -> None:
         f"error: metrics can't be served on 127.0.0.1, port {port}: Address already in use\n"
         "hint: name another port in CDC_WORKER_METRICS_PORT: each process has its own\n"
     )
+
+
+ADDED: LiteralString = """
+INSERT INTO lead (full_name, company_name, source, status, bd_in_charge, type) VALUES
+    ('Ada Lind', 'Lind Ltd', 'web', '1. lead generated', 'jane', 'exchange'),
+    ('Ken Abe', '', 'web', '1. lead generated', 'jane', 'exchange')
+"""
+
+PAGE = "docs/dead-letters.md"
+
+
+def test_the_page_shows_what_the_commands_print(new_crm: Crm) -> None:
+    crm = new_crm
+    crm.slot = crm.settings["slot"] = "cdc_worker"
+    crm.setup()
+    crm.execute("ALTER TABLE activity ADD CONSTRAINT activity_company CHECK (metadata ->> 'company_name' <> '')")
+    crm.execute(ADDED)
+    with crm.connection.transaction():
+        crm.execute("SELECT pg_logical_emit_message(true, 'cdc_worker.context', '{\"changed_by\": \"jane_doe\"}')")
+        crm.execute("UPDATE lead SET status = '2. proposal', phone_number = '555-1' WHERE full_name = 'Ken Abe'")
+    crm.record()
+
+    def on_page(first: str, *arguments: str) -> None:
+        (*parts,) = shown(PAGE, first)
+        printed = "\n".join(varying(crm.command("dead-letters", *arguments).stdout))
+        for part in parts:
+            assert "\n".join(varying(part)) in printed
+
+    header = f"{'id':>8}  committed            attempts  rule                      reason\n       "
+    on_page(f"{header}1  ", "list")
+    on_page("dead letter: 2", "show", "2")
+    on_page("1: failed again", "retry", "1")
+    crm.execute("ALTER TABLE activity DROP CONSTRAINT activity_company")
+    on_page("1: written", "retry", "1", "2")
+    assert crm.succeed("dead-letters", "discard", "3", "--yes") == "1 discarded\n"
+    on_page(f"{header}3  ", "list", "--discarded")
+
+
+def test_the_page_lists_the_fields() -> None:
+    assert_has(PAGE, fields_table(Tried))
+    assert_has(PAGE, fields_table(Listed))
