@@ -55,6 +55,7 @@ The edges each know one thing outside:
     lookups     the connection that fetches rows of other tables
     backfill    rows that were there before the worker
     late        activities that come later than the stream would have brought them
+    unplaced    recordings that don't say where their transactions were committed
     replay      recordings, told again
     ours        the worker's own rows of the target
     rewrite     activities that become what the profile says now

@@ -240,8 +240,14 @@ def own_key(worker: str, system_identifier: str, key: Key) -> str:
     return f"{worker}/{system_identifier}/{key.kind}/{key.table}/{key.subject}/{key.rule}/{key.place}{number}"
 
 
+BY_END: Final = "recording/"
+"""In a change key, before where the commit ended: in a recording that doesn't say where it was."""
+
+BY_TIME: Final = "recording/T"
+"""Likewise, before a number for when that was. It says nothing of what else is in the WAL."""
+
 _KEY: Final = re.compile(
-    r"(\d+)/(?:([0-9A-F]{16})/(.*)/(\d+)/([^/]*)"
+    rf"(\d+)/(?:({BY_TIME}|{BY_END}|)([0-9A-F]{{16}})/(.*)/(\d+)/([^/]*)"
     r"|(backfill|repair)/(.*)/([^/]*)/([^/]*)/(?:0|([0-9A-F]{16})-(\d+))(?:\.(\d+))?)",
     re.DOTALL,
 )
@@ -252,10 +258,10 @@ def parsed_key(worker: str, system_identifier: str, change_key: str) -> Key | No
     found = _KEY.fullmatch(change_key.removeprefix(f"{worker}/")) if change_key.startswith(f"{worker}/") else None
     if found is None:
         return None
-    cluster, lsn, table, ordinal, rule, kind, own_table, subject, own_rule, after, after_ordinal, number = (
+    cluster, by, lsn, table, ordinal, rule, kind, own_table, subject, own_rule, after, after_ordinal, number = (
         found.groups()
     )
-    current = int(cluster == system_identifier)
+    current = int(cluster == system_identifier and by != BY_TIME)
     if kind is None:
         return Key("stream", table, rule, Place(current, LSN(int(lsn, 16)), int(ordinal)))
     place = Place(rank=2, number=int(number or 0)) if kind == "repair" else Place(rank=1)

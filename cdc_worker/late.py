@@ -262,12 +262,18 @@ class Late:
         """Whether something was recorded where the worker records now, whose stream tells the rest."""
         return cluster == self.checkpoint.system_identifier and database in (None, self.database)
 
-    def scope(self, cluster: str, database: str | None) -> Scope:
+    def scope(self, cluster: str, database: str | None, *, placed: bool = True) -> Scope:
         """What there are no activities of, of what was recorded on a cluster in a database (None: in this one).
 
         Before the slot was there nobody else can have told what was recorded, unless triggers did. Of the time before
-        a restore, whoever was erased since is forgotten altogether.
+        a restore, whoever was erased since is forgotten altogether. Of what isn't `placed`, so that nobody knows what
+        was before it, are left out the tables that triggers have recorded at any time, and whoever was ever erased.
         """
+        if not placed:
+            told = self.control.execute(_EXCLUDED, (self._worker, cluster))
+            tables = {qualified(name) for name, _, _, marked, triggers in told if triggers or marked}
+            persons = {(name, key) for _, name, key, _, _ in self.control.execute(_ERASED, (self._worker,))}
+            return Scope(dict.fromkeys(tables, ((INVALID, None),)), dict.fromkeys(persons, ((FOREVER, None),)))
         excluded: dict[tuple[str, str], list[Stretch]] = {}
         marked: dict[tuple[str, str], list[Stretch]] = {}
         erased: dict[Person, list[Stretch]] = {}

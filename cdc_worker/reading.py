@@ -12,7 +12,7 @@ from typing import Final, NamedTuple
 import msgspec
 
 from cdc_worker import recording, wal2json
-from cdc_worker.blocks import LONGEST, Lines, NotARecordingError, looks_like
+from cdc_worker.blocks import LONGEST, Lines
 from cdc_worker.changes import (
     Assembler,
     Begin,
@@ -40,6 +40,8 @@ _STRUCTURE: Final = b"BCRP"
 
 _BEGIN: Final = b'{"action":"B"'
 _COMMIT: Final = b'{"action":"C"'
+
+_FRAME: Final = b'{"action":"R"'
 
 _ELEMENT: Final = b'{"kind"', b',{"kind"'
 """How lines begin that are a part of a document, where each change is a line."""
@@ -143,6 +145,7 @@ class FileReader:
         self._assembler = self._new()
         self._documents = Documents()
         self._document: list[bytes] = []
+        self._size = 0  # of the document
 
     def _new(self) -> Assembler:
         return Assembler(root_of=self._root, keys=self._wanted.keys)
@@ -158,9 +161,7 @@ class FileReader:
     # Lines
 
     def take(self, block: Lines) -> Iterator[Recorded]:
-        """Read lines that follow each other. Raises NotARecordingError, RecordingUnreadableError."""
-        if block.number == 1 and not block.lines[0].lstrip().startswith(b"{"):
-            raise NotARecordingError(looks_like(block.lines[0]))
+        """Read lines that follow each other. Raises RecordingUnreadableError."""
         if block.verified and self._skips(block):
             return
         for number, line in enumerate(block.lines, block.number):
@@ -186,10 +187,12 @@ class FileReader:
 
     def _skips(self, block: Lines) -> bool:
         """Whether nothing in a frame is wanted, nor begins in it."""
-        frame = first_frame(block.lines)
-        if frame is None:
-            self.lose(f"the frame at line {block.number} doesn't say what it holds")
-            return False
+        try:
+            frame = recording.decode(block.lines[0])
+        except MessageUnreadableError as error:
+            self.lose(f"the frame at line {block.number} can't be read: {error}", more=True)
+            return True
+        assert isinstance(frame, Frame)
         if frame.worker != self._wanted.worker:
             self.others = True
             return True
@@ -222,7 +225,11 @@ class FileReader:
         return None
 
     def _own(self, line: bytes, *, verified: bool) -> Recorded | None:
-        own = recording.decode(line)
+        try:
+            own = recording.decode(line)
+        except MessageUnreadableError:
+            self._foreign = self._foreign or line.startswith(_FRAME)
+            raise
         if isinstance(own, Frame):
             self._open_frame(own, verified=verified)
         elif self._foreign:
@@ -255,18 +262,19 @@ class FileReader:
             if self._document:
                 self._document = []
                 self.lose(f"a document ends before line {self._line} without being whole")
-            self._document = [line]
+            self._document, self._size = [line], 0
             whole = line.endswith(b"]}")
         elif not self._document:
             raise MessageUnreadableError("it isn't what wal2json writes")
         else:
             self._document.append(line)
             whole = line in (b"}", b"]}")
+        self._size += len(line)
         if whole:
             lines, self._document = self._document, []
             yield from self._whole_document(b"\n".join(lines))
-        elif sum(map(len, self._document[-1:])) > LONGEST:
-            raise NotARecordingError("a document of more than a gigabyte")
+        elif self._size > LONGEST:
+            raise MessageUnreadableError("a document of more than a gigabyte")
 
     def _whole_document(self, document: bytes) -> Iterator[Recorded]:
         said, changes = self._documents.read(document)

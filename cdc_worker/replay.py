@@ -21,8 +21,8 @@ from zoneinfo import ZoneInfo
 import msgspec
 from pydantic import BaseModel, Field
 
-from cdc_worker import catalog, errors, lookups, partitions, postgres
-from cdc_worker.activities import Activity, DeadLetter, Person, Scope
+from cdc_worker import catalog, errors, lookups, partitions, postgres, unplaced
+from cdc_worker.activities import BY_TIME, Activity, DeadLetter, Person, Scope
 from cdc_worker.catalog import TargetTable
 from cdc_worker.changes import Change, Row
 from cdc_worker.config import Settings, known_time_zone
@@ -33,7 +33,7 @@ from cdc_worker.log import Logger
 from cdc_worker.lsn import LSN
 from cdc_worker.postgres import Connection
 from cdc_worker.profile import Profile
-from cdc_worker.progress import shown
+from cdc_worker.progress import Advance, shown
 from cdc_worker.rules import Lookup, Rules, qualified
 from cdc_worker.segments import STDIN, Bound, Missing, Recorded, Source
 from cdc_worker.sink import encoder, finished, parsed
@@ -163,7 +163,7 @@ class Teller:
         *,
         worker: str,
         policy: Policy,
-        scope: Callable[[str, str | None], Scope],
+        scope: Callable[[str, str | None, bool], Scope],
         now: Fetch | None,
         meant: Callable[[Outcome], bool],
         log: Logger,
@@ -171,15 +171,17 @@ class Teller:
         self.looked_up_now = 0
         self._rules, self._worker, self._policy = rules, worker, policy
         self._scope, self._now, self._meant, self._log = scope, now, meant, log
-        self._transformers: dict[tuple[str, str | None], tuple[Transformer, Scope]] = {}
+        self._transformers: dict[tuple[str, str | None, bool], tuple[Transformer, Scope]] = {}
+        self._places = unplaced.Places()
         self._looked: dict[tuple[tuple[str, str], frozenset[tuple[str, Any]]], Row | None] = {}
         self._unverifiable = False
 
     def told(self, recorded: Iterable[Recorded]) -> Iterator[Portion]:
         """What came of it, slice by slice."""
-        for of in recorded:
-            transaction = of.transaction
-            transformer, scope = self._transformer(of)
+        for one in recorded:
+            placed = self._places.placed(one)
+            of, transaction = placed.recorded, placed.recorded.transaction
+            transformer, scope = self._transformer(of, placed=placed.kind != BY_TIME)
             if transaction.first:
                 self._looked.clear()
             for looked in of.looked:
@@ -193,11 +195,11 @@ class Teller:
             if transformer.untrusted and not transaction.xid and not self._unverifiable:
                 self._unverifiable = True
                 self._log.warning("signatures_unverifiable", reason="the recording doesn't number its transactions")
-            kept = [outcome for outcome in outcomes if self._meant(outcome)]
+            kept = [unplaced.named(outcome, placed) for outcome in outcomes if self._meant(outcome)]
             yield Portion(of, kept, transformer.done, transformer.decided, transaction.last, given, scope)
 
-    def _transformer(self, of: Recorded) -> tuple[Transformer, Scope]:
-        key = of.system_identifier, of.database
+    def _transformer(self, of: Recorded, *, placed: bool) -> tuple[Transformer, Scope]:
+        key = of.system_identifier, of.database, placed
         if key not in self._transformers:
             scope = self._scope(*key)
             transformer = Transformer(
@@ -246,11 +248,13 @@ class Columns:
             self.zone = ZoneInfo(known_time_zone(settings.time_zone or target.time_zone or zone))
         except ValueError as error:
             raise errors.ProfileError(f"the target's time zone: {error}") from error
+        self._dates = [column for column, field in target.columns.items() if field == "occurred_at"]
         self._encode = encoder(target, table, self.zone)
 
-    def of(self, activity: Activity) -> dict[str, str | None]:
-        """Its columns."""
-        return dict(zip(self.names, parsed(self._encode(activity)), strict=True))
+    def of(self, activity: Activity, *, timed: bool = True) -> dict[str, str | None]:
+        """Its columns; without its date where that isn't known."""
+        found = dict(zip(self.names, parsed(self._encode(activity)), strict=True))
+        return found if timed else {**found, **dict.fromkeys(self._dates)}
 
 
 class Filter:
@@ -380,13 +384,12 @@ class Loop:
 
     def portions(self) -> Iterator[Portion]:
         """What recordings come to, from their beginning. What is missing in them is known afterwards."""
-        late, wishes = self.late, self.wishes
         self.left_to_the_stream = self.looked_up_now = 0
         teller = Teller(
             self.rules,
             worker=self.settings.worker,
             policy=self.settings.policy(self.profile),
-            scope=late.scope if late is not None else lambda cluster, database: Scope(),
+            scope=self._scope,
             now=self._now,
             meant=self._filter,
             log=self.log,
@@ -397,7 +400,21 @@ class Loop:
             nonlocal done
             done += count
 
-        source = self.source = Source(
+        source = self.source = self._source(read)
+        with shown(self.log, "replay", unit="B", total=source.total) as advance:
+            for portion in teller.told(self._ours(source)):
+                self.looked_up_now = teller.looked_up_now
+                yield portion
+                done, more = 0, done
+                advance(more)
+            advance(done)
+
+    def _scope(self, cluster: str, database: str | None, placed: bool) -> Scope:
+        return Scope() if self.late is None else self.late.scope(cluster, database, placed=placed)
+
+    def _source(self, advance: Advance) -> Source:
+        late, wishes = self.late, self.wishes
+        return Source(
             self.paths,
             worker=self.settings.worker,
             cluster=wishes.system_identifier or (late.checkpoint.system_identifier if late is not None else "0"),
@@ -408,21 +425,17 @@ class Loop:
             strict=wishes.strict,
             since=self._bound(wishes.since),
             until=self._bound(wishes.until),
-            advance=read,
+            advance=advance,
         )
-        with shown(self.log, "replay", unit="B", total=source.total) as advance:
-            for portion in teller.told(self._ours(source)):
-                self.looked_up_now = teller.looked_up_now
-                yield portion
-                done, more = 0, done
-                advance(more)
-            advance(done)
 
     def _ours(self, source: Iterable[Recorded]) -> Iterator[Recorded]:
         """What is not the stream's to tell."""
-        late = self.late
+        late, checked = self.late, False
         for recorded in source:
             transaction = recorded.transaction
+            if late is not None and not (recorded.exact or checked):
+                self._check_unplaced(late)
+                checked = True
             if (
                 late is not None
                 and late.is_home(recorded.system_identifier, recorded.database)
@@ -431,6 +444,15 @@ class Loop:
                 self.left_to_the_stream += transaction.last
             else:
                 yield recorded
+
+    def _check_unplaced(self, late: Late) -> None:
+        """Raise RecordingUnreadableError unless transactions may be told that don't say where they were committed."""
+        if self.once:
+            raise errors.RecordingUnreadableError(
+                "standard input has transactions that don't say where they were committed, and would be read twice",
+                hint="put it into a file; or write activities to a file with --output",
+            )
+        unplaced.check(late, self._source(lambda count, /: None), self.columns.zone)
 
     def _bound(self, bound: Bound | None) -> Bound | None:
         return dated(bound, self.columns.zone) if isinstance(bound, datetime) else bound
@@ -566,15 +588,16 @@ def _opened(path: str) -> IO[str]:
 
 def _line(outcome: Activity | DeadLetter, recorded: Recorded | None, columns: Columns) -> Line:
     change, told = outcome.change, isinstance(outcome, Activity)
+    timed = recorded is None or recorded.has_time
     at = outcome.fields["occurred_at"] if isinstance(outcome, Activity) else outcome.committed_at
     return Line(
         outcome="activity" if told else "dead_letter",
-        change_key=outcome.change_key if recorded is None or recorded.exact else None,
+        change_key=outcome.change_key if recorded is None or recorded.has_lsn else None,
         table=f"{change.schema}.{change.table}",
         operation=change.operation,
-        commit_lsn=str(outcome.origin.commit_lsn),
-        committed_at=at.isoformat() if isinstance(at, datetime) else str(at),
+        commit_lsn=str(outcome.origin.commit_lsn) if recorded is None or recorded.has_lsn else None,
+        committed_at=(at.isoformat() if isinstance(at, datetime) else str(at)) if timed else None,
         type=outcome.fields["type"] if isinstance(outcome, Activity) else None,
-        columns=columns.of(outcome) if isinstance(outcome, Activity) else None,
+        columns=columns.of(outcome, timed=timed) if isinstance(outcome, Activity) else None,
         reason=f"{outcome.kind}: {outcome.reason}" if isinstance(outcome, DeadLetter) else None,
     )

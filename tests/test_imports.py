@@ -33,7 +33,7 @@ EDGES = [
         "sink",
         "lookups",
     ),
-    *("progress", "backfill", "late", "replay", "ours", "rewrite", "dead_letters", "recover", "verify"),
+    *("progress", "backfill", "late", "unplaced", "replay", "ours", "rewrite", "dead_letters", "recover", "verify"),
     *(
         "cutover",
         "setup",

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import random
-from collections.abc import Iterator
+import signal
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import psycopg
 import pytest
@@ -20,7 +24,8 @@ from test_sales_cookbook import add, change, use
 
 from cdc_worker import config, log, profile
 from cdc_worker.cluster import Cluster
-from cdc_worker.errors import SettingsError, TargetUnusableError
+from cdc_worker.errors import RecordingUnreadableError, SettingsError, TargetUnusableError
+from cdc_worker.late import Late
 from cdc_worker.replay import Replayed, Wishes, replay
 
 
@@ -336,27 +341,43 @@ def test_who_was_erased_stays_erased(crm: Crm, recording: Path) -> None:
     assert not any(activity["description"] for activity in blank.values())
 
 
+@contextmanager
+def before_it_writes(do: Callable[[], object]) -> Iterator[None]:
+    """Have something done when a replay has all in hand that it is about to write, for the first time."""
+    flush, done = Late.flush, False
+
+    def flushed(late: Late) -> None:
+        nonlocal done
+        if not done:
+            done = True
+            do()
+        flush(late)
+
+    with mock.patch.object(Late, "flush", flushed):
+        yield
+
+
 def test_a_person_who_is_erased_meanwhile_is_not_told_of(crm: Crm, recording: Path) -> None:
     crm.add_leads(2)
     crm.record()
     lose(crm)
-    with ThreadPoolExecutor() as pool:
-        with crm.connection.transaction():
-            crm.execute("LOCK TABLE activity IN EXCLUSIVE MODE")
-            replaying_ = pool.submit(replayed, crm)
-            eventually(
-                lambda: (
-                    crm.value(
-                        "SELECT count(*) FROM pg_locks WHERE NOT granted AND database ="
-                        " (SELECT oid FROM pg_database WHERE datname = current_database())"
-                    )
-                    == 1
-                )
-            )
-            crm.execute("UPDATE cdc_worker.checkpoint SET nonce = nonce")
-        replaying_.result()
-    crm.succeed("forget", "--lead", "1", "--yes")
-    assert sorted(activity["description"] for activity in crm.activities())[0] == ""
+    with before_it_writes(lambda: crm.succeed("forget", "--lead", "1", "--yes")):
+        assert added(replayed(crm)) == 2
+    assert [activity["description"] == "" for activity in crm.activities()] == [True, False]
+
+
+def test_what_a_backfill_makes_up_meanwhile_gives_way(crm: Crm, recording: Path) -> None:
+    crm.add_leads(2)
+    crm.record()
+    before = written(crm)
+    lose(crm)
+    with crm.worker() as worker:
+        worker.wait_for("replication_started")
+        with before_it_writes(lambda: fill(crm, "lead")):
+            done = replayed(crm)
+        worker.terminate()
+    assert (added(done), done.replaced) == (2, 2)
+    assert written(crm) == before
 
 
 def test_a_dead_letter_that_succeeds_now_is_resolved_and_one_that_was_discarded_is_left(
@@ -446,3 +467,219 @@ def test_a_role_that_lacks_rights_is_told_which(crm: Crm, recording: Path) -> No
             replayed(crm)
         mend(crm, refused.value.hint or "")
         assert added(replayed(crm)) == 1
+
+
+# What pg_recvlogical has recorded
+
+
+class Witness:
+    """A slot beside the worker's, which pg_recvlogical reads."""
+
+    def __init__(self, server: Cluster, crm: Crm) -> None:
+        self._server, self._crm, self._slot = server, crm, f"{crm.slot}_witness"
+        crm.execute("SELECT pg_create_logical_replication_slot(%s, 'wal2json')", self._slot)
+
+    def records(self, name: str, **options: str) -> Path:
+        """A file of what was committed since the last time."""
+        output = self._crm.directory / name
+        end = self._crm.value("SELECT pg_current_wal_flush_lsn()::text")
+        asked = [part for option, value in options.items() for part in ("-o", f"{option.replace('_', '-')}={value}")]
+        database = self._crm.connection.info.dbname
+        source = ["--slot", self._slot, "--dbname", database, "--endpos", end, "--no-loop"]
+        self._server.run("pg_recvlogical", "--start", *source, *asked, "--file", str(output))
+        return output
+
+
+PROPERLY = {"format_version": "2", "include_lsn": "1", "include_timestamp": "1", "include_xids": "1"}
+
+
+@pytest.fixture
+def witness(server: Cluster, crm: Crm) -> Witness:
+    return Witness(server, crm)
+
+
+def test_what_pg_recvlogical_has_recorded_is_the_same(crm: Crm, witness: Witness, seed: int) -> None:
+    Workload(crm, seed).run(40)
+    crm.record()
+    before = written(crm)
+    recorded = witness.records("recorded.jsonl", **PROPERLY)
+    assert added(replayed(crm, recorded)) == 0
+    lose(crm)
+    with gzip.open(crm.directory / "recorded.jsonl.gz", "wb") as file:
+        file.write(recorded.read_bytes())
+    done = replayed(crm, Path(file.name), recorded)
+    assert written(crm) == before
+    assert (added(done), done.missing) == (len(before), [])
+    assert done.repeated
+
+
+def test_what_is_recorded_without_positions_goes_into_a_file(crm: Crm, witness: Witness) -> None:
+    crm.add_leads(2)
+    recorded = witness.records("recorded.jsonl", format_version="2")
+    output = crm.directory / "activities.jsonl"
+    done = replayed(crm, recorded, output=str(output))
+    told = [json.loads(line) for line in output.read_text("utf-8").splitlines()]
+    assert added(done) == len(told) == 2
+    for line in told:
+        assert (line["change_key"], line["commit_lsn"], line["committed_at"]) == (None, None, None)
+        assert line["columns"]["date_created"] is None
+    with pytest.raises(RecordingUnreadableError, match="doesn't say when"):
+        replayed(crm, recorded)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"format_version": "1", "include_lsn": "1", "include_timestamp": "1"},
+        {"format_version": "2", "include_timestamp": "1"},
+    ],
+    ids=["with its end", "with its time"],
+)
+def test_what_is_recorded_without_positions_goes_into_a_target_that_has_nothing_of_its_time(
+    crm: Crm, witness: Witness, options: dict[str, str]
+) -> None:
+    crm.add_leads(3)
+    crm.execute("DELETE FROM lead WHERE lead_id = 2")
+    recorded = witness.records("recorded.json", **options)
+    with pytest.raises(RecordingUnreadableError, match="may still tell them"):
+        replayed(crm, recorded)
+    crm.record()
+    with pytest.raises(RecordingUnreadableError, match="has recorded something of that time|may still tell them"):
+        replayed(crm, recorded)
+    before = crm.activities()
+    lose(crm)
+    crm.add_leads(1)
+    crm.record()
+    done = replayed(crm, recorded)
+    assert added(done) == len(before) == 4
+    assert added(replayed(crm, recorded)) == 0
+    own = {"activity_id", "change_key"}
+    told = [{name: value for name, value in of.items() if name not in own} for of in crm.activities()[1:]]
+    assert told == [{name: value for name, value in of.items() if name not in own} for of in before]
+    with crm.worker() as worker:
+        worker.wait_for("replication_started")
+        assert fill(crm, "lead")["lead"].activities == {}
+        crm.succeed("verify", "lead")
+        worker.terminate()
+
+
+def test_what_was_recorded_before_there_was_a_worker_is_told(server: Cluster, new_crm: Crm) -> None:
+    crm = new_crm
+    witness = Witness(server, crm)
+    crm.add_leads(2)
+    crm.setup()
+    crm.add_leads(1)
+    crm.record()
+    done = replayed(crm, witness.records("recorded.jsonl", **PROPERLY))
+    assert (added(done), done.already_there) == (2, 1)
+    assert crm.value("SELECT count(DISTINCT lead_id) FROM activity") == 3
+
+
+def test_what_triggers_have_told_is_left_out(crm: Crm, recording: Path) -> None:
+    crm.add_leads(1)
+    crm.record()
+    lose(crm)
+    crm.execute(
+        "INSERT INTO cdc_worker.excluded (worker, table_name, from_lsn, until_lsn, triggers)"
+        " SELECT worker, 'public.lead', '0/1', lsn, true FROM cdc_worker.checkpoint"
+    )
+    assert added(replayed(crm)) == 0
+
+
+def test_what_another_cluster_has_recorded_is_told_under_its_own_keys(
+    server: Cluster, own_server: Cluster, crm: Crm, recording: Path, tmp_path: Path
+) -> None:
+    """After a dump, which had its activities, was restored here; but for those that were lost."""
+    crm.add_leads(3)
+    crm.execute("UPDATE lead SET status = '7. lost' WHERE lead_id = 2")
+    crm.record()
+    before = written(crm)
+    dump, database = tmp_path / "dump.sql", crm.connection.info.dbname
+    server.run("pg_dump", "--no-owner", "--file", str(dump), database)
+    own_server.createdb(database)
+    own_server.run("psql", "--quiet", "--file", str(dump), database)
+    restored = Crm(own_server.dsn(database), crm.slot, tmp_path)
+    try:
+        restored.execute("DELETE FROM cdc_worker.checkpoint")
+        restored.setup()
+        restored.add_leads(1)
+        restored.record()
+        assert added(replayed(restored, recording)) == 0
+        assert lose(restored, "lead_id = 2") == 2
+        with restored.worker() as worker:
+            worker.wait_for("replication_started")
+            assert fill(restored, "lead")["lead"].activities == {"lead_created": 1}
+            worker.terminate()
+        restored.succeed("forget", "--lead", "3", "--yes")
+        lose(restored, "lead_id = 3")
+        done = replayed(restored, recording)
+        assert (added(done), done.replaced) == (3, 1)
+        after = written(restored)
+        assert {key: after[key] for key in before if before[key]["lead_id"] != 3} == {
+            key: activity for key, activity in before.items() if activity["lead_id"] != 3
+        }
+        assert [after[key]["description"] for key in before if before[key]["lead_id"] == 3] == [""]
+        assert added(replayed(restored, recording)) == 0
+    finally:
+        restored.close()
+
+
+def test_the_cluster_of_a_recording_that_does_not_name_it_can_be_said(crm: Crm, witness: Witness) -> None:
+    crm.add_leads(1)
+    crm.record()
+    recorded = witness.records("recorded.jsonl", **PROPERLY)
+    assert added(replayed(crm, recorded, system_identifier="7")) == 1
+    assert sorted(activity["change_key"].split("/")[1] for activity in crm.activities())[0] == "7"
+
+
+# What is not whole
+
+
+def damage(recording: Path) -> Path:
+    """Flip a byte in the middle of the first segment."""
+    first = min(recording.iterdir())
+    data = bytearray(first.read_bytes())
+    data[len(data) // 2] ^= 1
+    first.write_bytes(data)
+    return first
+
+
+def test_what_is_whole_is_told_and_what_is_missing_is_named(crm: Crm, recording: Path) -> None:
+    crm.add_leads(1)
+    crm.record()
+    damaged = damage(recording)
+    crm.add_leads(1)
+    crm.record()
+    lose(crm)
+    done = crm.command("replay", "--json")
+    assert done.returncode == 1
+    told = json.loads(done.stdout)
+    assert sum(told["activities"].values()) == 1
+    assert [of["file"] for of in told["missing"]] == [str(damaged)]
+    assert f"missing: {damaged}, from" in done.stderr
+    strict = crm.command("replay", "--strict")
+    assert strict.returncode == 1
+    assert str(damaged) in strict.stderr
+
+
+def test_who_is_interrupted_is_told_how_things_are_left(crm: Crm, recording: Path) -> None:
+    crm.add_leads(1)
+    crm.record()
+    lose(crm)
+    with crm.connection.transaction():
+        crm.execute("LOCK TABLE activity IN SHARE MODE")
+        with replaying(crm) as process:
+            eventually(lambda: crm.value("SELECT count(*) FROM pg_locks WHERE NOT granted"))
+            process.process.send_signal(signal.SIGINT)
+            assert process.wait() == 130
+            assert "interrupted: what is written stays: run it again for the rest" in process.said
+    assert added(replayed(crm)) == 1
+
+
+def test_lines_say_what_was_done(crm: Crm, recording: Path) -> None:
+    crm.add_leads(2)
+    crm.record()
+    lose(crm, "lead_id = 1")
+    assert crm.succeed("replay", "--dry-run").splitlines()[0] == (
+        "1 transactions read, 1 activities would be written: 1 lead_created"
+    )
