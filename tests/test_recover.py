@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from typing import Any, LiteralString
 
@@ -11,6 +12,8 @@ import msgspec
 import pytest
 import zstandard
 from factories import COMMITTED_AT, begin, inserted, lead, leadfi, rules, said
+from hypothesis import given
+from hypothesis import strategies as st
 from spoiling import Spoil, Wire, head, tail
 from support import Crm, eventually, role, storm
 from test_docs import shown, varying
@@ -81,6 +84,27 @@ def test_it_counts_as_a_change_of_its_table_so_that_the_keys_after_it_are_the_tr
     assert keys(begin(), ann, unread(), eve, Commit()) == [read[0], "public.lead/1/*", read[2]]
     elsewhere = keys(begin(), ann, unread(STREAM), eve, unread(STREAM), Commit())
     assert elsewhere == [read[0], "cdc_worker.stream/0/*", read[1], "cdc_worker.stream/1/*"]
+
+
+@given(st.lists(st.sampled_from(["read", "unread", "stream"]), max_size=12), st.sets(st.integers(0, 12)))
+def test_what_comes_of_it_does_not_depend_on_slices(script: list[str], cuts: set[int]) -> None:
+    def slices(size: Callable[[int], int]) -> Iterator[Transaction | None]:
+        assembler = Assembler()
+        yield assembler.feed(begin(), b"")
+        for number, kind in enumerate(script):
+            if kind == "read":
+                yield assembler.feed(inserted("lead", lead(lead_id=number)), bytes(size(number)))
+            else:
+                table = STREAM if kind == "stream" else ("public", "lead")
+                yield assembler.pass_over(unread(table), bytes(size(number)))
+        yield assembler.feed(Commit(), b"")
+
+    whole, cut = (
+        transform(leadfi(), [of for of in slices(size) if of is not None], worker="w", system_identifier="1")
+        for size in (lambda _: 1, lambda number: Assembler.MAX_BYTES if number in cuts else 1)
+    )
+    assert cut == whole
+    assert [outcome.index for outcome in whole] == [*range(len(script))]
 
 
 def test_the_dead_letter_has_the_message_and_its_transaction_and_no_row() -> None:
