@@ -215,6 +215,13 @@ def roots(connection: Connection, tables: Iterable[Table]) -> dict[Table, Table]
     return {(schema, name): (root_schema, root) for schema, name, root_schema, root in found}
 
 
+def keys(connection: Connection, rules: Rules) -> dict[Table, tuple[str, ...]]:
+    """What tells the rows of tables apart, wherever they are stored."""
+    own = {name: table.key for name, table in rules.items()}
+    found = connection.execute(_PARTITIONED, _pairs(rules))
+    return own | {(schema, name): own[schema, name] or tuple(key) for schema, name, _, key in found}
+
+
 def kept(connection: Connection, worker: str) -> dict[Table, Table]:
     """Which captured table each partition was a part of that the worker has met, also where it is gone."""
     return {(schema, name): qualified(root) for schema, name, root, _ in connection.execute(_KNOWN, (worker,))}
