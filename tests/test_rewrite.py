@@ -4,15 +4,24 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import msgspec
+import psycopg
 import pytest
 import zstandard
+from application import Application, statuses
 from factories import assembled, inserted, rules
-from support import Crm, crm_on, eventually
+from psycopg import sql
+from support import Crm, WorkerProcess, crm_on, eventually
+from test_erasure import unprotected
+from test_partitions import DEALS, set_up
+from test_partitions import PROFILE as DEALS_PROFILE
 from test_replay import Workload, replayed, written
+from test_sales_cookbook import add, change, use
 
 from cdc_worker import config, log, profile
 from cdc_worker.activities import Activity
@@ -50,9 +59,9 @@ def fresh(server: Cluster, crm: Crm, tmp_path: Path) -> Iterator[Crm]:
         yield other
 
 
-def say(crm: Crm, *changes: tuple[str, str], more: str = "", table: str = "") -> None:
-    """Let the profile say something else from now on: texts of the shipped one, each with what replaces it."""
-    text = SHIPPED
+def say(crm: Crm, *changes: tuple[str, str], of: str = SHIPPED, more: str = "") -> None:
+    """Let the profile say something else from now on: texts of the one it was, each with what replaces it."""
+    text = of
     for old, new in changes:
         assert old in text
         text = text.replace(old, new)
@@ -320,6 +329,302 @@ def test_the_log_is_true_afterwards(crm: Crm, recording: Path, seed: int) -> Non
         crm.succeed("verify")
         worker.terminate()
     assert nothing_left(crm)
+
+
+# Targets of other shapes
+
+
+LOGGED = """
+SELECT change_key, to_jsonb(log) - 'id' AS row FROM core_interactionlog AS log
+JOIN cdc_worker.written_key ON row_id = id ORDER BY change_key
+"""
+
+KEYS = "SELECT change_key, row_id FROM cdc_worker.written_key"
+
+FOREIGN_KEYS = """
+SELECT conrelid::regclass::text, conname FROM pg_constraint
+WHERE contype = 'f' AND conrelid = 'core_interactionlog'::regclass
+"""
+
+
+def test_a_target_without_a_column_for_keys(server: Cluster, bare_crm: Crm, tmp_path: Path) -> None:
+    """And rows of other tables are those that were looked up at the time."""
+    cookbook, directory = use(bare_crm), tmp_path / "recording"
+    directory.mkdir()
+    cookbook.settings["recording_directory"] = str(directory)
+    connection = cookbook.connection
+    cookbook.execute(
+        "INSERT INTO core_interactionlog (type, summary, timestamp, user_id) VALUES ('call', 'ours', now(), 1)"
+    )
+    for number in range(1, 4):
+        lead = add(connection, "core_lead", name=f"Ada {number}", assigned_to_id=1)
+        opportunity = add(connection, "core_opportunity", owner_id=1)
+        with connection.transaction():
+            task = add(connection, "core_task", owner_id=1, related_lead_id=lead)
+            add(connection, "core_quote", opportunity_id=opportunity, created_by_id=1)
+            change(connection, "core_lead", lead, status="qualified")
+        change(connection, "core_task", task, status="completed")
+    cookbook.record()
+    connection.execute("UPDATE core_user SET organization_id = 2")
+    connection.execute("DELETE FROM core_interactionlog WHERE summary = 'New lead created: Ada 3 from Unknown Company'")
+    ids = set(cookbook.execute(KEYS))
+    text = profile.read("sales_cookbook")
+    say(
+        cookbook,
+        ("New lead created:", "Lead:"),
+        ('name = "lead_status_changed"', 'name = "status"'),
+        ("qualified as a potential customer", "promising"),
+        of=text,
+    )
+    done = rewritten(cookbook)
+    assert (done.activities, done.removed, done.changed) == ({"note": 3}, {"note": 3}, {"note": 2})
+    assert (done.fields, done.looked_up_now) == ({"note": {"summary": 2}}, 0)
+    with crm_on(server, tmp_path) as other:
+        other.settings["name"] = cookbook.slot
+        use(other)
+        for table, name in other.execute(FOREIGN_KEYS):  # of rows that aren't there
+            drop = sql.SQL("ALTER TABLE {} DROP CONSTRAINT {}")
+            other.connection.execute(drop.format(sql.Identifier(table), sql.Identifier(name)))
+        other.settings["profile"] = cookbook.settings["profile"]
+        replayed(other, directory)
+        told = other.execute(LOGGED)
+    assert [row for row in told if row[1]["summary"] != "Lead: Ada 3 from Unknown Company"] == cookbook.execute(LOGGED)
+    assert len(set(cookbook.execute(KEYS)) - ids) == 3
+    assert cookbook.execute("SELECT summary FROM core_interactionlog WHERE summary = 'ours'") == [("ours",)]
+    again = rewritten(cookbook)
+    assert (again.activities, again.changed, again.removed) == ({}, {}, {})
+
+
+def test_links_that_the_target_refuses(crm: Crm, recording: Path) -> None:
+    """As they were refused before, and where the profile has others now."""
+    crm.execute("ALTER TABLE activity ADD CONSTRAINT lead_key FOREIGN KEY (lead_id) REFERENCES lead ON DELETE SET NULL")
+    crm.execute("ALTER TABLE activity ADD CONSTRAINT customer_key FOREIGN KEY (customer_uid) REFERENCES customer")
+    crm.execute("INSERT INTO customer (customer_uid, name) VALUES (42, 'Acme')")
+    crm.add_leads(4)
+    crm.execute("UPDATE lead SET phone_number = 40 + lead_id")
+    crm.execute("DELETE FROM lead WHERE lead_id = 1")
+    crm.record()
+    unprotected(crm)
+    crm.execute("DELETE FROM lead WHERE lead_id = 3")
+    say(crm, ('Lead "{new.full_name}" updated: {columns}\'', 'Updated\'\nfields = { customer = "{new.phone_number}" }'))
+    done = rewritten(crm)
+    assert (done.changed, done.refused) == ({"lead_updated": 4, "lead_created": 1}, 0)
+    updates = [activity for activity in crm.activities() if activity["activity_type"] == "lead_updated"]
+    assert [
+        (of["description"], of["lead_id"], of["customer_uid"], of["metadata"].get("unlinked")) for of in updates
+    ] == [
+        ("Updated", None, None, {"lead_id": 1, "customer_uid": 41}),
+        ("Updated", 2, 42, None),
+        ("Updated", None, None, {"lead_id": 3, "customer_uid": 43}),
+        ("Updated", 4, None, {"customer_uid": 44}),
+    ]
+    assert nothing_left(crm)
+
+
+def test_changes_of_partitions(crm: Crm, recording: Path) -> None:
+    set_up(crm, DEALS)
+    crm.execute(
+        "INSERT INTO deal SELECT n, (ARRAY['north', 'south', 'east', 'west'])[1 + n %% 4] FROM generate_series(1, 8) n"
+    )
+    crm.execute("UPDATE deal SET region = 'south' WHERE region <> 'west'")
+    crm.execute("DELETE FROM deal WHERE id < 4")
+    crm.record()
+    crm.execute("DROP TABLE deal_north")
+    say(
+        crm,
+        ("{new.id} created:", "{new.id}:"),
+        ('type = "deal_updated"', 'name = "moved"\ntype = "deal_moved"'),
+        of=DEALS_PROFILE,
+    )
+    done = rewritten(crm)
+    assert (done.activities, done.removed) == ({"deal_moved": 4}, {"deal_updated": 4})
+    assert done.changed == {"deal_created": 8}
+    assert nothing_left(crm)
+    others = '[tables.other]\nrules = [{ on = "insert", type = "remarked", description = "{new.remark}" }]'
+    say(crm, (DEALS_PROFILE[DEALS_PROFILE.index("[tables.deal]") :], others), of=DEALS_PROFILE)
+    assert rewritten(crm).removed == {"deal_created": 8, "deal_moved": 4, "deal_deleted": 3}
+
+
+# Beside others
+
+
+RENAMED = ('[[tables.lead.rules]]\non = "insert"', '[[tables.lead.rules]]\nname = "new"\non = "insert"')
+
+
+def test_rows_that_others_have_locked_are_waited_for_with_nothing_in_hand(crm: Crm, recording: Path) -> None:
+    crm.add_leads(3)
+    crm.record()
+    say(crm, ('Lead "{new.full_name}" created by', "By"))
+    hide = "UPDATE activity SET is_visible_to_bd = false WHERE lead_id = %s"
+    with ThreadPoolExecutor() as pool, psycopg.connect(crm.dsn) as application:
+        application.execute(hide, (2,))
+        going = pool.submit(rewritten, crm)
+        eventually(lambda: crm.value("SELECT count(*) FROM activity WHERE description LIKE 'By%%'") == 2)
+        for lead in (1, 3, 2):
+            application.execute(hide, (lead,))
+        assert not going.done()
+        application.commit()
+        assert going.result().changed == {"lead_created": 3}
+    assert [(of["description"], of["is_visible_to_bd"]) for of in crm.activities()] == [("By jane", False)] * 3
+    assert nothing_left(crm)
+
+
+def test_one_that_is_killed_and_run_again_comes_to_the_same_end(crm: Crm, fresh: Crm, recording: Path) -> None:
+    crm.add_leads(5_000)
+    crm.record()
+    say(crm, RENAMED, ('{ source = "{new.source}", type', "{ type"))
+    command = ["replay", "--rewrite"]
+    with WorkerProcess(command, crm.environment(), crm.directory / "rewrite.log") as process:
+        eventually(lambda: crm.value("SELECT count(*) FROM activity WHERE change_key LIKE '%%/new'"))
+        process.kill()
+    assert set(crm.types()) == {"lead_created"}
+    assert crm.value("SELECT count(DISTINCT lead_id) FROM activity") == 5_000
+    done = rewritten(crm)
+    assert 0 < done.activities["lead_created"] < 5_000
+    assert told_anew(crm, fresh, recording)
+    assert nothing_left(crm)
+
+
+def test_it_goes_on_beside_the_worker_and_the_application(crm: Crm, fresh: Crm, recording: Path) -> None:
+    crm.add_leads(300)
+    crm.record()
+    say(crm, RENAMED, ("old_status = ", "before = "))
+    with crm.worker() as worker:
+        worker.wait_for("replication_started")
+        with Application(crm, statuses) as application:
+            application.go_on(3)
+            done = rewritten(crm)
+            application.go_on(3)
+        crm.succeed("forget", "--lead", "7", "--yes")
+        worker.terminate()
+    assert done.removed == {"lead_created": 300}
+    crm.record()
+    rewritten(crm)
+    assert len({activity["change_key"] for activity in crm.activities()}) == len(crm.activities())
+    assert told_anew(crm, fresh, recording) is False  # who was forgotten is told there
+    assert nothing_left(crm)
+
+
+def test_what_the_target_refuses_stays_as_it_was(crm: Crm, recording: Path) -> None:
+    crm.add_leads(40)
+    crm.execute("UPDATE lead SET status = '7. lost' WHERE lead_id <= 3")
+    crm.record()
+    crm.execute("CREATE TABLE remark (activity_id int REFERENCES activity, remark text)")
+    crm.execute("INSERT INTO remark SELECT activity_id FROM activity WHERE activity_type = 'status_changed' LIMIT 1")
+    crm.execute("ALTER TABLE activity ADD CHECK (description NOT IN ('By jane: Lead 5', 'By jane: Lead 17')) NOT VALID")
+    kept = crm.activities()
+    status = SHIPPED[SHIPPED.index('[[tables.lead.rules]]\non = "update"\nchanged = "status"') :]
+    say(
+        crm,
+        ('Lead "{new.full_name}" created by {new.bd_in_charge}', "By {new.bd_in_charge}: {new.full_name}"),
+        (status[: status.index("[[", 2)], ""),
+    )
+    done = rewritten(crm)
+    assert (done.refused, done.changed, done.removed) == (3, {"lead_created": 38}, {"status_changed": 2})
+    assert not done.whole
+    left = [activity for activity in kept if activity in crm.activities()]
+    assert [(of["activity_type"], of["lead_id"]) for of in left] == [
+        ("lead_created", 5),
+        ("lead_created", 17),
+        ("status_changed", 1),
+    ]
+
+
+# Dead letters, filters, and the command
+
+
+def test_dead_letters(crm: Crm, recording: Path) -> None:
+    """Those that succeed now are resolved, as are those that no rule speaks of; others have the reason of now."""
+    crm.execute(
+        "ALTER TABLE activity ADD CHECK (activity_type NOT IN ('status_changed', 'assignment_changed', 'deleted'))"
+    )
+    crm.add_leads(3)
+    crm.execute("UPDATE lead SET status = '7. lost', bd_in_charge = 'joe'")
+    crm.execute("DELETE FROM lead WHERE lead_id = 3")
+    crm.record()
+    letters = "SELECT change_key, attempts, reason FROM cdc_worker.dead_letter ORDER BY dead_letter_id"
+    assert len(crm.execute(letters)) == 6
+    crm.execute("UPDATE cdc_worker.dead_letter SET discarded_at = now() WHERE change_key LIKE '%%/0/status_changed'")
+    assignment = SHIPPED[SHIPPED.index('[[tables.lead.rules]]\non = "update"\nchanged = "bd_in_charge"') :]
+    say(
+        crm,
+        (
+            'changed = "status"\ntype = "status_changed"\ndescription = \'Lead',
+            'changed = "status"\nname = "status_changed"\ntype = "status"\ndescription = \'Lead',
+        ),
+        (assignment[: assignment.index("[[", 2)], ""),
+        ('changed = "unclaimed"', 'changed = "unclaimed"\nskip_unless = "new.phone_number"'),
+    )
+    done = rewritten(crm)
+    assert (done.activities, done.resolved, done.discarded) == ({"status": 2}, 5, 0)
+    assert [(key.rpartition("/")[2], attempts) for key, attempts, _ in crm.execute(letters)] == [("status_changed", 1)]
+    assert nothing_left(crm)
+
+
+def test_only_some_types_or_tables(crm: Crm, recording: Path) -> None:
+    crm.add_leads(2)
+    crm.execute("UPDATE lead SET status = '7. lost' WHERE lead_id = 1")
+    crm.execute("INSERT INTO customer (customer_uid, name) VALUES (1, 'Acme')")
+    crm.record()
+    say(
+        crm,
+        RENAMED,
+        (
+            'type = "status_changed"\ndescription = \'Lead',
+            'type = "stage_changed"\nname = "status_changed"\ndescription = \'Lead',
+        ),
+        ("(ID: {new.customer_uid})", ""),
+        more=NEW_RULE,
+    )
+    done = rewritten(crm, types=["customer_opened"])
+    assert (done.activities, done.changed, done.removed) == ({"customer_opened": 1}, {}, {})
+    done = rewritten(crm, types=["status_changed"])
+    assert (done.activities, done.changed, done.removed) == ({}, {"stage_changed": 1}, {})
+    done = rewritten(crm, tables=["customer"])
+    assert (done.activities, done.changed, done.removed) == ({}, {"customer_created": 1}, {})
+    done = rewritten(crm, since=datetime(2999, 1, 1, tzinfo=UTC))
+    assert (done.activities, done.changed, done.removed) == ({}, {}, {})
+    done = rewritten(crm)
+    assert (done.activities, done.changed, done.removed) == ({"lead_created": 2}, {}, {"lead_created": 2})
+
+
+def test_the_command_tells_what_it_would_do_and_what_it_did(crm: Crm, recording: Path) -> None:
+    crm.add_leads(5)
+    crm.execute("INSERT INTO customer (customer_uid, name) VALUES (1, 'Acme')")
+    crm.record()
+    before = crm.activities()
+    start = SHIPPED.index("[[tables.customer.rules]]")
+    say(
+        crm,
+        ("by {new.bd_in_charge}'", "for {new.bd_in_charge}'"),
+        ('{ source = "{new.source}", type', "{ type"),
+        (SHIPPED[start : SHIPPED.index("[[tables.customer.rules]]", start + 1)], ""),
+    )
+    told = crm.succeed("replay", "--rewrite", "--dry-run").splitlines()
+    assert told[1:] == [
+        "5 activities would be changed: 5 lead_created",
+        "  lead_created: description in 5, metadata.source in 5",
+        *(
+            line
+            for number in (1, 2, 3)
+            for line in (
+                f'  lead_created  Lead "Lead {number}" created for jane',
+                rf'    description: "Lead \"Lead {number}\" created by jane"'
+                rf' -> "Lead \"Lead {number}\" created for jane"',
+                '    metadata.source: "website" -> null',
+            )
+        ),
+        "1 activities would be removed: 1 customer_created",
+        '  customer_created  Customer "Acme" created (ID: 1)',
+    ]
+    assert crm.activities() == before
+    done = Rewritten.model_validate_json(crm.succeed("replay", "--rewrite", "--json"))
+    assert (done.changed, done.removed) == ({"lead_created": 5}, {"customer_created": 1})
+    crm.execute("ALTER TABLE activity ADD CHECK (description NOT LIKE '%%by jane') NOT VALID")
+    refused = crm.command("replay", "--rewrite", profile="leadfi")
+    assert refused.returncode == 1
+    assert "5 activities are as they were" in refused.stdout
+    assert crm.command("replay", "--rewrite", "--output", "-").returncode == 2
 
 
 # What was looked up is told again, also by rules that leave tables out
