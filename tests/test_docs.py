@@ -17,7 +17,10 @@ from cdc_worker.backfill import Backfilled, Sample
 from cdc_worker.checks import Finding
 from cdc_worker.config import PREFIX, Settings
 from cdc_worker.doctor import CHECKS, Report
+from cdc_worker.ledger import Missing
 from cdc_worker.profile import read
+from cdc_worker.replay import Line, Replayed
+from cdc_worker.replay import Sample as ReplaySample
 from cdc_worker.status import Backfill, Counts, Failure, Process, Status
 
 ROOT = Path(__file__).parent.parent
@@ -61,6 +64,11 @@ def test_operating_lists_the_fields_of_the_doctor() -> None:
 
 def test_backfill_lists_the_fields_of_its_json() -> None:
     assert_has("docs/backfill.md", fields_table(Backfilled, Sample))
+
+
+def test_replay_lists_the_fields_of_its_json_and_of_its_lines() -> None:
+    assert_has("docs/replay.md", fields_table(Replayed, ReplaySample, Missing))
+    assert_has("docs/replay.md", fields_table(Line))
 
 
 def test_operating_lists_the_checks_of_the_doctor() -> None:

@@ -544,7 +544,7 @@ def test_what_is_recorded_without_positions_goes_into_a_target_that_has_nothing_
     with pytest.raises(RecordingUnreadableError, match="may still tell them"):
         replayed(crm, recorded)
     crm.record()
-    with pytest.raises(RecordingUnreadableError, match="has recorded something of that time|may still tell them"):
+    with pytest.raises(RecordingUnreadableError, match=r"has recorded something of that time|may still tell them"):
         replayed(crm, recorded)
     before = crm.activities()
     lose(crm)
