@@ -6,11 +6,10 @@ import os
 import stat
 import zlib
 from collections.abc import Callable, Iterator
-from typing import BinaryIO, Final, NamedTuple, Protocol
+from io import BufferedReader
+from typing import Final, NamedTuple, Protocol
 
 import zstandard
-
-from cdc_worker.recording import is_own
 
 PIECE: Final = 1 << 12
 """Read at a time from what is compressed: a few bytes may stand for very many."""
@@ -22,6 +21,9 @@ HELD: Final = 32 << 20
 
 LONGEST: Final = 1 << 30
 """PostgreSQL has no longer messages."""
+
+FRAME: Final = b'{"action":"R"'
+"""How the first line of a frame of ours begins."""
 
 Advance = Callable[[int], object]
 
@@ -91,12 +93,13 @@ class File:
     Who is `careful` has what is compressed read twice where it can be, and gets nothing of what proves to be damaged.
     """
 
-    def __init__(self, file: BinaryIO, advance: Advance = lambda size: None, *, careful: bool = True) -> None:
+    def __init__(self, file: BufferedReader, advance: Advance = lambda size: None, *, careful: bool = True) -> None:
         self._file = file
         self._advance = advance
         self._furthest = self._place = 0  # of what was read from the file
         self._back = b""
         self.again = careful and stat.S_ISREG(os.fstat(file.fileno()).st_mode)
+        self._base = file.tell() if self.again else 0
 
     @property
     def offset(self) -> int:
@@ -108,7 +111,7 @@ class File:
         if self._back:
             data, self._back = self._back[:size], self._back[size:]
             return data
-        data = self._file.read(size)
+        data = self._file.read1(size)  # what a pipe has by now
         self._place += len(data)
         if not quietly and self._place > self._furthest:
             self._advance(self._place - self._furthest)
@@ -119,23 +122,23 @@ class File:
         """Put back what was read last."""
         self._back = data + self._back
 
-    def peek(self, size: int) -> bytes:
-        """The next bytes, which are read again."""
+    def peek(self) -> bytes:
+        """The next bytes, at least four if there are, which are read again."""
         data = b""
-        while len(data) < size and (more := self.read(size - len(data))):
+        while len(data) < 4 and (more := self.read(PLAIN_PIECE)):
             data += more
         self.unread(data)
         return data
 
     def seek(self, offset: int) -> None:
         """Go there, in a regular file."""
-        self._file.seek(offset)
+        self._file.seek(self._base + offset)
         self._place, self._back = offset, b""
 
 
 def blocks(file: File) -> Iterator[Lines | Damage]:
     """What a file holds, in order. Raises NotARecordingError, OSError."""
-    head = file.peek(PLAIN_PIECE)
+    head = file.peek()
     codec = next((codec for codec in (ZSTANDARD, GZIP) if codec.begins(head)), None)
     if codec is None and not _looks_plain(head):
         if ZSTANDARD.magic not in head:
@@ -150,13 +153,9 @@ def _looks_plain(head: bytes) -> bool:
 
 def looks_like(head: bytes) -> str:
     """What a file that begins like this may be."""
-    named = next((named for magic, named in _LOOKS if head.startswith(magic)), None)
-    if named is None:
-        try:
-            named = "text of another kind" if head[:1000].decode("utf-8", "ignore").isprintable() else ""
-        except UnicodeDecodeError:
-            named = ""
-    return named or ("text of another kind" if b"\0" not in head and head.isascii() else "binary data of another kind")
+    text = all(c.isprintable() or c.isspace() for c in head[:1000].decode("utf-8", "ignore"))
+    other = "text of another kind" if text else "binary data of another kind"
+    return next((named for magic, named in _LOOKS if head.startswith(magic)), other)
 
 
 class _Frame(NamedTuple):
@@ -169,7 +168,7 @@ def _plain(file: File) -> Iterator[bytes]:
 
 
 def _compressed(file: File, codec: _Codec) -> Iterator[bytes | _Frame | Damage]:
-    while head := file.peek(4):
+    while head := file.peek():
         if codec.begins(head):
             yield from _decompressed(file, codec)
         else:
@@ -196,14 +195,14 @@ def _decompressed(file: File, codec: _Codec) -> Iterator[bytes | _Frame | Damage
     held: list[bytes] = []
     size, own = 0, False
     try:
-        while not decompressor.eof and size <= HELD and (own or size < len(b'{"action":"R"')):
+        while not decompressor.eof and size <= HELD and (own or size < len(FRAME)):
             data = file.read(PIECE)
             if not data:
                 break
             raw.append(data)
             held.append(decompressor.decompress(data))
             size += len(held[-1])
-            own = own or (codec is ZSTANDARD and size > 0 and is_own(b"".join(held)[:20]))
+            own = own or (codec is ZSTANDARD and b"".join(held).startswith(FRAME))
     except codec.error as error:
         file.unread(b"".join(raw)[1:])
         _skip(file, codec)
@@ -256,9 +255,17 @@ def _wrong(start: int, end: int, error: Exception) -> str:
     return f"bytes {start} to {end} can't be decompressed: {str(error).removeprefix('zstd decompressor error: ')}"
 
 
+def _expect(beginning: bytes) -> None:
+    """What is no JSON is nothing to look for lines in."""
+    if beginning.strip() and not any(line.lstrip().startswith(b"{") for line in beginning.split(b"\n")):
+        raise NotARecordingError(looks_like(beginning))
+
+
 def _lines(pieces: Iterator[bytes | _Frame | Damage]) -> Iterator[Lines | Damage]:
     number, rest, size = 1, [b""], 0
     for piece in pieces:
+        if number == 1 and not isinstance(piece, Damage):
+            _expect(piece.data if isinstance(piece, _Frame) else b"".join([*rest, piece]))
         if isinstance(piece, Damage):
             rest, size = [b""], 0
             yield piece

@@ -12,7 +12,7 @@ from typing import Final, NamedTuple
 import msgspec
 
 from cdc_worker import recording, wal2json
-from cdc_worker.blocks import LONGEST, Lines
+from cdc_worker.blocks import FRAME, LONGEST, Lines
 from cdc_worker.changes import (
     Assembler,
     Begin,
@@ -40,8 +40,6 @@ _STRUCTURE: Final = b"BCRP"
 
 _BEGIN: Final = b'{"action":"B"'
 _COMMIT: Final = b'{"action":"C"'
-
-_FRAME: Final = b'{"action":"R"'
 
 _ELEMENT: Final = b'{"kind"', b',{"kind"'
 """How lines begin that are a part of a document, where each change is a line."""
@@ -228,7 +226,7 @@ class FileReader:
         try:
             own = recording.decode(line)
         except MessageUnreadableError:
-            self._foreign = self._foreign or line.startswith(_FRAME)
+            self._foreign = self._foreign or line.startswith(FRAME)
             raise
         if isinstance(own, Frame):
             self._open_frame(own, verified=verified)
@@ -248,7 +246,8 @@ class FileReader:
             self._at, self._open = _At.INSIDE, _Open(None, has_lsn=True, has_time=True, end=None)
         if self._at is not _At.INSIDE:
             return None
-        recorded = self._put(self._assembler.pass_over(unread, line))
+        again = wal2json.read_again(unread, unread.raw) if unread.of == "change" and unread.raw else None
+        recorded = self._put(self._assembler.pass_over(unread, line, instead=again))
         if unread.of == "commit":
             self._end(unread.position)
         return recorded

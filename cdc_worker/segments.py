@@ -10,10 +10,11 @@ import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
+from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO, Final, Literal, NamedTuple
+from typing import Final, Literal, NamedTuple, cast
 
-from cdc_worker.blocks import Advance, Damage, File, NotARecordingError, blocks, looks_like
+from cdc_worker.blocks import Advance, Damage, File, NotARecordingError, blocks
 from cdc_worker.changes import RootOf
 from cdc_worker.errors import RecordingUnreadableError
 from cdc_worker.ledger import Bound, Ledger, Missing, Place, Range, Table
@@ -148,8 +149,8 @@ class Source:
         return LSN(self._number - 1), LSN(self._number)
 
 
-def _stdin() -> BinaryIO:
-    return sys.stdin.buffer
+def _stdin() -> BufferedReader:
+    return cast(BufferedReader, sys.stdin.buffer)
 
 
 def _named(paths: Sequence[Path | Literal["-"]]) -> list[_Named]:
@@ -189,8 +190,6 @@ def _first(named: _Named) -> Frame | None:
         try:
             for block in blocks(File(file, careful=False)):
                 if not isinstance(block, Damage) and block.lines:
-                    if block.number == 1 and not block.lines[0].lstrip().startswith(b"{"):
-                        raise NotARecordingError(looks_like(block.lines[0]))
                     return first_frame(block.lines)
         except NotARecordingError as error:
             if named.given:

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import gzip
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, Literal
+from types import SimpleNamespace
+from typing import Any, Literal, cast
 
 import msgspec
 import pytest
@@ -17,11 +22,12 @@ from factories import rules
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cdc_worker import recording
-from cdc_worker.changes import Change, Message
+from cdc_worker import recording, wal2json
+from cdc_worker.changes import Assembler, Change, Message, Unread
+from cdc_worker.documents import Documents
 from cdc_worker.errors import RecordingUnreadableError
 from cdc_worker.lsn import LSN
-from cdc_worker.recording import Frame
+from cdc_worker.recording import Frame, Looked
 from cdc_worker.rules import Rules
 from cdc_worker.segments import Missing, Recorded, Source
 
@@ -130,6 +136,10 @@ def read(*paths: Path | Literal["-"], **more: Any) -> tuple[list[Any], list[Miss
     return numbers([*of]), of.missing
 
 
+def source_read(*paths: Path) -> list[Missing]:
+    return read(*paths)[1]
+
+
 def lost(missing: Sequence[Missing]) -> list[tuple[str, str | None, str | None]]:
     return [(Path(one.file).name.split(".")[0], one.after, one.until) for one in missing]
 
@@ -192,12 +202,6 @@ def test_plain_and_gzip_are_read_alike(tmp_path: Path) -> None:
     for name, data in {"a": lines, "b": gzip.compress(lines), "c": compress(lines)}.items():
         (tmp_path / name).write_bytes(data)
         assert read(tmp_path / name) == ([120, 140], [])
-
-
-def test_what_is_no_recording_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "a").write_text("hello\n")
-    with pytest.raises(RecordingUnreadableError, match="text of another kind"):
-        source(tmp_path / "a")
 
 
 @dataclass(frozen=True)
@@ -541,3 +545,288 @@ def test_format_1_says_the_same_as_format_2_but_for_truncates(name: str) -> None
 
 def test_format_2_without_options_says_the_same() -> None:
     assert told("format2_bare.jsonl") == told("format2.jsonl")
+
+
+# What goes with changes
+
+
+DEALS = rules("""
+[tables.deal]
+key = ["id"]
+[[tables.deal.rules]]
+on = "update"
+changed = ["region"]
+type = "deal_moved"
+description = "{new.id}"
+""")
+
+
+def deal(action: str, number: int, year: int, region: str = "n") -> dict[str, Any]:
+    columns = [{"name": "id", "typeoid": 23, "value": number}, {"name": "region", "typeoid": 25, "value": region}]
+    name = "identity" if action == "D" else "columns"
+    return {"action": action, "schema": "public", "table": f"deal_{year}", name: columns}
+
+
+def test_a_row_that_moves_between_partitions_is_one_change(tmp_path: Path) -> None:
+    lines = transaction(140, deal("D", 1, 2025), deal("I", 1, 2026, "s"))
+    parts = [recording.partition(("public", f"deal_{year}"), ("public", "deal")) for year in (2025, 2026)]
+    own = frame(100, 140, lines[0], parts[0], lines[1], parts[1], *lines[2:], tables=["public.deal"])
+    (tmp_path / "own").write_bytes(own)
+    (tmp_path / "foreign").write_bytes(text(lines))
+    roots = {("public", f"deal_{year}"): ("public", "deal") for year in (2025, 2026)}
+    for name, more in {"own": {}, "foreign": {"roots": lambda change, _: roots[change.schema, change.table]}}.items():
+        (recorded,) = source(tmp_path / name, rules=DEALS, **more)
+        (moved,) = recorded.transaction.changes
+        assert (moved.operation, moved.table, moved.partition) == ("update", "deal", ("public", "deal_2025"))
+        assert moved.changed == ("region",)
+    assert [*source(tmp_path / "foreign", rules=DEALS)] == []
+    (recorded,) = source(tmp_path / "own", rules=DEALS, keys={})
+    assert [change.operation for change in recorded.transaction.changes] == ["delete", "insert"]
+
+
+def found(number: int, name: str, row: int | None) -> bytes:
+    line = {"action": "L", "change": number, "lookup": name, "schema": "public", "table": "owner"}
+    where = [{"name": "id", "value": 1}]
+    return msgspec.json.encode(
+        line | {"where": where, "columns": None if row is None else [{"name": "id", "value": row}]}
+    )
+
+
+def test_what_was_looked_up_goes_with_its_change(tmp_path: Path) -> None:
+    lines = transaction(140, 1, 2)
+    held = frame(100, 140, lines[0], found(0, "owner", 7), found(1, "owner", None), *lines[1:])
+    (recorded,) = source(written(tmp_path, a=held))
+    assert recorded.transaction.answers == {(0, "owner"): {"id": 7}, (1, "owner"): None}
+    assert recorded.looked == [
+        Looked(0, "owner", ("public", "owner"), {"id": 1}, {"id": 7}),
+        Looked(1, "owner", ("public", "owner"), {"id": 1}, None),
+    ]
+
+
+def test_what_was_looked_up_keeps_its_change_where_others_are_left_out(tmp_path: Path) -> None:
+    """A table was captured that the profile has no longer."""
+    lines = transaction(140, change(7, "customer"), 1, change(8, "customer"), 2)
+    answers = [found(number, "owner", number + 10) for number in range(4)]
+    leads = rules(TABLES.partition("[tables.customer]")[0])
+    (recorded,) = source(written(tmp_path, a=frame(100, 140, lines[0], *answers, *lines[1:])), rules=leads)
+    assert numbers([recorded]) == [1, 2]
+    assert recorded.transaction.answers == {(0, "owner"): {"id": 11}, (1, "owner"): {"id": 13}}
+
+
+def test_slices_have_what_was_looked_up_for_them(tmp_path: Path) -> None:
+    most = Assembler.MAX_CHANGES
+    lines = transaction(140, *range(2 * most))
+    answers = [found(number, "owner", number) for number in range(2 * most)]
+    first = frame(100, 100, lines[0], *answers[:most], *lines[1 : most + 1])
+    second = frame(100, 140, *answers[most:], *lines[most + 1 :], within=True)
+    recorded = [*source(written(tmp_path, a=first + second))]
+    assert [(one.transaction.first, one.transaction.last) for one in recorded] == [
+        (True, False),
+        (False, False),
+        (False, True),
+    ]
+    assert [one.transaction.index for one in recorded] == [0, most, 2 * most]
+    assert [sorted(number for number, _ in one.transaction.answers) for one in recorded] == [
+        [*range(most)],
+        [*range(most, 2 * most)],
+        [],
+    ]
+
+
+def test_messages_keep_their_place_where_changes_are_left_out(tmp_path: Path) -> None:
+    said = {"action": "M", "transactional": True, "prefix": "cdc_worker.context", "content": "{}"}
+    lines = transaction(140, change(7, "customer"), said, 1, change(8, "customer"), said, 2)
+    leads = rules(TABLES.partition("[tables.customer]")[0])
+    (recorded,) = source(written(tmp_path, a=frame(100, 140, *lines)), rules=leads)
+    assert [place for place, _ in recorded.transaction.messages] == [0, 1]
+    assert [wal2json.decode(cast(bytes, one)) for one in recorded.transaction.payloads] == recorded.transaction.changes
+
+
+def test_which_columns_are_masked_goes_with_a_transaction(tmp_path: Path) -> None:
+    held = frame(100, 120, *transaction(120), masked={"public.lead": ["email"]})
+    (recorded,) = source(written(tmp_path, a=held))
+    assert recorded.transaction.masked == {("public", "lead"): frozenset({"email"})}
+
+
+def test_a_message_that_could_not_be_read_has_its_place(tmp_path: Path) -> None:
+    unread = Unread(
+        *("unreadable", "public", "lead", None, None), position=LSN(130), reason="?", met_at=datetime.now(UTC), raw=b"x"
+    )
+    lines = transaction(140, 1, 2)
+    held = frame(100, 140, *lines[:2], recording.unread(unread, raw=True), *lines[2:])
+    (recorded,) = source(written(tmp_path, a=held))
+    first, between, last = recorded.transaction.changes
+    assert (
+        numbers([recorded._replace(transaction=msgspec.structs.replace(recorded.transaction, changes=[first, last]))]),
+        between,
+    ) == ([1, 2], unread)
+
+
+# Format 1
+
+
+def document(*changes: dict[str, Any], **more: Any) -> bytes:
+    return msgspec.json.encode({**more, "change": [{"schema": "public", "table": "lead", **one} for one in changes]})
+
+
+def updated(new: Sequence[Any], old: Mapping[str, Any]) -> dict[str, Any]:
+    keys = {"keynames": [*old], "keyvalues": [*old.values()]}
+    return {"kind": "update", "columnnames": ["lead_id", "a", "b"], "columnvalues": new, "oldkeys": keys}
+
+
+def old_rows(*documents: bytes) -> list[Any]:
+    of = Documents()
+    changes = [of.message(raw) for one in documents for raw in of.read(one)[1]]
+    return [one.old for one in changes if isinstance(one, Change)]
+
+
+def test_an_old_row_of_format_1_has_nulls_only_where_that_is_certain() -> None:
+    first = document(updated([1, "x", "y"], {"lead_id": 1, "b": "z"}))
+    assert old_rows(first) == [{"lead_id": 1, "b": "z"}], "a key of these columns would look the same"
+    assert old_rows(first, document(updated([2, "x", "y"], {"lead_id": 2, "a": "z"}))) == [
+        {"lead_id": 1, "b": "z"},
+        {"lead_id": 2, "a": "z", "b": None},
+    ]
+    assert old_rows(document(updated([1, "x", None], {"lead_id": 1, "b": "z"}))) == [
+        {"lead_id": 1, "a": None, "b": "z"}
+    ], "no key has a column that can be NULL"
+
+
+def test_a_damaged_document_is_left_out_and_named(tmp_path: Path) -> None:
+    whole = [
+        document({"kind": "insert", "columnnames": ["lead_id"], "columnvalues": [n]}, nextlsn=lsn(n))
+        for n in (120, 140, 160)
+    ]
+    (tmp_path / "a").write_bytes(text([whole[0], whole[1][:-9], whole[2], whole[2]]))
+    of = source(tmp_path / "a")
+    assert numbers([*of]) == [120, 160]
+    assert lost(of.missing) == [("a", lsn(120), None)]
+    assert "before line 3" in of.missing[0].reason
+    assert of.repeated == 1
+    pretty = json.dumps(json.loads(whole[0]), indent=1).encode()
+    (tmp_path / "b").write_bytes(pretty + b"\n" + pretty[: len(pretty) // 2])
+    assert [one.reason for one in source_read(tmp_path / "b")] == ["it ends within a document, at line 23"]
+
+
+# Files
+
+
+def test_standard_input_is_read_as_it_comes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    lines = text([*transaction(120), *transaction(140)])
+    for data in (lines, gzip.compress(lines), compress(lines), segment(100, 120, 140)):
+        descriptor, writer = os.pipe()
+        with os.fdopen(descriptor, "rb") as reader:
+            monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=reader))
+            of = source("-")
+            with os.fdopen(writer, "wb") as pipe:
+                pipe.write(data)
+            assert (numbers([*of]), of.missing, of.total) == ([120, 140], [], None)
+
+
+def test_all_bytes_are_told_of_once(tmp_path: Path) -> None:
+    lines = text([line for end in range(20, 20_000, 20) for line in transaction(end)])
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(lines))
+    (tmp_path / "b.jsonl").write_bytes(lines)
+    (tmp_path / "c.jsonl.zst").write_bytes(segment(0, *range(20, 2_000, 20)) + b"\0" * 99)
+    advanced: list[int] = []
+    of = source(tmp_path, advance=advanced.append)
+    for _ in of:
+        pass
+    assert sum(advanced) == of.total == sum(path.stat().st_size for path in tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("data", "what"),
+    [
+        (b"name,date\nAda,2026-01-01\n", "text of another kind"),
+        (b"\x7fELF\x02\x01\x01\0\0\0\xff", "binary data of another kind"),
+        (b"BEGIN 123\ntable public.lead: INSERT:", "what test_decoding writes"),
+        (b"PGDMP\x01\x0e", "an archive of pg_dump"),
+        (b"\xfd7zXZ\0\0", "compressed with xz"),
+        (gzip.compress(b"SELECT 1;\n"), "text of another kind"),
+        (compress(b"SELECT 1;\n"), "text of another kind"),
+    ],
+)
+def test_what_is_no_recording_is_refused_with_what_it_looks_like(tmp_path: Path, data: bytes, what: str) -> None:
+    (tmp_path / "a.jsonl").write_bytes(data)
+    with pytest.raises(RecordingUnreadableError, match=what) as caught:
+        source(tmp_path / "a.jsonl")
+    assert str(tmp_path / "a.jsonl") in str(caught.value)
+    written(tmp_path, b=segment(100, 120))
+    found, missing = read(tmp_path)
+    assert found == [120], "in a directory it is one of many"
+    assert [what in one.reason for one in missing] == [True]
+
+
+def test_what_is_not_there_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RecordingUnreadableError, match=r'"/nowhere/at/all" can\'t be read: No such file or directory'):
+        source(Path("/nowhere/at/all"))
+    with pytest.raises(RecordingUnreadableError, match="there is no recording in"):
+        source(tmp_path)
+
+
+@given(st.sampled_from(["gzip", "zstandard"]), segments(), st.data())
+def test_what_others_compressed_is_used_as_far_as_it_is_certain(
+    tmp_path_factory: pytest.TempPathFactory, how: str, segment: Segment, data: st.DataObject
+) -> None:
+    """What is cut is used up to there; where something is wrong nothing is, for nobody knows from where on it is."""
+    plain = text([line for end, rows in segment.rows.items() for line in transaction(end, *rows)])
+    whole_ = gzip.compress(plain) if how == "gzip" else compress(plain)
+    place = data.draw(st.integers(4, len(whole_) - 1))
+    cut = data.draw(st.booleans())
+    damaged = whole_[:place] if cut else whole_[:place] + bytes([whole_[place] ^ 1]) + whole_[place + 1 :]
+    path = tmp_path_factory.mktemp("foreign") / "a"
+    path.write_bytes(damaged)
+    of = source(path)
+    recorded = [*of]
+    found = whole(recorded)
+    assert {end: segment.rows[end] for end in found} == found
+    assert of.missing != [] or found == segment.rows
+
+
+@given(segments(), st.data())
+def test_a_damaged_plain_file_stops_nothing(
+    tmp_path_factory: pytest.TempPathFactory, segment: Segment, data: st.DataObject
+) -> None:
+    """Nobody can see a value that has become another one. What comes before the damage and after it is read."""
+    lines = [transaction(end, *rows) for end, rows in segment.rows.items()]
+    number = data.draw(st.integers(0, len(lines) - 1))
+    of = text(lines[number])
+    place = data.draw(st.integers(0, len(of) - 1))
+    flipped = of[:place] + data.draw(st.binary(max_size=2)) + of[place + 1 :]
+    path = tmp_path_factory.mktemp("plain") / "a.jsonl"
+    path.write_bytes(b"".join([*map(text, lines[:number]), flipped, *map(text, lines[number + 1 :])]))
+    read_ = source(path.parent)
+    found = whole([*read_])
+    others = {end: rows for n, (end, rows) in enumerate(segment.rows.items()) if n != number}
+    assert {end: rows for end, rows in found.items() if end in others and rows == others[end]} == others
+
+
+READ = """
+import sys
+from pathlib import Path
+from test_segments import source
+
+for _ in source(Path(sys.argv[1])):
+    pass
+print(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
+"""
+
+
+def peak(path: Path) -> int:
+    """The most memory that a process has which reads a file, in bytes."""
+    environment = os.environ | {"PYTHONPATH": f"{Path(__file__).parent}{os.pathsep}{Path(__file__).parents[1]}"}
+    done = subprocess.run([sys.executable, "-c", READ, path], env=environment, capture_output=True, check=True)
+    return int(done.stdout) * 1024
+
+
+def test_only_what_is_needed_is_held(tmp_path: Path) -> None:
+    """A hundred megabytes, as one commit without frames and as many with them."""
+    row = change(1, columns=[{"name": "lead_id", "typeoid": 23, "value": 1}, {"name": "name", "value": "x" * 50_000}])
+    (tmp_path / "none").write_bytes(segment(0, 20))
+    (tmp_path / "foreign").write_bytes(gzip.compress(text(transaction(1_000_000, *[row] * 2_000)), 1))
+    ends = range(20, 2_020, 20)
+    (tmp_path / "own").write_bytes(b"".join(frame(end - 20, end, *transaction(end, *[row] * 20)) for end in ends))
+    idle = peak(tmp_path / "none")
+    for name in ("foreign", "own"):
+        assert peak(tmp_path / name) - idle < 24 << 20, name
