@@ -1,4 +1,5 @@
-"""`make bench`: how fast a backlog drains beside pg_recvlogical, how late an activity is, and what a backfill costs.
+"""`make bench`: how fast a backlog drains beside pg_recvlogical, how late an activity is, how fast a recording of it is
+replayed, and what a backfill costs.
 
 Drain: two copies of one slot before the same backlog, in turn written to a file by pg_recvlogical with the worker's own
 options, and drained into `activity` by `cdc-worker run --once` with all guarantees on; the latter without a recording
@@ -10,6 +11,9 @@ Shutdown: from the request of a fast shutdown to its end, on a server that would
 
 Latency: from the commit's timestamp to the moment when another session sees the activity, which it asks for every
 millisecond; so what is printed is a little more than what it was.
+
+Replay (alone: `--part replay`): the worker's recording of that backlog, in turn into an empty `activity`, and again,
+when there is nothing left to write.
 
 Backfill (alone: `--part backfill`): of leads, one in ten converted, beside a running worker. First the application's
 updates of single leads are timed by pgbench, from when they were to begin, in turn without a backfill, beside one at
@@ -258,9 +262,9 @@ class Bench:
         return seconds
 
     @contextmanager
-    def backfilling(self, *arguments: str) -> Iterator[subprocess.Popen[bytes]]:
-        """A backfill, which is ended if it still runs."""
-        command = [sys.executable, "-m", "cdc_worker", "backfill", "lead", *arguments]
+    def running(self, *arguments: str) -> Iterator[subprocess.Popen[bytes]]:
+        """A command, which is ended if it still runs."""
+        command = [sys.executable, "-m", "cdc_worker", *arguments]
         process = subprocess.Popen(
             command, env=self.environment("base"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
@@ -280,7 +284,7 @@ class Bench:
         if arguments is None:
             return self.update_times(rate, seconds)
         before = self.backfilled()
-        with self.backfilling(*arguments) as process:
+        with self.running("backfill", "lead", *arguments) as process:
             while self.backfilled() == before and process.poll() is None:
                 time.sleep(0.01)
             found = self.update_times(rate, seconds)
@@ -300,17 +304,17 @@ class Bench:
             path.unlink()
         return found
 
-    def backfill(self, *arguments: str) -> tuple[float, int]:
-        """Seconds that a backfill takes, and the most memory that it has, in bytes."""
+    def taken(self, *arguments: str) -> tuple[float, int]:
+        """Seconds that a command takes, and the most memory that it has, in bytes."""
         started, most = time.perf_counter(), 0
-        with self.backfilling(*arguments) as process:
+        with self.running(*arguments) as process:
             while process.poll() is None:
                 with suppress(OSError, IndexError):  # it may have ended meanwhile
                     status = Path(f"/proc/{process.pid}/status").read_text()
                     most = int(status.split("VmHWM:")[1].split()[0]) * 1024
                 time.sleep(0.01)
         if process.returncode != 0:
-            raise click.ClickException("the backfill failed")
+            raise click.ClickException(f"{arguments[0]} failed")
         return time.perf_counter() - started, most
 
     def stop(self) -> float:
@@ -376,6 +380,31 @@ def stream(bench: Bench, sizes: Sizes) -> None:
     )
 
 
+def replay(bench: Bench, sizes: Sizes) -> None:
+    """How fast a recording becomes activities, and how fast it is seen that there is nothing to do."""
+    count = sizes.count
+    bench.cdc("setup", slot="base")
+    bench.fill(LEADS)
+    bench.cdc("run", "--once", slot="base")
+    bench.updates(count)
+    recording = bench.directory / "recording"
+    recording.mkdir()
+    bench.cdc("run", "--once", slot="base", recording_directory=str(recording))
+    lines: list[Sequence[object]] = [("round", "changes /s", "peak MB", "again /s", "peak MB")]
+    rates: list[list[float]] = []
+    for number in range(1, sizes.rounds + 1):
+        bench.connection.execute("TRUNCATE activity")
+        found = [bench.taken("replay", str(recording)) for _ in range(2)]
+        if not bench.connection.execute(INTACT.encode(), (count, count)).fetchall()[0][0]:
+            raise click.ClickException("the replayed activities are not what they should be")
+        rates.append([count / seconds for seconds, _ in found])
+        lines.append((number, *(f"{value:,.1f}" for seconds, most in found for value in (count / seconds, most / 1e6))))
+    fresh, again = (statistics.median(of) for of in zip(*rates, strict=True))
+    lines.append(("median", f"{fresh:,.1f}", "", f"{again:,.1f}", ""))
+    size = sum(path.stat().st_size for path in recording.iterdir())
+    table(f"Replay of {count:,} single-row transactions in {size / 1e6:.1f} MB, rows checked", lines)
+
+
 def backfill(bench: Bench, sizes: Sizes) -> None:
     """What a backfill costs the application, and how fast it is."""
     leads, rounds, slow = sizes.leads, sizes.rounds, str(sizes.backfill_rate)
@@ -391,9 +420,9 @@ def backfill(bench: Bench, sizes: Sizes) -> None:
         for _ in range(rounds):
             for name, arguments in conditions.items():
                 times[name] += bench.beside(arguments, sizes.rate, stretch)
-        _, idle = bench.backfill("--to-key", "0")
+        _, idle = bench.taken("backfill", "lead", "--to-key", "0")
         before = bench.backfilled()
-        taken, memory = bench.backfill()
+        taken, memory = bench.taken("backfill", "lead")
     ((intact,),) = bench.connection.execute(BACKFILLED.encode(), {"leads": leads}).fetchall()
     if not intact:
         raise click.ClickException("the activities are not what they should be")
@@ -416,12 +445,12 @@ def backfill(bench: Bench, sizes: Sizes) -> None:
     )
 
 
-PARTS = ("stream", "backfill")
+PARTS = {"stream": stream, "replay": replay, "backfill": backfill}
 
 
 @click.command()
 @click.option(
-    "--part", "parts", type=click.Choice(PARTS), multiple=True, default=PARTS, help="Only this; both if not given."
+    "--part", "parts", type=click.Choice([*PARTS]), multiple=True, default=[*PARTS], help="Only this; all if not given."
 )
 @click.option("--count", default=200_000, show_default=True, help="Transactions in the backlog.")
 @click.option("--rounds", default=5, show_default=True, help="Rounds of what is measured in turn.")
@@ -431,15 +460,14 @@ PARTS = ("stream", "backfill")
 @click.option("--backfill-rate", default=1_000, show_default=True, help="Leads a second of the slow backfill.")
 @click.option("--socket", is_flag=True, help="Connect by Unix socket.")
 def main(parts: Sequence[str], socket: bool, **sizes: int) -> None:
-    """Measure drain, latency and backfill on private servers."""
+    """Measure drain, latency, replay and backfill on private servers."""
     binaries = find_binaries()
     click.echo(binaries.origin)
     settings = SETTINGS | {"timezone": time.strftime("%Z")}
-    for part in PARTS:
+    for part, measure in PARTS.items():
         if part in parts:
             with tempfile.TemporaryDirectory() as directory, Cluster(binaries, settings=settings) as cluster:
-                bench = Bench(cluster, Path(directory), socket=socket)
-                (stream if part == "stream" else backfill)(bench, Sizes(**sizes))
+                measure(Bench(cluster, Path(directory), socket=socket), Sizes(**sizes))
 
 
 main()
