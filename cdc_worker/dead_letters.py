@@ -20,8 +20,8 @@ import msgspec
 from pydantic import BaseModel, Field
 
 from cdc_worker import checkpoint, context, errors, postgres, wal2json
-from cdc_worker.activities import Activity, DeadLetter, DeadLetterKind, Key, parsed_key
-from cdc_worker.changes import Change, Transaction
+from cdc_worker.activities import Activity, DeadLetter, DeadLetterKind, Key, change_key, key_prefix, parsed_key
+from cdc_worker.changes import Change, Row, Transaction
 from cdc_worker.config import Settings
 from cdc_worker.kept import Kept, read
 from cdc_worker.late import Late
@@ -308,7 +308,8 @@ UPDATE cdc_worker.dead_letter SET discarded_at = now() {_WHERE} AND discarded_at
 def count(settings: Settings, selection: Selection) -> int:
     """How many dead letters are meant."""
     with _reading(settings, selection) as connection:
-        return int(connection.execute(_SELECTED.encode(), selection.parameters(settings.worker)).fetchall()[0][0])
+        ((count,),) = checkpoint.fetched(connection, _SELECTED, selection.parameters(settings.worker))
+        return int(count)
 
 
 def discard(settings: Settings, selection: Selection) -> list[int]:
@@ -318,7 +319,7 @@ def discard(settings: Settings, selection: Selection) -> list[int]:
     """
     with _reading(settings, selection) as connection:
         postgres.check_rights(connection, {"cdc_worker.dead_letter": ["SELECT", "UPDATE"]}, partly=(), whole=())
-        found = connection.execute(_DISCARD.encode(), selection.parameters(settings.worker)).fetchall()
+        found = checkpoint.fetched(connection, _DISCARD, selection.parameters(settings.worker))
     return sorted(number for (number,) in found)
 
 
@@ -330,6 +331,8 @@ UPDATE cdc_worker.dead_letter SET discarded_at = NULL WHERE worker = %s AND dead
 
 _RESOLVE: Final = "DELETE FROM cdc_worker.dead_letter WHERE worker = %s AND dead_letter_id = ANY (%s)"
 
+
+_ERASED: Final = "the person was erased, and nothing is told of them"
 
 _MORE: Final = "it takes more of its transaction than was kept: cdc-worker replay, with a recording of it"
 
@@ -347,7 +350,8 @@ def retry(settings: Settings, given: Profile, selection: Selection, *, log: Logg
     selection.check()
     with Late(settings, given, command="retry", log=log) as late:
         _check_ids(late.control, settings.worker, selection)
-        late.control.execute(_TAKE_UP, (settings.worker, [*selection.ids]))
+        with checkpoint.as_set_up():
+            late.control.execute(_TAKE_UP, (settings.worker, [*selection.ids]))
         for page in _pages(late.control, settings.worker, selection):
             yield from _Retry(settings, late).page([stored.id for stored in page])
 
@@ -407,7 +411,7 @@ class _Retry:
         """What is to be written of a dead letter now, and its transaction. Raises _LeftError."""
         letter, key = kept.letter(), _key(kept)
         if letter.reason == ERASED:
-            raise _LeftError("the person was erased, and nothing is told of them")
+            raise _LeftError(_ERASED)
         if key is None:
             raise _LeftError("its key is none that this version makes")
         table = key.table.removeprefix("public.")
@@ -431,31 +435,39 @@ class _Retry:
             0,
             first=True,
             last=True,
-            answers={(0, name): row for name, row in letter.found.items()},
+            answers={(0, name): self._seen(letter, name, row) for name, row in letter.found.items()},
             masked=origin.masked,
         )
         if key.table == "cdc_worker.context" or (letter.fields is not None and not kept.whole):
             return [self._as_refused(letter)], transaction
         if letter.kind == "unreadable":
             return self._read_again(letter, key, transaction), transaction
-        for of in self._told(letter, key, transaction):
-            if of.change_key == letter.change_key:
-                return [of], transaction
-        raise _LeftError(self._nothing(letter, key))
+        told = [of for of in self._told(letter, key, transaction) if of.change_key == letter.change_key]
+        if not told:
+            raise _LeftError(self._nothing(letter, key))
+        return _unerased(told), transaction
 
     def _told(self, letter: DeadLetter, key: Key, transaction: Transaction) -> Iterator[Told]:
-        """What the rules make of its change. Raises _LeftError where nothing may be told of it."""
+        """What the rules make of its change."""
         change, cluster = letter.change, _named(letter.change_key)[1]
         transformer = self._transformer(cluster)
+        name = change.schema, change.table
+        # That of a recording that doesn't say where its transactions were committed is of its own kind.
+        kind = letter.change_key.removesuffix(change_key("", *name, key.place.ordinal, key.rule))
+        prefix = key_prefix(self._settings.worker, cluster, key.place.lsn)
         heard = context.retold(letter.origin.context, self._policy)
-        outcomes = transformer.take_up(
-            transaction, heard=heard, ordinals={(change.schema, change.table): key.place.ordinal}
-        )
+        outcomes = transformer.take_up(transaction, heard=heard, ordinals={name: key.place.ordinal})
         for of in completed(transformer, outcomes, self._late.look_up):
-            blank = of.reason == ERASED if isinstance(of, DeadLetter) else of.fields["metadata"].get("erased") is True
-            if blank:
-                raise _LeftError("the person was erased, and nothing is told of them")
-            yield of
+            yield msgspec.structs.replace(of, change_key=kind + of.change_key.removeprefix(prefix))
+
+    def _seen(self, letter: DeadLetter, name: str, row: Row | None) -> Row | None:
+        """A row that was found for it, without values that are masked by now."""
+        rules, change = self._late.rules, letter.change
+        table = rules.get((change.schema, change.table))
+        if table is not None and (name in table.references or name in table.facts):
+            of = table.references[name].lookup.table if name in table.references else table.facts[name].table
+            return rules[of].masked(row, letter.origin.masked.get(of, frozenset()))
+        return row
 
     def _transformer(self, cluster: str) -> Transformer:
         if cluster not in self._transformers:
@@ -488,7 +500,7 @@ class _Retry:
         made = {outcome.change_key.rpartition("/")[2] for outcome in told}
         if table is None or any(rule.facts for rule in table.rules[change.operation] if rule.name in made):
             raise _LeftError(_MORE)
-        return told
+        return _unerased(told)
 
     def _as_refused(self, letter: DeadLetter) -> Activity:
         """The activity as it was refused. Raises _LeftError if it wasn't, or if the target has other columns by now."""
@@ -500,6 +512,14 @@ class _Retry:
         metadata = read(values.get("metadata") or "{}")
         told = {"type": "", "occurred_at": letter.committed_at, **values, "metadata": metadata}
         return Activity(letter.change_key, told, letter.change, 0, letter.origin, letter.found)
+
+
+def _unerased(outcomes: list[Told]) -> list[Told]:
+    """What is to be told. Raises _LeftError where that may not be."""
+    for of in outcomes:
+        if of.reason == ERASED if isinstance(of, DeadLetter) else of.fields["metadata"].get("erased") is True:
+            raise _LeftError(_ERASED)
+    return outcomes
 
 
 def told(tried: Iterator[Tried]) -> Iterator[str]:

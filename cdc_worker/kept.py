@@ -13,8 +13,8 @@ from typing import Any, Final, NamedTuple
 
 import msgspec
 
-from cdc_worker.activities import NOTHING_FOUND, DeadLetter, DeadLetterKind, Found, Origin
-from cdc_worker.changes import NOT_MASKED, Change, Operation, Row, update
+from cdc_worker.activities import NOTHING_FOUND, DeadLetter, DeadLetterKind, Origin
+from cdc_worker.changes import Change, Operation, Row, update
 from cdc_worker.context import NOTHING, Collapse, Context, Plain
 from cdc_worker.lsn import INVALID, LSN
 from cdc_worker.wal2json import integer
@@ -43,7 +43,7 @@ def _columns(worker: str, letter: DeadLetter) -> dict[str, Any]:
         "commit_lsn": str(origin.commit_lsn) if origin.commit_lsn else None,
         "end_lsn": str(origin.end_lsn) if origin.end_lsn else None,
         "context": None if origin.context == NOTHING else _said(origin.context),
-        "found": None if not letter.found else {"rows": letter.found, **_floats(letter.found)},
+        "found": None if not letter.found else {"rows": letter.found, **_floats(letter.found), **_masked(origin)},
         "masked": sorted(origin.masked.get((change.schema, change.table), ())),
         "raw": None if letter.raw is None else letter.raw.hex(),
     }
@@ -65,6 +65,12 @@ def _said(context: Context) -> dict[str, Any]:
     said = {"said": context.said, "claimed": context.claimed}
     control = {"skip": context.skip, "collapse": context.collapse, "refused": sorted(context.refused)}
     return {**said, **control, **_floats(said)}
+
+
+def _masked(origin: Origin) -> dict[str, Any]:
+    """In rows of which tables values are masked."""
+    found = [(*table, sorted(columns)) for table, columns in origin.masked.items() if columns]
+    return {"masked": found} if found else {}
 
 
 def _floats(rows: Mapping[str, Mapping[str, Any] | None]) -> dict[str, Any]:
@@ -115,12 +121,16 @@ class Kept(NamedTuple):
     def letter(self) -> DeadLetter:
         """The dead letter that it was."""
         about = change(self.change)
+        found = {} if self.found is None else read(self.found)
+        masked = {(schema, table): frozenset(columns) for schema, table, columns in found.get("masked", ())}
+        if self.masked:
+            masked[about.schema, about.table] = frozenset(self.masked)
         origin = Origin(
             self.xid or 0,
             LSN.parse(self.commit_lsn) if self.commit_lsn else INVALID,
             LSN.parse(self.end_lsn) if self.end_lsn else INVALID,
             context(self.context),
-            {(about.schema, about.table): frozenset(self.masked)} if self.masked else NOT_MASKED,
+            masked,
         )
         return DeadLetter(
             self.change_key,
@@ -133,7 +143,7 @@ class Kept(NamedTuple):
             self.constraint,
             None if self.fields is None else read(self.fields),
             origin,
-            _found(self.found),
+            _rows(found, found["rows"], found["rows"]) if found else NOTHING_FOUND,
             self.raw,
         )
 
@@ -175,10 +185,3 @@ def context(text: str | None) -> Context:
 def _plain(row: Row | None) -> dict[str, Plain]:
     # No number that was said is a Decimal: it was no exact one, or an integer.
     return {name: float(value) if isinstance(value, Decimal) else value for name, value in (row or {}).items()}
-
-
-def _found(text: str | None) -> Found:
-    if text is None:
-        return NOTHING_FOUND
-    found = read(text)
-    return _rows(found, found["rows"], found["rows"])

@@ -184,9 +184,8 @@ def _status(connection: Connection, settings: Settings) -> Status:
     known = checkpoint.read(connection, worker)
     processes = process.known(connection, worker)
     parameters = {"worker": worker, "sender": found and found.active_pid, "writer": known.backend_pid}
-    with connection.cursor(row_factory=class_row(_Seen)) as cursor:
-        with checkpoint.as_set_up():
-            (seen,) = cursor.execute(_LATELY, parameters).fetchall()
+    with connection.cursor(row_factory=class_row(_Seen)) as cursor, checkpoint.as_set_up():
+        (seen,) = cursor.execute(_LATELY, parameters).fetchall()
     wal_end = found.wal_end if found else slot.committed_so_far(connection)
     told = LSN.parse(seen.replay_lsn) if seen.replay_lsn else found.confirmed_flush_lsn if found else INVALID
     lag = max(0, wal_end - max(known.position.lsn, told))

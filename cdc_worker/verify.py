@@ -794,7 +794,7 @@ class _Repairs:
         return {letter.change_key for letter in written.dead_letters}
 
 
-_REFUSED: Final = "the target refused it: see cdc_worker.dead_letter"
+_REFUSED: Final = "the target refused it: see cdc-worker dead-letters list"
 
 _NO_RULE: Final = {
     "creation": 'no rule on inserts has a "backfill", or none that applies to it',

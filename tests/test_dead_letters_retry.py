@@ -464,6 +464,16 @@ def test_a_column_that_is_masked_by_now_is_told_masked(deals: Crm) -> None:
     assert deals.activities()[0]["description"].startswith("*** of no team")
 
 
+def test_a_row_that_was_found_is_told_masked_if_it_is_masked_by_now(deals: Crm) -> None:
+    refused(deals)
+    deals.execute("INSERT INTO deal VALUES (1, 'north', 'One', 1, 2, '555-1', 1)")
+    record(deals)
+    accepted(deals)
+    write(deals, PROFILE + '\n[tables.team]\nkey = "team_id"\nmasked = ["name"]\n')
+    assert outcomes(retry(deals)) == {"written": 2}
+    assert deals.activities()[0]["description"].startswith("One of ***: 1 2")
+
+
 OLD = """
 UPDATE cdc_worker.dead_letter SET xid = NULL, commit_lsn = NULL, end_lsn = NULL, context = NULL, found = NULL,
     masked = NULL, change = change - 'columns' - 'floats'

@@ -106,7 +106,7 @@ def test_a_repair_that_the_target_refused_is_no_excuse_for_itself(crm: Crm) -> N
         crm.execute("DELETE FROM cdc_worker.dead_letter")
         for _ in range(2):
             (of,), done = verified(crm, "lead", repair=True)
-            assert (of.explained, of.repaired) == (None, "the target refused it: see cdc_worker.dead_letter")
+            assert (of.explained, of.repaired) == (None, "the target refused it: see cdc-worker dead-letters list")
             assert not done["lead"].true
         assert "/repair/" in crm.value("SELECT change_key FROM cdc_worker.dead_letter")
         crm.execute("ALTER TABLE activity DROP CONSTRAINT no_poison")
