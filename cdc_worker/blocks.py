@@ -41,9 +41,10 @@ class Lines(NamedTuple):
 
 
 class Damage(NamedTuple):
-    """Here is something that can't be read."""
+    """Here is something that can't be read. What is only `cut` is as a kill leaves it."""
 
     reason: str
+    cut: bool = False
 
 
 class NotARecordingError(ValueError):
@@ -213,7 +214,7 @@ def _decompressed(file: File, codec: _Codec) -> Iterator[bytes | _Frame | Damage
             file.unread(decompressor.unused_data)
             yield _Frame(b"".join(held))
         else:
-            yield Damage(f"the last of its frames, from byte {start} on, is cut")
+            yield Damage(f"the last of its frames, from byte {start} on, is cut", cut=True)
         return
     if file.again:
         file.seek(start)
@@ -229,7 +230,7 @@ def _decompressed(file: File, codec: _Codec) -> Iterator[bytes | _Frame | Damage
     while not decompressor.eof:
         data = file.read(PIECE)
         if not data:
-            yield Damage(f"what is compressed from byte {start} on is cut")
+            yield Damage(f"what is compressed from byte {start} on is cut", cut=True)
             return
         try:
             yield decompressor.decompress(data)

@@ -41,7 +41,7 @@ class Missing(BaseModel, frozen=True):
 
 
 class Loss(NamedTuple):
-    """What a file lacks of these tables. After what is `last` it has nothing that is whole."""
+    """What a file lacks of these tables. After what is `last` it has nothing that is whole, or, if `cut`, nothing."""
 
     file: str
     place: Place
@@ -50,6 +50,7 @@ class Loss(NamedTuple):
     until: LSN | None
     reason: str
     last: bool = False
+    cut: bool = False
 
 
 class Range:
@@ -182,14 +183,16 @@ class Ledger:
         found: list[Missing] = []
         named: defaultdict[Place, Coverage] = defaultdict(Coverage)
         for loss in self._losses:
-            if self._is_missing(loss):
-                until = self._known_end(loss)
-                if loss.after is not None and until is not None:
-                    named[loss.place].add(loss.after, until)
-                after = None if loss.after is None else str(loss.after)
+            if (stretch := self._lacking(loss)) is not None:
+                after, until = stretch
+                if after is not None and until is not None:
+                    named[loss.place].add(after, until)
                 found.append(
                     Missing(
-                        file=loss.file, after=after, until=None if until is None else str(until), reason=loss.reason
+                        file=loss.file,
+                        after=None if after is None else str(after),
+                        until=None if until is None else str(until),
+                        reason=loss.reason,
                     )
                 )
         return [*found, *self._gaps(named)]
@@ -209,32 +212,24 @@ class Ledger:
         reason = f"no file has what was committed before this one goes on{of}"
         return Missing(file=self._goes_on.get((place, until), ""), after=str(after), until=str(until), reason=reason)
 
-    def _found(self, loss: Loss) -> list[Coverage]:
-        """What was read of each of its tables."""
+    def _lacking(self, loss: Loss) -> tuple[LSN | None, LSN | None] | None:
+        """What of a loss isn't to be had elsewhere, and was asked for; None if that is nothing."""
         nothing = Coverage()
-        return [self._claimed.get((loss.place, table), nothing) for table in loss.tables if table in self._tables]
-
-    def _known_end(self, loss: Loss) -> LSN | None:
-        """Where it ends: if nowhere else, where something else begins, or at the checkpoint."""
+        read = [self._claimed.get((loss.place, table), nothing) for table in loss.tables if table in self._tables]
         after, until = loss.after, loss.until
-        if until is None and loss.last and after is not None:
-            until = min(filter(None, (found.next(after) for found in self._found(loss))), default=None)
-            if until is None and loss.place == self._ours and self._checkpoint is not None:
-                until = max(after, self._checkpoint)
-        return until
-
-    def _is_missing(self, loss: Loss) -> bool:
-        """Whether it isn't to be had elsewhere, and was asked for."""
-        after, until, found = loss.after, self._known_end(loss), self._found(loss)
-        if not found:
-            return False  # nobody wants these tables
+        if not read:
+            return None  # nobody wants these tables
         if after is not None:
-            if until is not None and all(of.covers(after, until) for of in found):
-                return False
+            after = min(of.reach(after) for of in read)
             if loss.last:
+                checkpoint = self._checkpoint if loss.place == self._ours else None
                 # Whoever goes on begins at the checkpoint, which is never beyond what is whole.
-                if loss.place == self._ours and self._checkpoint is not None and self._checkpoint <= after:
-                    return False
-                if loss.until is None and all(of.reach(after) > after for of in found):
-                    return False
-        return self._range.touches(loss.place, after or INVALID, until)
+                if checkpoint is not None and checkpoint <= after:
+                    return None
+                if checkpoint is None and until is None and loss.cut and after != loss.after:
+                    return None
+                if until is None:
+                    until = min(filter(None, (of.next(after) for of in read)), default=checkpoint)
+            if until is not None and until <= after:
+                return None
+        return (after, until) if self._range.touches(loss.place, after or INVALID, until) else None

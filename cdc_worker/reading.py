@@ -138,6 +138,7 @@ class FileReader:
         self._whole_from: LSN | None = None  # and from here on without a gap
         self._lost: tuple[LSN | None, str] | None = None  # from where on, and why
         self._lost_end: LSN | None = None  # where what was open then ends
+        self._cut = False
         self._more = False  # nobody knows what else was there
         self._open: _Open | None = None
         self._assembler = self._new()
@@ -179,7 +180,7 @@ class FileReader:
                 if block.ended:
                     self.lose(f"line {number} can't be read: {error}", more=not block.verified)
                 else:
-                    self.lose(f"it is cut within line {number}")
+                    self.lose(f"it is cut within line {number}", cut=True)
         if block.verified:
             self._close_frame(whole=True)
 
@@ -459,12 +460,16 @@ class FileReader:
 
     # Losses
 
-    def lose(self, reason: str, *, more: bool = False) -> None:
-        """Leave out what comes, up to where something whole begins: perhaps `more` than what is open and its frame."""
+    def lose(self, reason: str, *, more: bool = False, cut: bool = False) -> None:
+        """Leave out what comes, up to where something whole begins: perhaps `more` than what is open and its frame.
+
+        What is `cut` has nothing after it.
+        """
         self._document = []
         self._more = more or (self._more and self._at is _At.LOST)
         if self._at is _At.LOST:
             return
+        self._cut = cut
         of = self._open
         if of is not None and of.has_lsn and of.begin is not None:
             self._reach(of.begin.commit_lsn)
@@ -488,14 +493,14 @@ class FileReader:
 
     def _note(self, after: LSN | None, until: LSN | None, reason: str, *, last: bool = False) -> None:
         tables = [*self._tables] or [*self._wanted.rules]
-        self._ledger.lose(Loss(self._name, self._place, tables, after, until, reason, last))
+        self._ledger.lose(Loss(self._name, self._place, tables, after, until, reason, last, self._cut))
 
     def close(self) -> None:
         """The file has ended."""
         if self._document:
-            self.lose(f"it ends within a document, at line {self._line}")
+            self.lose(f"it ends within a document, at line {self._line}", cut=True)
         if self._at is _At.INSIDE:
-            self.lose(f"it ends within a transaction, at line {self._line}")
+            self.lose(f"it ends within a transaction, at line {self._line}", cut=True)
         if self._lost is not None:
             after, reason = self._lost
             ends = () if self._more else (self._lost_end, self._until)

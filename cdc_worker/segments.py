@@ -132,7 +132,7 @@ class Source:
         try:
             for block in blocks(file):
                 if isinstance(block, Damage):
-                    reader.lose(block.reason, more=True)
+                    reader.lose(block.reason, more=True, cut=block.cut)
                 else:
                     yield from reader.take(block)
         except NotARecordingError as error:

@@ -319,7 +319,10 @@ def test_wherever_a_stretch_is_cut_out_the_rest_is_read_and_what_is_missing_is_n
 def test_each_commit_is_read_once_from_whichever_file_has_it_whole(
     tmp_path_factory: pytest.TempPathFactory, files: list[tuple[Segment, int]], data: st.DataObject
 ) -> None:
-    """Of each file perhaps a frame is flipped, or torn; the same commits are the same in all files."""
+    """Of each file perhaps a frame is flipped, or torn; the same commits are the same in all files.
+
+    Who doesn't know the checkpoint takes what is torn for something that had not been consumed.
+    """
     directory = tmp_path_factory.mktemp("several")
     read: set[int] = set()
     rows: dict[int, list[int]] = {}
@@ -335,7 +338,7 @@ def test_each_commit_is_read_once_from_whichever_file_has_it_whole(
             touched = segment.commits[-1]
         read |= segment.rows.keys() - touched
         written(directory, **{f"{number}": b"".join(frames)})
-    of = source(directory)
+    of = source(directory, checkpoint=LSN(max(rows)) if any(damage == 1 for _, damage in files) else None)
     recorded = [*of]
     found = whole(recorded)
     assert {*found} >= read
@@ -821,11 +824,11 @@ def peak(path: Path) -> int:
 
 
 def test_only_what_is_needed_is_held(tmp_path: Path) -> None:
-    """A hundred megabytes, as one commit without frames and as many with them."""
+    """Fifty megabytes, as one commit without frames and as many with them."""
     row = change(1, columns=[{"name": "lead_id", "typeoid": 23, "value": 1}, {"name": "name", "value": "x" * 50_000}])
     (tmp_path / "none").write_bytes(segment(0, 20))
-    (tmp_path / "foreign").write_bytes(gzip.compress(text(transaction(1_000_000, *[row] * 2_000)), 1))
-    ends = range(20, 2_020, 20)
+    (tmp_path / "foreign").write_bytes(gzip.compress(text(transaction(1_000_000, *[row] * 1_000)), 1))
+    ends = range(20, 1_020, 20)
     (tmp_path / "own").write_bytes(b"".join(frame(end - 20, end, *transaction(end, *[row] * 20)) for end in ends))
     idle = peak(tmp_path / "none")
     for name in ("foreign", "own"):
