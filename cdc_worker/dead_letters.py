@@ -20,7 +20,7 @@ import msgspec
 from pydantic import BaseModel, Field
 
 from cdc_worker import checkpoint, context, errors, postgres, wal2json
-from cdc_worker.activities import Activity, DeadLetter, DeadLetterKind, Key, change_key, key_prefix, parsed_key
+from cdc_worker.activities import BY_TIME, Activity, DeadLetter, DeadLetterKind, Key, change_key, key_prefix, parsed_key
 from cdc_worker.changes import Change, Row, Transaction
 from cdc_worker.config import Settings
 from cdc_worker.kept import Kept, read
@@ -362,7 +362,7 @@ class _Retry:
     def __init__(self, settings: Settings, late: Late) -> None:
         self._settings, self._late = settings, late
         self._policy = settings.policy(late.profile)
-        self._transformers: dict[str, Transformer] = {}
+        self._transformers: dict[tuple[str, bool], Transformer] = {}
 
     def page(self, ids: Sequence[int]) -> list[Tried]:
         """Try them; again if someone is erased meanwhile, or a table cut over."""
@@ -449,12 +449,12 @@ class _Retry:
 
     def _told(self, letter: DeadLetter, key: Key, transaction: Transaction) -> Iterator[Told]:
         """What the rules make of its change."""
-        change, cluster = letter.change, _named(letter.change_key)[1]
-        transformer = self._transformer(cluster)
+        change, worker, cluster = letter.change, *_named(letter.change_key)
         name = change.schema, change.table
+        prefix = key_prefix(worker, cluster, key.place.lsn)
         # That of a recording that doesn't say where its transactions were committed is of its own kind.
         kind = letter.change_key.removesuffix(change_key("", *name, key.place.ordinal, key.rule))
-        prefix = key_prefix(self._settings.worker, cluster, key.place.lsn)
+        transformer = self._transformer(cluster, placed=not kind.startswith(f"{worker}/{cluster}/{BY_TIME}"))
         heard = context.retold(letter.origin.context, self._policy)
         outcomes = transformer.take_up(transaction, heard=heard, ordinals={name: key.place.ordinal})
         for of in completed(transformer, outcomes, self._late.look_up):
@@ -469,17 +469,17 @@ class _Retry:
             return rules[of].masked(row, letter.origin.masked.get(of, frozenset()))
         return row
 
-    def _transformer(self, cluster: str) -> Transformer:
-        if cluster not in self._transformers:
+    def _transformer(self, cluster: str, *, placed: bool) -> Transformer:
+        if (cluster, placed) not in self._transformers:
             late = self._late
-            self._transformers[cluster] = Transformer(
+            self._transformers[cluster, placed] = Transformer(
                 late.rules,
                 worker=self._settings.worker,
                 system_identifier=cluster,
-                scope=late.scope(cluster, None),
+                scope=late.scope(cluster, None, placed=placed),
                 policy=self._policy,
             )
-        return self._transformers[cluster]
+        return self._transformers[cluster, placed]
 
     def _nothing(self, letter: DeadLetter, key: Key) -> str:
         table = self._late.rules.get((letter.change.schema, letter.change.table))

@@ -12,6 +12,7 @@ import structlog
 from support import Crm, WorkerProcess, eventually
 
 from cdc_worker import config, dead_letters, errors
+from cdc_worker.activities import BY_TIME
 from cdc_worker.dead_letters import Selection, Tried
 from cdc_worker.erasure import forget
 from cdc_worker.profile import load
@@ -589,3 +590,15 @@ def test_a_message_that_could_not_be_read_becomes_what_it_would_have(crm: Crm) -
     crm.execute("UPDATE cdc_worker.dead_letter SET raw = %s::bytea", line.encode())
     assert outcomes(retry(crm)) == {"written": 1}
     assert (waiting(crm), rows(crm)) == (0, before)
+
+
+def test_a_change_of_a_recording_without_places_keeps_its_key(crm: Crm) -> None:
+    refused(crm)
+    crm.add_leads(1)
+    record(crm)
+    accepted(crm)
+    worker, cluster, rest = crm.value("SELECT change_key FROM cdc_worker.dead_letter").split("/", 2)
+    key = f"{worker}/{cluster}/{BY_TIME}{rest}"
+    crm.execute("UPDATE cdc_worker.dead_letter SET change_key = %s", key)
+    assert outcomes(retry(crm)) == {"written": 1}
+    assert [row["change_key"] for row in crm.activities()] == [key]
