@@ -331,11 +331,12 @@ class Assembler:
         full = self._size >= self.MAX_BYTES or len(self._changes) + len(self._messages) >= self.MAX_CHANGES
         return self._cut(begin, last=False) if full else None
 
-    def pass_over(self, unread: Unread, line: Payload) -> Transaction | None:
+    def pass_over(self, unread: Unread, line: Payload, *, instead: Change | None = None) -> Transaction | None:
         """Take a message that can't be read, and the line that stands for it in a recording, be it as the commit.
 
         Where a begin can't be read, what follows is left out up to the commit, which raises BeginToldError if it can be
-        read itself.
+        read itself. `instead` is the change that it was, if that is known by now: it stands in the same place, and is
+        no half of a row that moved, for it was none when those after it were counted.
         """
         begin, lost = self._begin, self._lost
         if begin is None:
@@ -351,7 +352,8 @@ class Assembler:
             if self._held is not None:
                 self._let_go()
             self._emptied = None
-            self._append(unread, line, len(line))
+            change = unread if instead is None else instead
+            self._append(change, line if instead is None else change, len(line))
             if self._received is not None and unread.of != "commit":
                 self._received.append(Received(line))
         return self.feed(Commit(), line) if unread.of == "commit" else None

@@ -338,7 +338,8 @@ class Late:
         told = [of for slice_ in pending for of in slice_.outcomes if not isinstance(of, Skipped)]
         keys = [of.change_key for of in told]
         existing = self.existing(keys)
-        self._letters = dict(self.control.execute(_LETTERS, (self._worker, keys)).fetchall() if keys else [])
+        asked = [*keys, *dict.fromkeys(map(_of_change, keys))]
+        self._letters = dict(self.control.execute(_LETTERS, (self._worker, asked)).fetchall() if keys else [])
         if self._dry_run:
             self._count(of for of in told if self._is_missing(of, existing))
             return
@@ -389,7 +390,7 @@ class Late:
             counts.already_there += 1
         elif isinstance(outcome, DeadLetter) and key in self._letters:
             counts.known += 1
-        elif self._letters.get(key):
+        elif self._letters.get(key) or self._letters.get(_of_change(key)):
             counts.discarded += 1
         else:
             return True
@@ -406,10 +407,12 @@ class Late:
         refused = {letter.change_key for letter in written.dead_letters}
         known = sum(letter in self._letters for letter in refused)
         not_ours = refused | written.existing
+        resolved = set[str]()
         for outcome in batch.outcomes:
             if isinstance(outcome, Line) and outcome.change_key not in not_ours:
                 counts.activities[outcome.type] += 1
-                counts.resolved += outcome.change_key in self._letters
+                resolved |= {outcome.change_key, _of_change(outcome.change_key)} & self._letters.keys()
+        counts.resolved += len(resolved)
         counts.already_there += written.already_there
         counts.dead_letters += len(refused) - known
         counts.known += known
@@ -437,7 +440,8 @@ class Late:
                 late.setdefault(place, []).extend(keys)
         if self._substitutes is not None:
             statements.append(backfill.replacement(self.profile.target, self.target, worker, cluster, late))
-        resolved = [line.change_key for line in lines if line.change_key in self._letters]
+        own = {key for line in lines for key in (line.change_key, _of_change(line.change_key))}
+        resolved = [*(own & self._letters.keys())]
         # What could not be made up must not be tried again.
         resolved += {own_key(worker, cluster, key) for keys in late.values() for key in keys}
         if resolved:
@@ -590,6 +594,12 @@ RETURNING replay::text, nonce::text
 _NONCE: Final = "SELECT nonce::text FROM cdc_worker.replay WHERE replay = %s"
 
 _END: Final = "DELETE FROM cdc_worker.replay WHERE replay = %s"
+
+
+def _of_change(key: str) -> str:
+    """The key of a dead letter that stands for all that its change would have been told as."""
+    return f"{key.rpartition('/')[0]}/*"
+
 
 _LETTERS: Final = """
 SELECT change_key, discarded_at IS NOT NULL FROM cdc_worker.dead_letter WHERE worker = %s AND change_key = ANY (%s)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import re
 from collections.abc import Callable, Iterator
@@ -514,6 +515,21 @@ def test_a_recording_has_a_line_in_its_place_with_which_a_replay_tells_the_same(
     assert crm.execute(_LETTERS) == before[1]
     crm.succeed("replay", str(directory))
     assert (crm.activities(), crm.execute(_LETTERS)) == (told, before[1])
+
+    # Who can read it tells it in its place.
+    key, raw = crm.execute("SELECT change_key, raw FROM cdc_worker.dead_letter WHERE change ->> 'table' = 'lead'")[0]
+    newer = crm.directory / "newer.jsonl"
+    newer.write_bytes(text.replace(base64.b64encode(raw), base64.b64encode(raw[:-1] + b"}")))
+    crm.execute("UPDATE cdc_worker.dead_letter SET discarded_at = now()")
+    crm.succeed("replay", str(newer))
+    assert crm.activities() == told, "it was to stay untold"
+    crm.execute("UPDATE cdc_worker.dead_letter SET discarded_at = NULL")
+    crm.succeed("replay", str(newer))
+    (new,) = [of for of in crm.activities() if of not in told]
+    assert (new["change_key"], new["metadata"]["lead_name"]) == (key.replace("*", "lead_created"), "Spoilt")
+    assert len(crm.execute(_LETTERS)) == 3
+    crm.succeed("replay", str(newer))
+    assert [len(crm.activities()), len(crm.execute(_LETTERS))] == [4, 3]
 
 
 def test_verify_finds_what_is_missing_and_makes_up_for_it(crm: Crm) -> None:
