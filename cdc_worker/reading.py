@@ -250,7 +250,8 @@ class FileReader:
         again = wal2json.read_again(unread, unread.raw) if unread.of == "change" and unread.raw else None
         recorded = self._put(self._assembler.pass_over(unread, line, instead=again))
         if unread.of == "commit":
-            self._end(unread.position)
+            known = None if self._open is None else self._open.end
+            self._end(unread.position if known is None else known)
         return recorded
 
     # Documents of format 1

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from io import BufferedReader
 from pathlib import Path
+from stat import S_ISREG
 from typing import Final, Literal, NamedTuple, cast
 
 from cdc_worker.blocks import Advance, Damage, File, NotARecordingError, blocks
@@ -36,12 +37,15 @@ _WHAT: Final = "what is read is what the worker records, and what pg_recvlogical
 
 
 class _Named(NamedTuple):
-    """A file, and the first frame of ours in it. One that is `given` was not found in a directory."""
+    """A file, and the first frame of ours in it. One that is `given` was not found in a directory.
+
+    Of a pipe neither size nor frame is known.
+    """
 
     path: Path | Literal["-"]
     name: str
     given: bool
-    size: int
+    size: int | None = None
     first: Frame | None = None
 
     @property
@@ -99,7 +103,8 @@ class Source:
         self._advance = advance
         self._number = 0
         self._files = _named(paths)
-        self.total = None if STDIN in paths else sum(file.size for file in self._files)
+        sizes = [file.size for file in self._files if file.size is not None]
+        self.total = sum(sizes) if len(sizes) == len(self._files) else None
 
     @property
     def transactions(self) -> int:
@@ -165,11 +170,12 @@ def _named(paths: Sequence[Path | Literal["-"]]) -> list[_Named]:
                 status = file.stat()
                 if (status.st_dev, status.st_ino) not in known:
                     known.add((status.st_dev, status.st_ino))
-                    named = _Named(file, str(file), file == path, status.st_size)
-                    found.append(named._replace(first=_first(named)))
+                    named = _Named(file, str(file), file == path)
+                    regular = S_ISREG(status.st_mode)
+                    found.append(named._replace(size=status.st_size, first=_first(named)) if regular else named)
         except OSError as error:
             raise _unreadable(str(error.filename or path), error) from error
-    stdin = [_Named("-", "standard input", True, 0)] if STDIN in paths else []
+    stdin = [_Named("-", "standard input", True)] if STDIN in paths else []
     return sorted(found, key=lambda named: named.order) + stdin
 
 

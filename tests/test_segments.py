@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Container, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import accumulate
@@ -726,6 +727,14 @@ def test_standard_input_is_read_as_it_comes(monkeypatch: pytest.MonkeyPatch, tmp
             assert (numbers([*of]), of.missing, of.total) == ([120, 140], [], None)
 
 
+def test_a_pipe_is_read_as_a_file_is(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with ThreadPoolExecutor() as pool:
+        pool.submit((tmp_path / "pipe").write_bytes, segment(100, 120, 140))
+        of = source(tmp_path / "pipe")
+        assert (numbers([*of]), of.missing, of.total) == ([120, 140], [], None)
+
+
 def test_all_bytes_are_told_of_once(tmp_path: Path) -> None:
     lines = text([line for end in range(20, 20_000, 20) for line in transaction(end)])
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(lines))
@@ -795,7 +804,7 @@ def test_a_damaged_plain_file_stops_nothing(
     lines = [transaction(end, *rows) for end, rows in segment.rows.items()]
     number = data.draw(st.integers(0, len(lines) - 1))
     of = text(lines[number])
-    place = data.draw(st.integers(0, len(of) - 1))
+    place = data.draw(st.integers(0, len(of) - 2))  # not the end of its last line, which parts it from the next
     flipped = of[:place] + data.draw(st.binary(max_size=2)) + of[place + 1 :]
     path = tmp_path_factory.mktemp("plain") / "a.jsonl"
     path.write_bytes(b"".join([*map(text, lines[:number]), flipped, *map(text, lines[number + 1 :])]))
