@@ -18,9 +18,11 @@ from cdc_worker.checks import Finding
 from cdc_worker.config import PREFIX, Settings
 from cdc_worker.doctor import CHECKS, Report
 from cdc_worker.ledger import Missing
+from cdc_worker.ours import Was
 from cdc_worker.profile import read
 from cdc_worker.replay import Line, Replayed
 from cdc_worker.replay import Sample as ReplaySample
+from cdc_worker.rewrite import Difference, Rewritten
 from cdc_worker.status import Backfill, Counts, Failure, Process, Status
 
 ROOT = Path(__file__).parent.parent
@@ -69,6 +71,11 @@ def test_backfill_lists_the_fields_of_its_json() -> None:
 def test_replay_lists_the_fields_of_its_json_and_of_its_lines() -> None:
     assert_has("docs/replay.md", fields_table(Replayed, ReplaySample, Missing))
     assert_has("docs/replay.md", fields_table(Line))
+
+
+def test_replay_lists_what_a_rewrite_tells_beside_them() -> None:
+    rows = fields_table(Rewritten, Difference, Was)
+    assert_has("docs/replay.md", [row for row in rows if row not in fields_table(Replayed)[2:]])
 
 
 def test_operating_lists_the_checks_of_the_doctor() -> None:
