@@ -59,6 +59,19 @@ def lines(done: Erasure) -> Iterator[str]:
         yield f"  {what}"
 
 
+_UNREAD: Final = "SELECT count(*) FROM cdc_worker.dead_letter WHERE worker = %s AND raw IS NOT NULL"
+
+
+_BE_RID: Final = sql.SQL("UPDATE cdc_worker.dead_letter SET raw = NULL WHERE worker = {}")
+
+
+def _unread(connection: Connection, worker: str) -> list[str]:
+    """Messages of which nobody knows whom they tell of."""
+    (count,) = postgres.fetch_one(connection, _UNREAD, worker)
+    what = f"{count:,} message{'' if count == 1 else 's'} that could not be read, in dead letters; to be rid of them"
+    return [f"{what}: {_BE_RID.format(worker).as_string()}"] if count else []
+
+
 _REGISTER: Final = """
 INSERT INTO cdc_worker.erased (worker, field, key, erased_lsn) VALUES (%s, %s, %s, pg_current_wal_insert_lsn())
 """
@@ -89,6 +102,7 @@ def forget(settings: Settings, profile: Profile, persons: Mapping[str, str]) -> 
             linked = target.linked(connection, erased)
             application_activities = target.application_activities(connection, erased, change_key)
             activities = target.blank(connection, erased, change_key, types)
+            unread = _unread(connection, worker)
             dead_letters = sum(
                 _blank_dead_letters(connection, rules, worker, person, links[person[0]]) for person in erased.items()
             )
@@ -99,7 +113,7 @@ def forget(settings: Settings, profile: Profile, persons: Mapping[str, str]) -> 
         dead_letters=dead_letters,
         application_activities=application_activities,
         linked=linked,
-        out_of_reach=[*OUT_OF_REACH],
+        out_of_reach=[*OUT_OF_REACH, *unread],
     )
 
 

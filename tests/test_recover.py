@@ -557,6 +557,17 @@ def test_verify_finds_what_is_missing_and_makes_up_for_it(crm: Crm) -> None:
         assert marks(crm) == []
 
 
+def test_who_is_forgotten_may_still_be_told_of_in_messages_that_nobody_can_read(crm: Crm) -> None:
+    in_one_transaction(crm, "Ann", "Spoilt")
+    passed_over(crm, tail(b"Spoilt"))
+    done = json.loads(crm.succeed("forget", "--lead", "2", "--yes", "--json"))
+    what, _, statement = done["out_of_reach"][-1].partition(": ")
+    assert what == "1 message that could not be read, in dead letters; to be rid of them"
+    crm.connection.execute(statement.encode())
+    again = json.loads(crm.succeed("forget", "--lead", "2", "--yes", "--json"))
+    assert again["out_of_reach"] == done["out_of_reach"][:-1]
+
+
 # The command
 
 
