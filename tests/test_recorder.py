@@ -367,7 +367,7 @@ def busy(connection: Connection, session: int, turn: int) -> None:
                 connection.execute("UPDATE lead SET status = %s WHERE lead_id = %s", (f"{turn}.{number}", lead))
 
 
-@storm(6, chaos=100)
+@storm(5, chaos=40)
 def test_kills_at_any_moment_leave_nothing_out(recorded: Recorded, seed: int, rounds: int) -> None:
     """After each, what the checkpoint has passed by then is there by then."""
     dice, crm = random.Random(seed), recorded.crm
@@ -386,7 +386,7 @@ def test_kills_at_any_moment_leave_nothing_out(recorded: Recorded, seed: int, ro
     assert recorded.holds(passed, ends) > rounds
 
 
-@storm(3, chaos=8)
+@storm(2, chaos=8)
 def test_kills_within_one_large_commit_leave_it_whole(recorded: Recorded, seed: int, rounds: int) -> None:
     dice, crm = random.Random(seed), recorded.crm
     crm.add_leads(22_000)
