@@ -41,7 +41,7 @@ from cdc_worker.activities import (
 )
 from cdc_worker.changes import Row, Transaction
 from cdc_worker.config import Settings
-from cdc_worker.history import Event, Recorded, made_up, recorded
+from cdc_worker.history import Event, Recorded, made_up, recorded, standing
 from cdc_worker.journal import Journal
 from cdc_worker.log import Logger
 from cdc_worker.lookups import Lookups
@@ -403,6 +403,8 @@ class Late:
         except KeyboardInterrupt:
             sink.cancel()
             raise
+        except psycopg.errors.DeadlockDetected as error:  # with another command, which writes the same in another order
+            raise self.progress.fenced() from error
         self._tried(written.dead_letters)
         refused = {letter.change_key for letter in written.dead_letters}
         known = sum(letter in self._letters for letter in refused)
@@ -468,6 +470,15 @@ class _Table(NamedTuple):
     """The rules that a backfill may have told."""
 
 
+class _Told(NamedTuple):
+    """An activity that comes late, what its key says, and the key of the row; and the one that it had before it."""
+
+    activity: Activity
+    key: Key
+    row: RowKey
+    before: RowKey
+
+
 class _Substitutes:
     """What was made up in place of activities that come late."""
 
@@ -498,47 +509,70 @@ class _Substitutes:
 
     def of(self, activities: Iterable[Activity]) -> dict[str, list[tuple[Place, list[Key]]]]:
         """The keys that may have been made up for activities, by theirs, with their places."""
-        by_table: dict[tuple[str, str], list[tuple[Activity, Key, RowKey]]] = {}
+        by_table: dict[tuple[str, str], list[_Told]] = {}
         for activity in activities:
             change = activity.change
             table = self._tables.get((change.schema, change.table))
             key = parsed_key(self._worker, self._checkpoint.system_identifier, activity.change_key)
-            row = change.new if change.new is not None else change.old
-            if table is None or key is None or row is None:
+            if table is None or key is None:
                 continue
-            values = [row.get(column) for column in table.rows.key]
-            if None not in values:
-                subject = tuple(text(value) for value in values)
-                by_table.setdefault((change.schema, change.table), []).append((activity, key, subject))
+            old, new = (_row_key(row, table.rows.key) for row in (change.old, change.new))
+            moved = bool(old and new) and old != new and bool(table.recorded.changes.get(key.rule))
+            if row := new or old:
+                told = _Told(activity, key, row, old if moved else ())
+                by_table.setdefault((change.schema, change.table), []).append(told)
         found: dict[str, list[tuple[Place, list[Key]]]] = {}
         for name, concerned in by_table.items():
-            for change_key, place, keys in self._of_table(self._tables[name], concerned):
-                found.setdefault(change_key, []).append((place, keys))
+            for told, keys in self._of_table(self._tables[name], concerned):
+                if not keys:
+                    continue
+                found.setdefault(told.activity.change_key, []).append((told.key.place, keys))
         return found
 
-    def _of_table(
-        self, table: _Table, concerned: Sequence[tuple[Activity, Key, RowKey]]
-    ) -> Iterator[tuple[str, Place, list[Key]]]:
-        until = self._until
-        names = {row: table.rows.subject(row) for _, _, row in concerned}
+    def _of_table(self, table: _Table, concerned: Sequence[_Told]) -> Iterator[tuple[_Told, list[Key]]]:
+        until, meant = self._until, table.recorded
+        names = {row: table.rows.subject(row) for told in concerned for row in (told.row, told.before) if row}
         events = table.journal.of(names, until=until, since=until)
         emptied = table.journal.emptied(until)
-        unmended = {subject: self._unmended.get((table.recorded.table, subject), []) for subject in names.values()}
+        unmended = {subject: self._unmended.get((meant.table, subject), []) for subject in names.values()}
         mended = {
             row
             for row, subject in names.items()
             if unmended[subject] or any(of.kind == "repair" for of in events[subject])
         }
         whole = table.journal.of(mended, until=until) if mended else {}
-        for activity, key, row in concerned:
-            subject = names[row]
+        for told in concerned:
+            what = "moved" if told.before else meant.what(told.key.rule)
+            event = Event(names[told.row], told.key.rule, what, told.key.place, "stream", before=told.before)
+            events[event.subject].append(event)
+        for told in concerned:
+            key, subject = told.key, names[told.row]
             if key.rule in table.told:
                 for of, known in self._followed(table, subject, key.place, events):
-                    event = Event(of, key.rule, table.recorded.what(key.rule), key.place)
-                    if keys := made_up(table.recorded, event, known, emptied):
-                        yield activity.change_key, key.place, keys
-            if row in mended and (keys := self._mended(key, whole[subject], unmended[subject])):
-                yield activity.change_key, key.place, keys
+                    event = Event(of, key.rule, meant.what(key.rule), key.place)
+                    yield told, made_up(meant, event, known, emptied)
+            if told.before:  # what is told of it by that key was made up again by this one
+                for rule in table.told & self._rules_before(table, told, events, emptied):
+                    event = Event(subject, rule, meant.what(rule), key.place)
+                    yield told, made_up(meant, event, events[subject], emptied)
+            if told.row in mended:
+                yield told, self._mended(key, whole[subject], unmended[subject])
+
+    def _rules_before(
+        self, table: _Table, told: _Told, events: Mapping[str, Sequence[Event]], emptied: Sequence[Place]
+    ) -> set[str]:
+        """The rules that have told of a row before it got another key, by any that it had."""
+        known, rules = dict(events), set[str]()
+        place, row = told.key.place, told.before
+        while row:
+            subject = table.rows.subject(row)
+            if subject not in known:
+                known |= table.journal.of([row], until=self._until, since=self._until)
+            earlier = [event for event in known[subject] if event.place < place]
+            found = standing(subject, earlier, [of for of in emptied if of < place])
+            rules |= found.rules
+            place, row = found.after, found.before
+        return rules
 
     def _followed(
         self, table: _Table, subject: str, place: Place, events: Mapping[str, Sequence[Event]]
@@ -577,6 +611,12 @@ class _Substitutes:
         for table in self._tables.values():
             if not written.isdisjoint(table.recorded.emptied):
                 table.journal.forget()
+
+
+def _row_key(row: Row | None, columns: Sequence[str]) -> RowKey:
+    """A row's key, or nothing if it isn't known."""
+    values = [None if row is None else row.get(column) for column in columns]
+    return () if None in values else tuple(text(value) for value in values)
 
 
 _BURY: Final = """

@@ -73,6 +73,7 @@ class Workload:
         self._crm, self._random = crm, random.Random(seed)
         self._leads: list[int] = []
         self._customers: list[int] = []
+        self._left: list[int] = []
         self._number = 0
 
     def run(self, transactions: int, *, many: int = 0) -> None:
@@ -139,13 +140,35 @@ class Workload:
             self._leads.remove(lead)
             self._crm.execute("DELETE FROM lead WHERE lead_id = %s", lead)
 
+    def _rename(self) -> None:
+        """A lead gets another key."""
+        if (lead := self._some(self._leads)) is not None:
+            moved = self._crm.execute(
+                "UPDATE lead SET lead_id = lead_id + 100000 WHERE lead_id = %s"
+                " AND NOT EXISTS (SELECT FROM contact WHERE contact.lead_id = lead.lead_id) RETURNING lead_id",
+                lead,
+            )
+            self._leads[self._leads.index(lead)] = moved[0][0] if moved else lead
+
+    def _leave(self) -> None:
+        """A customer goes, whose key may be given to another."""
+        if (customer := self._some(self._customers)) is not None:
+            self._customers.remove(customer)
+            self._left.append(customer)
+            self._crm.execute("DELETE FROM customer WHERE customer_uid = %s", customer)
+
+    def _return(self) -> None:
+        if self._left:
+            self._customers.append(self._left.pop())
+            self._crm.execute("INSERT INTO customer (customer_uid, name) VALUES (%s, 'Anew')", self._customers[-1])
+
     def _think_better_of_it(self) -> None:
         with self._crm.connection.transaction(force_rollback=True):
             self._crm.add_leads(3)
 
     _steps = (
         *(_lead, _lead, _lead, _change, _change, _change, _assign, _convert, _close, _delete, _say),
-        *(_think_better_of_it,),
+        *(_rename, _leave, _return, _think_better_of_it),
     )
 
 
@@ -305,6 +328,24 @@ def test_a_creation_that_is_recorded_after_all_replaces_what_a_backfill_made_up(
         assert fill(crm, "lead")["lead"].activities == {}
         worker.terminate()
     assert written(crm) == before
+
+
+def test_what_was_made_up_of_a_row_gives_way_when_it_turns_out_to_have_had_another_key(
+    crm: Crm, recording: Path
+) -> None:
+    crm.add_leads(1)
+    crm.execute("UPDATE lead SET lead_id = 5")
+    crm.execute("UPDATE lead SET lead_id = 6")
+    crm.record()
+    before = written(crm)
+    for lost in ("lead_id = 5", "lead_id >= 5", "true", "activity_type = 'lead_created'"):
+        assert lose(crm, lost)
+        with crm.worker() as worker:
+            worker.wait_for("replication_started")
+            fill(crm, "lead")
+            worker.terminate()
+        replayed(crm)
+        assert written(crm) == before, lost
 
 
 def test_what_a_repair_made_up_gives_way_to_what_fills_the_hole(crm: Crm, recording: Path) -> None:
