@@ -284,6 +284,24 @@ def test_what_was_dealt_with_before_needs_no_permission() -> None:
         skips.pass_over(assembler, b"{", LSN(0x1030), error)
 
 
+@pytest.mark.parametrize(
+    ("raw", "table", "kept"), [(False, b"lead", False), (False, b"customer", True), (True, b"lead", True)]
+)
+def test_a_recording_has_no_message_in_which_values_are_to_be_masked(raw: bool, table: bytes, kept: bool) -> None:
+    rule = 'rules = [{ on = "insert", type = "x", description = "y" }]'
+    given = rules(f'[tables.lead]\nmasked = ["email"]\n{rule}\n[tables.customer]\n{rule}\n')
+    skips = Skips(frozenset([LSN(0x900)]), given, None, {}, raw=raw, log=log.get())
+    assembler = Assembler(keep=True)
+    assembler.feed(begin(), b"")
+    message = b'{"action":"I","schema":"public","table":"%b","columns' % table
+    skips.pass_over(assembler, message, LSN(0x900), errors.MessageUnreadableError(""))
+    found = assembler.feed(Commit(), b"")
+    assert found is not None
+    line = recording.decode(found.received[1].payload)
+    assert isinstance(line, Unread)
+    assert (line.table, line.raw) == (table.decode(), message if kept else None)
+
+
 def test_what_can_be_read_and_stands_in_a_wrong_place_is_not_passed_over() -> None:
     skips = Skips(frozenset([LSN(0x900)]), leadfi(), None, {}, raw=True, log=log.get())
     line = b'{"action":"T","schema":"public","table":"lead"}'
