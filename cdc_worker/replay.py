@@ -137,14 +137,12 @@ def damages(missing: Iterable[Missing]) -> Iterator[str]:
 class Portion(NamedTuple):
     """What came of a slice of a commit, as far as it is meant.
 
-    All outcomes of the first `done` changes of the commit are out, and the commit with this is if it is `complete`. Of
-    those `decided` they are but for what is told of several together.
+    All outcomes of the first `done` changes of the commit are out, and the commit with this is if it is `complete`.
     """
 
     recorded: Recorded
     outcomes: list[Outcome]
     done: int
-    decided: int
     complete: bool
     given: list[Person]
     scope: Scope
@@ -196,7 +194,7 @@ class Teller:
                 self._unverifiable = True
                 self._log.warning("signatures_unverifiable", reason="the recording doesn't number its transactions")
             kept = [unplaced.named(outcome, placed) for outcome in outcomes if self._meant(outcome)]
-            yield Portion(of, kept, transformer.done, transformer.decided, transaction.last, given, scope)
+            yield Portion(of, kept, transformer.done, transaction.last, given, scope)
 
     def _transformer(self, of: Recorded, *, placed: bool) -> tuple[Transformer, Scope]:
         key = of.system_identifier, of.database, placed

@@ -21,12 +21,13 @@ from __future__ import annotations
 import json
 import time
 from collections import deque
-from collections.abc import Collection, Iterator, Mapping, Sequence, Set
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final, Literal, NamedTuple
 
+import msgspec
 import psycopg
 from pydantic import BaseModel, Field
 
@@ -120,6 +121,21 @@ def place_of(key: str) -> str:
     return key.rpartition("/")[0]
 
 
+def is_summary(key: str) -> bool:
+    """Whether it is the key of what is told in place of several changes, of whatever tables."""
+    return place_of(key).rpartition("/")[0].endswith("/cdc_worker.context")
+
+
+class _Run(msgspec.Struct):
+    """Changes of a table that follow each other: from which ordinal on, and if rules count them, at which number."""
+
+    table: tuple[str, str]
+    ordinal: int
+    index: int
+    counts: bool
+    length: int = 0
+
+
 class Places:
     """Tells of which changes of a commit all is known: slices are taken in order."""
 
@@ -128,11 +144,11 @@ class Places:
         self._rules, self._worker, self._cluster, self._tables = rules, worker, cluster, tables
         self._prefix = ""
         self._ordinals: dict[tuple[str, str], int] = {}
-        self._open: deque[tuple[int, str]] = deque()  # with the number that the transformer has given to each
+        self._open: deque[_Run] = deque()  # of changes that are told as one there may be very many
         self._index = self._messages = 0
 
-    def take(self, transaction: Transaction, decided: int, excluded: Collection[tuple[str, str]] = ()) -> list[str]:
-        """The changes of which all is known by now: `decided` are so many of those that rules are about.
+    def take(self, transaction: Transaction, done: int, excluded: Collection[tuple[str, str]] = ()) -> Iterator[str]:
+        """The changes of which all is known by now: `done` are so many of those that rules are about.
 
         What became of tables that are `excluded` is nobody's to say.
         """
@@ -142,21 +158,31 @@ class Places:
             self._open.clear()
         for change in transaction.changes:
             table = (change.schema, change.table)
-            ordinal = self._ordinals.get(table, 0)
+            ordinal, counts = self._ordinals.get(table, 0), table in self._rules or type(change) is Unread
             self._ordinals[table] = ordinal + 1
             if table not in excluded and (not self._tables or table in self._tables):
-                self._open.append((self._index, f"{self._prefix}{'.'.join(table)}/{ordinal}"))
-            self._index += table in self._rules or type(change) is Unread
+                run = self._open[-1] if self._open else None
+                follows = run is not None and run.index + run.length * run.counts == self._index
+                if run is None or run.table != table or not follows:
+                    self._open.append(run := _Run(table, ordinal, self._index, counts))
+                run.length += 1
+            self._index += counts
         self._messages += sum(message.prefix == CONTEXT_PREFIX for _, message in transaction.messages)
-        if not transaction.last:
-            found = []
-            while self._open and self._open[0][0] < decided:
-                found.append(self._open.popleft()[1])
-            return found
-        # What is told in place of changes, of whatever tables, may come until the end.
-        messages = range(0 if self._tables else self._messages)
-        summaries = [f"{self._prefix}cdc_worker.context/{number}" for number in messages]
-        return [place for _, place in self._open] + summaries
+        while self._open:
+            run = self._open[0]
+            if transaction.last or (not run.counts and run.index < done):
+                count = run.length
+            else:
+                count = max(0, min(run.length, done - run.index)) if run.counts else 0
+            for ordinal in range(run.ordinal, run.ordinal + count):
+                yield f"{self._prefix}{'.'.join(run.table)}/{ordinal}"
+            run.ordinal, run.index, run.length = run.ordinal + count, run.index + count, run.length - count
+            if run.length:
+                return
+            self._open.popleft()
+        if transaction.last:  # until then there may come what is told in place of changes, of whatever tables
+            for number in range(self._messages):
+                yield f"{self._prefix}cdc_worker.context/{number}"
 
 
 class Slice(NamedTuple):
@@ -186,10 +212,12 @@ class Rewriting:
         done: Rewritten,
         *,
         types: Collection[str] = (),
+        filtered: bool = False,
         anyone_erased: bool = False,
     ) -> None:
-        """With `types` it is about activities that are of one of them, or would be."""
+        """With `types` it is about activities that are of one of them, or would be; `filtered` may also be changes."""
         self._late, self._cluster, self._done, self._types = late, cluster, done, types
+        self._filtered = filtered
         self._worker = late.checkpoint.worker
         self._rows = Ours(
             late.control,
@@ -204,21 +232,30 @@ class Rewriting:
         self._slices: list[Slice] = []
         self._holds: Set[tuple[str, str]] = frozenset()
         self._tables = {".".join(name): table for name, table in late.rules.items()}
+        self._counted = {name for name, table in late.rules.items() if any(table.rules.values())}
         self._places: list[str] = []
         self._count = 0
-        self._summaries: set[str] = set()  # those of the commit that is read: its places come in the end
+        self._summaries: set[str] = set()  # those of the commit that is read: their places come in the end
+        self._made: set[str] = set()  # what came of a slice some of whose places are still to come
         self._at = Position(LSN(0))
         self._refused_in_a_row = 0
 
-    def add(self, slice_: Slice, places: Sequence[str]) -> None:
+    def add(self, slice_: Slice, places: Iterable[str]) -> None:
         """Take what came of a slice of a commit, and the changes of which all is known; some of it is done at once."""
         if slice_.holds != self._holds:
             self.flush()
             self._holds = slice_.holds
+        if slice_.transaction.first and not self._slices:
+            self._summaries.clear()
         self._slices.append(slice_)
-        self._places += places
-        self._count += max(len(places), len(slice_.outcomes))
-        if self._count >= PORTION:
+        self._count += len(slice_.outcomes)
+        for place in places:
+            if len(self._places) >= PORTION:
+                self.flush()
+                self._slices.append(slice_._replace(outcomes=(), given=()))
+                self._made = {outcome.change_key for outcome in told(slice_.outcomes)}
+            self._places.append(place)
+        if max(self._count, len(self._places), len(self._slices)) >= PORTION:
             self.flush()
 
     def flush(self) -> None:
@@ -229,13 +266,13 @@ class Rewriting:
             return
         self._at = Position(slices[-1].transaction.end_lsn)
         wanted = {of.change_key: of for slice_ in slices for of in told(slice_.outcomes)}
-        self._summaries |= {key for key in wanted if key.endswith(_SUMMARY)}
+        self._summaries |= {key for key in wanted if is_summary(key)}
         commits = [slice_.transaction.commit_lsn for slice_ in slices]
         concerned = dict.fromkeys([*places, *map(place_of, wanted)])
         there, letters = self._rows.recorded(concerned, min(commits), max(commits))
         # Of a change that can't be read, nobody knows what the rules would make of it.
         held = {*places} - {place_of(key) for key in wanted if key.endswith(_UNKNOWN)}
-        known = wanted.keys() | self._summaries
+        known = wanted.keys() | self._summaries | self._made
 
         missing = {key for key, of in wanted.items() if key not in there and self._is_missing(of, letters)}
         edits = self._rows.compared(
@@ -265,11 +302,11 @@ class Rewriting:
             for start in range(0, len(edits), self._size):
                 self._apply(edits[start : start + self._size])
             self._resolve(gone)
-        if slices[-1].complete:
-            self._summaries.clear()
+        self._made = set()
 
-    def _is_type(self, *names: str) -> bool:
-        return not self._types or any(name in self._types for name in names)
+    def _is_type(self, key: str, *names: str) -> bool:
+        # Without what is told in place of activities that go, there would be nothing of them.
+        return not self._types or is_summary(key) or any(name in self._types for name in names)
 
     def _is_missing(self, outcome: Activity | DeadLetter, letters: Mapping[str, bool]) -> bool:
         """Whether what isn't there is to be added."""
@@ -277,18 +314,21 @@ class Rewriting:
             return False
         if isinstance(outcome, DeadLetter):
             return outcome.reason != ERASED and not self._types
-        return not _is_blank(outcome) and self._is_type(outcome.fields["type"])
+        return not _is_blank(outcome) and self._is_type(outcome.change_key, outcome.fields["type"])
 
     def _is_meant(self, outcome: Activity, at: There) -> bool:
         """Whether what is there is to be compared."""
-        if at.erased or _is_blank(outcome) or not self._is_type(at.type, outcome.fields["type"]):
+        key = outcome.change_key
+        if at.erased or _is_blank(outcome) or not self._is_type(key, at.type, outcome.fields["type"]):
             return False
         missing = {name for name, row in outcome.found.items() if row is None}
-        return not missing or self._is_certain(outcome.change_key, missing)
+        return not missing or self._is_certain(key, missing)
 
     def _is_unwanted(self, key: str, at: There) -> bool:
         """Whether what is there, and no rule has made, is to be removed."""
-        return not at.erased and not at.gone and self._is_type(at.type) and self._is_certain(key)
+        if at.erased or at.gone or not self._is_type(key, at.type):
+            return False
+        return self._is_certain(key) and not (self._filtered and is_summary(key))
 
     def _is_certain(self, key: str, missing: Collection[str] | None = None) -> bool:
         """Whether the recording has all that a rule knows a change by: facts that were `missing`, or any.
@@ -297,11 +337,8 @@ class Rewriting:
         """
         parsed = parsed_key(self._worker, self._cluster, key)
         table = None if parsed is None else self._tables.get(parsed.table)
-        if parsed is None or table is None:
-            return (
-                not key.endswith(_SUMMARY)
-                or {n for n, of in self._late.rules.items() if any(of.rules.values())} <= self._holds
-            )
+        if table is None or parsed is None:
+            return not is_summary(key) or self._counted <= self._holds
         names = {name for of in table.rules.values() for rule in of if rule.name == parsed.rule for name in rule.facts}
         return all(table.facts[name].table in self._holds for name in names if missing is None or name in missing)
 
@@ -349,7 +386,7 @@ class Rewriting:
 
     def _apply(self, edits: list[Edit]) -> None:
         """Change rows in a transaction, those that the target refuses aside, as soon as nobody has them locked."""
-        pause = 0.01
+        pause = PATIENCE / 64
         while edits:
             try:
                 done, left = self._changed(edits)
@@ -372,6 +409,8 @@ class Rewriting:
                 self._refused_in_a_row = 0
             edits = left
             if edits:
+                if pause == PATIENCE / 2:
+                    self._late.log.info("rows_locked", rows=len(edits))
                 time.sleep(pause)
                 pause = min(PATIENCE, 2 * pause)
 
@@ -422,7 +461,6 @@ class Rewriting:
                 self._late.counts.resolved += found.rowcount
 
 
-_SUMMARY: Final = "/collapse"
 _UNKNOWN: Final = "/*"
 
 _LOCKED: Final = ("55P03", "40P01")
@@ -462,10 +500,17 @@ def rewrite(
     with ExitStack() as stack:
         late = Late(settings, given, command="rewrite", log=log, changes=True, dry_run=wishes.dry_run, tell=tell)
         stack.enter_context(late)
-        # Of which types they are is also for those to say that are there.
-        meant = replace(wishes, types=())
-        loop = Loop(stack, settings, given, paths, meant, log=log, late=late, others=_others(late))
+        others = _others(late)
+        if unknown := [name for name in wishes.tables if qualified(name) not in {**late.rules, **others}]:
+            raise errors.SettingsError(
+                f'the profile "{given.name}" has no table "{unknown[0]}", nor has the worker captured it',
+                hint=f"those it has: {', '.join(given.tables)}",
+            )
+        # What is filtered here may go by what is there.
+        meant = replace(wishes, tables=(), types=())
+        loop = Loop(stack, settings, given, paths, meant, log=log, late=late, others=others)
         loop.go(lambda: _Deal(late, done, wishes), done)
+    done.already_there = 0  # that is what it is about
     return done
 
 
@@ -486,6 +531,7 @@ class _Deal:
         self._late, self._done = late, done
         self._types = frozenset(wishes.types)
         self._tables = {qualified(name) for name in wishes.tables}
+        done.refused = done.failed = 0  # they are met again
         self._of: dict[tuple[str, str | None], tuple[Places, Rewriting]] = {}
 
     def __call__(self, portion: Portion | None) -> None:
@@ -507,18 +553,32 @@ class _Deal:
                 rewriting.flush()
             self._of[of] = (
                 Places(late.rules, late.checkpoint.worker, cluster, self._tables),
-                Rewriting(late, cluster, self._done, types=self._types, anyone_erased=bool(portion.scope.erased)),
+                Rewriting(
+                    late,
+                    cluster,
+                    self._done,
+                    types=self._types,
+                    filtered=bool(self._types or self._tables),
+                    anyone_erased=bool(portion.scope.erased),
+                ),
             )
         places, rewriting = self._of[of]
         home = late.is_home(*of)
         rewriting.add(
             Slice(
-                portion.outcomes,
+                [outcome for outcome in portion.outcomes if self._is_meant(outcome)],
                 transaction,
                 portion.done,
                 portion.complete,
                 portion.given if home else (),
                 recorded.holds,
             ),
-            places.take(transaction, portion.decided, portion.scope.excludes(transaction.commit_lsn)),
+            places.take(transaction, portion.done, portion.scope.excludes(transaction.commit_lsn)),
         )
+
+    def _is_meant(self, outcome: Outcome) -> bool:
+        if not self._tables:
+            return True
+        if isinstance(outcome, Skipped):
+            return outcome.table in self._tables
+        return (outcome.change.schema, outcome.change.table) in self._tables or is_summary(outcome.change_key)

@@ -294,11 +294,6 @@ class Transformer:
         stretch = self._summary or self._passed
         return self._index if stretch is None else stretch.index
 
-    @property
-    def decided(self) -> int:
-        """Of how many of them all is out, but for what is told of several together."""
-        return self._held[0].index if self._held else self._index
-
     def feed(self, transaction: Transaction) -> list[Outcome]:
         """Outcomes that are certain now. With the last slice of a commit, all of them are."""
         if transaction.first:
