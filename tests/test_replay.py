@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import io
 import json
 import random
 import signal
@@ -24,7 +25,7 @@ from test_sales_cookbook import add, change, use
 
 from cdc_worker import config, log, profile
 from cdc_worker.cluster import Cluster
-from cdc_worker.errors import RecordingUnreadableError, SettingsError, TargetUnusableError
+from cdc_worker.errors import FencedError, RecordingUnreadableError, SettingsError, TargetUnusableError
 from cdc_worker.late import Late
 from cdc_worker.replay import Replayed, Wishes, replay
 
@@ -405,6 +406,25 @@ def test_a_person_who_is_erased_meanwhile_is_not_told_of(crm: Crm, recording: Pa
     with before_it_writes(lambda: crm.succeed("forget", "--lead", "1", "--yes")):
         assert added(replayed(crm)) == 2
     assert [activity["description"] == "" for activity in crm.activities()] == [True, False]
+
+
+def test_standard_input_is_read_once(crm: Crm, recording: Path) -> None:
+    crm.add_leads(2)
+    crm.record()
+    before = written(crm)
+    (segment,) = recording.iterdir()
+
+    def from_stdin() -> Replayed:
+        with segment.open("rb") as file, mock.patch("sys.stdin", io.TextIOWrapper(file)):
+            return replayed(crm, "-")
+
+    lose(crm)
+    refused = pytest.raises(FencedError, match="standard input can't be read again")
+    with before_it_writes(lambda: crm.succeed("forget", "--lead", "7", "--yes")), refused:  # who isn't there
+        from_stdin()
+    assert written(crm) == {}
+    assert added(from_stdin()) == 2
+    assert written(crm) == before
 
 
 def test_what_a_backfill_makes_up_meanwhile_gives_way(crm: Crm, recording: Path) -> None:
