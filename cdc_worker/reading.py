@@ -417,7 +417,9 @@ class FileReader:
             self._ledger.begin(place, tables, after, self._name)
         elif not self._verified:
             self._close_frame(whole=True)
-        follows = self._frame is not None and frame.within and place == self._place and after == self._until
+        before, follows = self._frame, False
+        if before is not None:
+            follows = frame.within and place == self._place and frame.number == before.number + 1
         if self._at is _At.INSIDE and not follows:
             self.lose(f"what comes at line {self._line} is not the rest of the transaction before")
         elif self._at is _At.PASSING and not follows:
@@ -473,6 +475,8 @@ class FileReader:
         self._cut = cut
         of = self._open
         if of is not None and of.has_lsn and of.begin is not None:
+            if self._whole_from is None:  # nothing has ended since the frame in which it began
+                self._whole_from = self._until
             self._reach(of.begin.commit_lsn)
         self._lost_end = None if of is None else of.end
         self._lost = self._reached, reason

@@ -65,7 +65,7 @@ class _Segment:
     def __init__(self, path: Path, began: float) -> None:
         self.path = path
         self.began = began
-        self.size = self.durable = 0
+        self.size = self.durable = self.frames = 0
         self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC, 0o600)
 
     def append(self, frame: bytes) -> None:
@@ -73,6 +73,7 @@ class _Segment:
         while left:  # a disk that becomes full takes a part
             left = left[os.write(self._file, left) :]
         self.size += len(frame)
+        self.frames += bool(frame)  # what was put there before may only have to become durable
 
     def sync(self) -> None:
         os.fsync(self._file)
@@ -198,7 +199,8 @@ class Recorder:
         try:
             if self._segment is None:
                 self._segment = self._begin()
-            self._segment.append(frame)
+            if frame:
+                self._segment.append(frame)
             if sync:
                 self._segment.sync()
         except OSError as error:
@@ -219,8 +221,9 @@ class Recorder:
         return _Segment(self._directory / name, self._clock())
 
     def _frame(self) -> bytes:
+        number = 0 if self._segment is None else self._segment.frames
         header = msgspec.structs.replace(
-            self._header, after=str(self._after), until=str(self._until), within=self._within
+            self._header, number=number, after=str(self._after), until=str(self._until), within=self._within
         )
         return self._compress(b"\n".join([recording.frame(header), *self._lines, b""]))
 

@@ -2,14 +2,14 @@
 
 A recording consists of frames, each of them what was written at once. A frame begins with a line that names it:
 
-    {"action":"R","version":1,"worker":"crm","system_identifier":"75…","database":"crm","after":"0/1A2B3C8",
+    {"action":"R","version":1,"number":0,"worker":"crm","system_identifier":"75…","database":"crm","after":"0/1A2B3C8",
      "until":"0/1A2F000","within":false,"tables":["public.lead"],"masked":{}}
 
 So it holds all commits that were consumed of those that end after `after` and at or before `until`. What is `within` a
-transaction goes on with the one that the frame before has not ended. Lines of the plugin follow, as
-`pg_recvlogical -o format-version=2 -o include-lsn=1 -o include-timestamp=1` writes them, and before the changes that
-they are about two kinds of our own: a row that was looked up (of change 3 of the transaction, counted from 0, by the
-lookup `owner`; `columns` is null for one that isn't there), and a table that is a partition:
+transaction goes on with the one that the frame before, by its `number` in the file, has not ended. Lines of the plugin
+follow, as `pg_recvlogical -o format-version=2 -o include-lsn=1 -o include-timestamp=1` writes them, and before the
+changes that they are about two kinds of our own: a row that was looked up (of change 3 of the transaction, counted from
+0, by the lookup `owner`; `columns` is null for one that isn't there), and a table that is a partition:
 
     {"action":"L","change":3,"lookup":"owner","schema":"public","table":"core_user",
      "where":[{"name":"id","value":7}],"columns":[{"name":"organization_id","value":1}]}
@@ -44,9 +44,13 @@ FLOAT: Final = 701
 
 
 class Frame(msgspec.Struct, frozen=True, tag_field="action", tag="R", kw_only=True):
-    """What was written at once. `masked` are columns whose values are not the true ones, by table."""
+    """What was written at once, after so many others in its file.
+
+    `masked` are columns whose values are not the true ones, by table.
+    """
 
     version: int = VERSION
+    number: int = 0
     worker: str
     system_identifier: str
     database: str

@@ -40,8 +40,8 @@ FRAME = Frame(
 def test_a_frame_is_named_by_its_first_line() -> None:
     line = recording.frame(FRAME)
     assert line == (
-        b'{"action":"R","version":1,"worker":"crm","system_identifier":"7500000000000000001","database":"sales",'
-        b'"after":"0/1A2B3C8","until":"0/1A2F000","within":true,"tables":["public.lead"],'
+        b'{"action":"R","version":1,"number":0,"worker":"crm","system_identifier":"7500000000000000001",'
+        b'"database":"sales","after":"0/1A2B3C8","until":"0/1A2F000","within":true,"tables":["public.lead"],'
         b'"masked":{"public.lead":["email"]}}'
     )
     assert recording.is_own(line)

@@ -192,10 +192,21 @@ def test_a_commit_goes_on_in_the_frame_that_follows(tmp_path: Path) -> None:
     lines = transaction(140, 1, 2, 3)
     frames = [
         frame(100, 120, *transaction(120), *lines[:2]),
-        frame(120, 120, lines[2], within=True),
-        frame(120, 160, *lines[3:], *transaction(160), within=True),
+        frame(120, 120, lines[2], within=True, number=1),
+        frame(120, 160, *lines[3:], *transaction(160), within=True, number=2),
     ]
     assert read(written(tmp_path, a=b"".join(frames))) == ([120, 1, 2, 3, 160], [])
+
+
+def test_a_commit_is_given_up_where_a_frame_of_it_is_gone(tmp_path: Path) -> None:
+    lines = transaction(140, 1, 2, 3)
+    frames = [
+        frame(100, 120, *transaction(120), *lines[:2]),
+        frame(120, 120, lines[2], within=True, number=1),
+        frame(120, 160, *lines[3:], *transaction(160), within=True, number=2),
+    ]
+    found, (missing,) = read(written(tmp_path, a=frames[0] + frames[2]))
+    assert (found, missing.after, missing.until) == ([120, 160], "0/84", "0/8C")
 
 
 def test_plain_and_gzip_are_read_alike(tmp_path: Path) -> None:
@@ -231,7 +242,7 @@ def framed(commits: Sequence[tuple[int, Sequence[int]]], cuts: Container[int], a
         ended = line.startswith(b'{"action":"C"')
         until = end if ended else until
         if number in cuts or number == len(lines) - 1:
-            made.frames.append(frame(after, until, *held, within=within))
+            made.frames.append(frame(after, until, *held, within=within, number=len(made.frames)))
             made.commits.append(of)
             held, of, within, after = [], set(), not ended, until
     return made
@@ -625,7 +636,7 @@ def test_slices_have_what_was_looked_up_for_them(tmp_path: Path) -> None:
     lines = transaction(140, *range(2 * most))
     answers = [found(number, "owner", number) for number in range(2 * most)]
     first = frame(100, 100, lines[0], *answers[:most], *lines[1 : most + 1])
-    second = frame(100, 140, *answers[most:], *lines[most + 1 :], within=True)
+    second = frame(100, 140, *answers[most:], *lines[most + 1 :], within=True, number=1)
     recorded = [*source(written(tmp_path, a=first + second))]
     assert [(one.transaction.first, one.transaction.last) for one in recorded] == [
         (True, False),
