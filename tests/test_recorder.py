@@ -69,12 +69,12 @@ def segments(directory: Path) -> dict[str, list[Frame]]:
     found = {path.name: frames(path) for path in sorted(directory.iterdir())}
     for name, of in found.items():
         within, after = False, int(name.split("-")[-2], 16)
-        for header, lines in of:
-            assert header["action"] == "R"
+        for number, (header, lines) in enumerate(of):
+            assert (header["action"], header["number"]) == ("R", number)
             assert (LSN.parse(header["after"]), header["within"]) == (after, within)
             after = LSN.parse(header["until"])
             actions = [line[11:12] for line in lines if line[11:12] in b"BC"]
-            assert actions == [b"BC"[(number + within) % 2 :][:1] for number in range(len(actions))]
+            assert actions == [b"BC"[(place + within) % 2 :][:1] for place in range(len(actions))]
             within = actions[-1] == b"B" if actions else within
     return found
 
@@ -187,6 +187,7 @@ def test_frames_say_what_they_cover(recorded: Recorded) -> None:
     assert first.header == {
         "action": "R",
         "version": 1,
+        "number": 0,
         "worker": crm.slot,
         "system_identifier": crm.value("SELECT system_identifier::text FROM pg_control_system()"),
         "database": crm.connection.info.dbname,
@@ -660,6 +661,16 @@ def test_a_write_without_anything_new_writes_nothing(tmp_path: Path) -> None:
     recorder.write(LSN(20))
     recorder.close()
     assert [len(of) for of in segments(tmp_path).values()] == [1]
+
+
+def test_what_is_made_durable_later_is_no_frame_of_its_own(tmp_path: Path) -> None:
+    recorder = a_recorder(tmp_path, Clock())
+    recorder.add(a_slice(10, last=False), ())
+    recorder.flush()
+    recorder.write(LSN(0))
+    wrote(recorder, 10, first=False)
+    recorder.close()
+    assert [len(of) for of in segments(tmp_path).values()] == [2]
 
 
 def aged(directory: Path, clock: Clock, names: Sequence[str], *, size: int = 1 << 19) -> None:
