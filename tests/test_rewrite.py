@@ -14,7 +14,9 @@ import psycopg
 import pytest
 import zstandard
 from application import Application, statuses
-from factories import assembled, inserted, rules
+from factories import assembled, inserted, leadfi, rules, said
+from hypothesis import given
+from hypothesis import strategies as st
 from psycopg import sql
 from support import Crm, WorkerProcess, crm_on, eventually
 from test_erasure import unprotected
@@ -24,10 +26,11 @@ from test_replay import Workload, replayed, written
 from test_sales_cookbook import add, change, use
 
 from cdc_worker import config, log, profile
-from cdc_worker.activities import Activity
+from cdc_worker.activities import Activity, key_prefix
 from cdc_worker.cluster import Cluster
+from cdc_worker.lsn import LSN
 from cdc_worker.replay import Wishes
-from cdc_worker.rewrite import Rewritten, rewrite
+from cdc_worker.rewrite import Places, Rewritten, rewrite
 from cdc_worker.transform import Transformer, settled
 
 SHIPPED = profile.read("leadfi")
@@ -294,16 +297,16 @@ def test_who_was_erased_stays_erased(crm: Crm, recording: Path) -> None:
 @pytest.mark.parametrize("then", ["false", "true"])
 def test_what_messages_may_ask_for_by_now(crm: Crm, fresh: Crm, recording: Path, then: str) -> None:
     """Skipped or told one by one, collapsed or not: all of it as the settings have it now."""
-    for said in ({"skip": True}, {"collapse": {"description": "An import"}}, {"changed_by": "ann"}):
+    for wish in ({"skip": True}, {"collapse": {"description": "An import"}}, {"changed_by": "ann"}):
         with crm.connection.transaction():
-            crm.execute("SELECT pg_logical_emit_message(true, 'cdc_worker.context', %s)", json.dumps(said))
-            crm.add_leads(2)
+            crm.execute("SELECT pg_logical_emit_message(true, 'cdc_worker.context', %s)", json.dumps(wish))
+            crm.add_leads(600)
             crm.execute("UPDATE lead SET status = '2. proposal' WHERE status LIKE '1%%'")
     crm.record(unsigned_control="true" if then == "false" else "false")
     for of in (crm, fresh):
         of.settings |= {"unsigned_control": then, "profile": "leadfi"}
     done = rewritten(crm)
-    told = {"lead_created": 4, "status_changed": 4}
+    told = {"lead_created": 1_200, "status_changed": 1_200}
     if then == "false":
         assert (done.activities, done.removed) == (told, {"changes_collapsed": 1})
     else:
@@ -625,6 +628,41 @@ def test_the_command_tells_what_it_would_do_and_what_it_did(crm: Crm, recording:
     assert refused.returncode == 1
     assert "5 activities are as they were" in refused.stdout
     assert crm.command("replay", "--rewrite", "--output", "-").returncode == 2
+
+
+# Of which changes all is known
+
+
+@given(
+    messages=st.lists(st.sampled_from(["lead", "customer", "other", "left out", "said"]), max_size=12),
+    cuts=st.sets(st.integers(0, 11)),
+    done=st.lists(st.integers(0, 12), min_size=13, max_size=13).map(sorted),
+)
+def test_places_are_those_of_changes_that_are_done(messages: list[str], cuts: set[int], done: list[int]) -> None:
+    known = leadfi()
+    prefix = key_prefix("w", "1", LSN(0x1000))
+    places = Places(known, "w", "1")
+    told: list[str] = []
+    slices = assembled([said("{}") if of == "said" else inserted(of, {}) for of in messages], cuts=cuts)
+    seen: list[tuple[str, str, int]] = []
+    count = 0
+    for number, transaction in enumerate(slices):
+        for table in (of.table for of in transaction.changes):
+            ordinal = sum(name == table for name, *_ in seen)
+            seen.append((table, f"{prefix}public.{table}/{ordinal}", count))
+            count += ("public", table) in known
+        by_now = min(done[number], count)
+        told += places.take(transaction, by_now, {("public", "left out")})
+        meant = [of for of in seen if of[0] != "left out"]
+        if not transaction.last:
+            # None before its turn; those that rules are not about go with what is before them.
+            assert told == [place for _, place, _ in meant[: len(told)]]
+            assert all(index < by_now for _, _, index in meant[: len(told)])
+            assert all(index >= by_now for _, _, index in meant[len(told) :])
+    if slices:
+        contexts = [f"{prefix}cdc_worker.context/{number}" for number in range(messages.count("said"))]
+        assert told == [place for name, place, _ in seen if name != "left out"] + contexts
+        assert [*places.take(assembled([inserted("lead", {})])[0], 1)] == [f"{prefix}public.lead/0"]
 
 
 # What was looked up is told again, also by rules that leave tables out
