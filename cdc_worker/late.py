@@ -39,7 +39,7 @@ from cdc_worker.activities import (
     own_key,
     parsed_key,
 )
-from cdc_worker.changes import Row, Transaction
+from cdc_worker.changes import Change, Row, Transaction
 from cdc_worker.config import Settings
 from cdc_worker.history import Event, Recorded, made_up, recorded, standing
 from cdc_worker.journal import Journal
@@ -152,7 +152,7 @@ class Late:
         self._worker = settings.worker
         self._stack = ExitStack()
         self._pending: list[_Pending] = []
-        self._size = 0
+        self._size = self._bytes = 0
         self._letters: dict[str, bool] = {}
         self._late: dict[str, list[tuple[Place, list[Key]]]] = {}
         self._substitutes: _Substitutes | None = None
@@ -225,7 +225,7 @@ class Late:
         counts = self.counts
         counts.already_there, counts.known = -counts.activities.total(), -counts.dead_letters
         counts.discarded = 0
-        self._pending, self._size = [], 0
+        self._pending, self._size, self._bytes = [], 0, 0
         self.writing.rollback()
         if not self._dry_run:
             (self.progress.nonce,) = fetch_one(self.control, _NONCE, self.progress.replay)
@@ -325,12 +325,14 @@ class Late:
             commit = msgspec.structs.replace(transaction, changes=[], messages=[], payloads=[], received=(), answers={})
             self._pending.append(_Pending(outcomes, commit, done, complete, given))
             self._size += len(outcomes)
-        if self._size >= Batch.MAX_OUTCOMES or len(self._pending) >= MAX_TRANSACTIONS:
+            self._bytes += sum(len(of) for of in transaction.payloads if not isinstance(of, Change))
+        full = self._size >= Batch.MAX_OUTCOMES or self._bytes >= Batch.MAX_SIZE
+        if full or len(self._pending) >= MAX_TRANSACTIONS:
             self.flush()
 
     def flush(self) -> None:
         """Write what was taken, as far as it is missing."""
-        pending, self._pending, self._size = self._pending, [], 0
+        pending, self._pending, self._size, self._bytes = self._pending, [], 0, 0
         sink = self._sink
         assert sink is not None
         if not pending:

@@ -24,9 +24,11 @@ from test_backfill import fill
 from test_sales_cookbook import add, change, use
 
 from cdc_worker import config, log, profile
+from cdc_worker.activities import Key, Place, parsed_key
 from cdc_worker.cluster import Cluster
 from cdc_worker.errors import FencedError, RecordingUnreadableError, SettingsError, TargetUnusableError
 from cdc_worker.late import Late
+from cdc_worker.lsn import LSN
 from cdc_worker.replay import Replayed, Wishes, replay
 
 
@@ -691,6 +693,20 @@ def test_the_cluster_of_a_recording_that_does_not_name_it_can_be_said(crm: Crm, 
     recorded = witness.records("recorded.jsonl", **PROPERLY)
     assert added(replayed(crm, recorded, system_identifier="7")) == 1
     assert sorted(activity["change_key"].split("/")[1] for activity in crm.activities())[0] == "7"
+
+
+def test_keys_without_positions_are_of_the_stream_and_not_its_own() -> None:
+    place = Place(1, LSN(0x1F), 2)
+    assert parsed_key("crm", "7", "crm/7/000000000000001F/public.lead/2/lead_created") == Key(
+        "stream", "public.lead", "lead_created", place
+    )
+    assert parsed_key("crm", "7", "crm/7/recording/000000000000001F/public.lead/2/lead_created") == Key(
+        "stream", "public.lead", "lead_created", place
+    )
+    # Of a time nobody knows what else was in the WAL: it comes before all that has a position.
+    assert parsed_key("crm", "7", "crm/7/recording/T000000000000001F/public.lead/2/lead_created") == Key(
+        "stream", "public.lead", "lead_created", place._replace(current=0)
+    )
 
 
 # What is not whole
