@@ -35,6 +35,8 @@ from cdc_worker.transform import Transformer, settled
 
 SHIPPED = profile.read("leadfi")
 
+RENAMED = ('[[tables.lead.rules]]\non = "insert"', '[[tables.lead.rules]]\nname = "new"\non = "insert"')
+
 NEW_RULE = """
 [[tables.customer.rules]]
 name = "customer_opened"
@@ -176,7 +178,7 @@ def test_nothing_that_is_others_is_touched(crm: Crm, recording: Path) -> None:
         )
     canaries = "SELECT a.xmin, a.* FROM activity AS a WHERE description = 'a canary' ORDER BY activity_id"
     before = crm.execute(canaries)
-    say(crm, ('[[tables.lead.rules]]\non = "insert"', '[[tables.lead.rules]]\nname = "new"\non = "insert"'))
+    say(crm, RENAMED)
     done = rewritten(crm)
     assert (done.activities, done.removed) == ({"lead_created": 2}, {"lead_created": 2})
     assert crm.execute(canaries) == before
@@ -192,18 +194,17 @@ def test_of_a_rule_that_is_gone_nothing_is_left(crm: Crm, recording: Path) -> No
     assert crm.types() == ["customer_created", "status_changed"]
 
 
-def without_frames(recording: Path, but: Callable[[int, bytes], bool]) -> None:
-    """Leave only some frames of a recording: by their number, and what is in them."""
-    decompress, number = zstandard.ZstdDecompressor(), 0
+def edit(recording: Path, frame: Callable[[int, bytes], bytes]) -> None:
+    """Make something else of each frame of a recording, by its number and its lines; of nothing nothing."""
+    compress, number = zstandard.ZstdCompressor(write_checksum=True).compress, 0
     for file in sorted(recording.iterdir()):
-        data, kept = file.read_bytes(), b""
+        data, edited = file.read_bytes(), b""
         while data:
-            one = decompress.decompressobj()
-            text = one.decompress(data)
-            frame, data = data[: len(data) - len(one.unused_data)], one.unused_data
-            kept += frame if but(number, text) else b""
-            number += 1
-        file.write_bytes(kept)
+            one = zstandard.ZstdDecompressor().decompressobj()
+            lines = frame(number, one.decompress(data))
+            data, number = one.unused_data, number + 1
+            edited += compress(lines) if lines else b""
+        file.write_bytes(edited)
 
 
 def test_a_gap_never_reads_as_removed(crm: Crm, recording: Path) -> None:
@@ -214,8 +215,8 @@ def test_a_gap_never_reads_as_removed(crm: Crm, recording: Path) -> None:
             crm.add_leads(1)
             eventually(lambda count=count: len(crm.types()) > count)  # type: ignore[misc]
         worker.terminate()
-    say(crm, ('[[tables.lead.rules]]\non = "insert"', '[[tables.lead.rules]]\nname = "new"\non = "insert"'))
-    without_frames(recording, lambda number, text: b"Lead 1" in text and number % 2 == 1)
+    say(crm, RENAMED)
+    edit(recording, lambda number, text: text if b"Lead 1" in text and number % 2 else b"")
     before = written(crm)
     done = rewritten(crm)
     assert done.missing
@@ -235,11 +236,23 @@ def test_a_damaged_transaction_never_reads_as_removed(crm: Crm, recording: Path)
     data = bytearray(file.read_bytes())
     data[len(data) // 2] ^= 1
     file.write_bytes(data)
-    say(crm, ('[[tables.lead.rules]]\non = "insert"', '[[tables.lead.rules]]\nname = "new"\non = "insert"'))
+    say(crm, RENAMED)
     done = rewritten(crm)
     assert (done.activities, done.changed, done.removed) == ({}, {}, {})
     assert done.missing
     assert crm.types() == ["lead_created"] * 3
+
+
+def test_a_recording_that_breaks_off_within_what_is_told_as_one_takes_nothing_away(crm: Crm, recording: Path) -> None:
+    with crm.connection.transaction():
+        crm.execute("""SELECT pg_logical_emit_message(true, 'cdc_worker.context', '{"collapse": true}')""")
+        crm.add_leads(2_500)
+    crm.record()
+    edit(recording, lambda number, text: b"".join(text.splitlines(keepends=True)[:-1]))
+    crm.settings["unsigned_control"] = "true"
+    done = rewritten(crm)
+    assert (done.activities, done.changed, done.removed) == ({}, {}, {})
+    assert crm.types() == ["lead_created"] * 2_500
 
 
 PEEKED = """
@@ -285,7 +298,7 @@ def test_who_was_erased_stays_erased(crm: Crm, recording: Path) -> None:
     say(
         crm,
         ("old_status = ", "before = "),
-        ('[[tables.lead.rules]]\non = "insert"', '[[tables.lead.rules]]\nname = "new"\non = "insert"'),
+        RENAMED,
     )
     done = rewritten(crm)
     assert (done.activities, done.removed) == ({"lead_created": 1}, {"lead_created": 1})
@@ -331,6 +344,43 @@ def test_the_log_is_true_afterwards(crm: Crm, recording: Path, seed: int) -> Non
         worker.wait_for("replication_started")
         crm.succeed("verify")
         worker.terminate()
+    assert nothing_left(crm)
+
+
+@pytest.mark.parametrize("wishes", [{"tables": ["lead"]}, {"types": ["lead_created"]}])
+def test_with_a_filter_nothing_is_lost_of_what_is_told_as_one(
+    crm: Crm, recording: Path, wishes: dict[str, list[str]]
+) -> None:
+    """It is told of more than is asked for: it comes with what goes, and stays where some of that can't come back."""
+    with crm.connection.transaction():
+        crm.execute("""SELECT pg_logical_emit_message(true, 'cdc_worker.context', '{"collapse": true}')""")
+        crm.execute("INSERT INTO customer (customer_uid, name) VALUES (1, 'Acme')")
+        crm.add_leads(2)
+    crm.record()
+    crm.settings["unsigned_control"] = "true"
+    done = rewritten(crm, **wishes)
+    assert (done.activities, done.removed) == ({"changes_collapsed": 1}, {"lead_created": 2})
+    crm.settings["unsigned_control"] = "false"
+    done = rewritten(crm, **wishes)
+    assert (done.activities, done.removed) == ({"lead_created": 2}, {})
+    assert rewritten(crm).removed == {"changes_collapsed": 1}
+
+
+def test_activities_of_another_cluster_are_known_by_its_recording(crm: Crm, recording: Path) -> None:
+    """As after a dump was restored here."""
+    crm.add_leads(2)
+    crm.record()
+    before = crm.activities()
+    cluster = before[0]["change_key"].split("/")[1]
+    unprotected(crm)
+    crm.execute("UPDATE activity SET change_key = replace(change_key, %s, '17')", cluster)
+    edit(recording, lambda number, text: text.replace(cluster.encode(), b"17"))
+    say(crm, RENAMED)
+    done = rewritten(crm)
+    assert (done.activities, done.removed) == ({"lead_created": 2}, {"lead_created": 2})
+    assert [of["change_key"] for of in crm.activities()] == [
+        of["change_key"].replace(cluster, "17").replace("/lead_created", "/new") for of in before
+    ]
     assert nothing_left(crm)
 
 
@@ -451,9 +501,6 @@ def test_changes_of_partitions(crm: Crm, recording: Path) -> None:
 # Beside others
 
 
-RENAMED = ('[[tables.lead.rules]]\non = "insert"', '[[tables.lead.rules]]\nname = "new"\non = "insert"')
-
-
 def test_rows_that_others_have_locked_are_waited_for_with_nothing_in_hand(crm: Crm, recording: Path) -> None:
     crm.add_leads(3)
     crm.record()
@@ -469,6 +516,22 @@ def test_rows_that_others_have_locked_are_waited_for_with_nothing_in_hand(crm: C
         application.commit()
         assert going.result().changed == {"lead_created": 3}
     assert [(of["description"], of["is_visible_to_bd"]) for of in crm.activities()] == [("By jane", False)] * 3
+    assert nothing_left(crm)
+
+
+def test_who_is_forgotten_meanwhile_is_told_of_no_more(crm: Crm, recording: Path) -> None:
+    crm.add_leads(3)
+    crm.record()
+    say(crm, ('Lead "{new.full_name}" created by', "By"), more=NEW_RULE)
+    with ThreadPoolExecutor() as pool, psycopg.connect(crm.dsn) as application:
+        application.execute("UPDATE activity SET is_visible_to_bd = false WHERE lead_id = 2")
+        going = pool.submit(rewritten, crm)
+        eventually(lambda: crm.value("SELECT count(*) FROM activity WHERE description LIKE 'By%%'") == 2)
+        crm.succeed("forget", "--lead", "1", "--yes")
+        application.commit()
+        done = going.result()
+    assert (done.changed, done.already_there, done.refused) == ({"lead_created": 3}, 0, 0)
+    assert [of["description"] for of in crm.activities()] == ["", "By jane", "By jane"]
     assert nothing_left(crm)
 
 
