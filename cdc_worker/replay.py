@@ -462,7 +462,7 @@ class Loop:
         if self.connection is not None:
             worker = self.settings.worker
             kept = partitions.kept(self.connection, worker) if self.late is not None else {}
-            known = {**kept, **partitions.roots(self.connection, self.rules), **known}
+            known = {**kept, **partitions.roots(self.connection, self._read), **known}
         return lambda change, _: known.get((change.schema, change.table))
 
 

@@ -28,6 +28,7 @@ from test_sales_cookbook import add, change, use
 from cdc_worker import config, log, profile
 from cdc_worker.activities import Activity, key_prefix
 from cdc_worker.cluster import Cluster
+from cdc_worker.errors import RecordingUnreadableError
 from cdc_worker.lsn import LSN
 from cdc_worker.replay import Wishes
 from cdc_worker.rewrite import Places, Rewritten, rewrite
@@ -287,6 +288,19 @@ def test_a_recording_of_fewer_tables_takes_nothing_away(crm: Crm) -> None:
     assert rewritten(crm, recorded_elsewhere(crm, "public.lead")).changed == {}
     done = rewritten(crm, recorded_elsewhere(crm, "public.lead,public.contact"))
     assert done.fields == {"lead_converted": {"description": 1}}
+
+
+def test_a_recording_that_does_not_say_where_its_commits_were_is_refused(crm: Crm, tmp_path: Path) -> None:
+    crm.add_leads(1)
+    crm.record()
+    begin = {"action": "B", "timestamp": "2020-01-01 00:00:00+00"}
+    delete = {"action": "D", "schema": "public", "table": "lead", "identity": []}
+    file = tmp_path / "lines.jsonl"
+    file.write_text(
+        "".join(json.dumps(of, separators=(",", ":")) + "\n" for of in (begin, delete, {"action": "C"})), "utf-8"
+    )
+    with pytest.raises(RecordingUnreadableError, match="doesn't say where its commits were"):
+        rewritten(crm, file)
 
 
 def test_who_was_erased_stays_erased(crm: Crm, recording: Path) -> None:
