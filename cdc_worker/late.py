@@ -16,7 +16,7 @@ from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime
 from types import TracebackType
-from typing import Final, Literal, NamedTuple, Self
+from typing import Any, Final, Literal, NamedTuple, Self
 
 import msgspec
 import psycopg
@@ -558,7 +558,7 @@ class _Substitutes:
                     event = Event(subject, rule, meant.what(rule), key.place)
                     yield told, made_up(meant, event, events[subject], emptied)
             if told.row in mended:
-                yield told, self._mended(key, whole[subject], unmended[subject])
+                yield told, self._mended(table, told, whole[subject], unmended[subject])
 
     def _rules_before(
         self, table: _Table, told: _Told, events: Mapping[str, Sequence[Event]], emptied: Sequence[Place]
@@ -593,18 +593,28 @@ class _Substitutes:
             if subject not in known:
                 known |= table.journal.of([last.before], until=self._until, since=self._until)
 
-    def _mended(self, key: Key, events: Sequence[Event], unmended: Sequence[Key]) -> list[Key]:
-        """The repairs that stand in the hole which is filled: with nothing between them and it that was recorded.
+    def _mended(self, table: _Table, told: _Told, events: Sequence[Event], unmended: Sequence[Key]) -> list[Key]:
+        """The repairs that stand in the hole which is filled, also those that could not be written.
 
-        Those that could not be written are among them.
+        A repair stands before what has shown that something is missing, which may be long after it was lost. Between
+        the two nothing was recorded of the same columns, and the row has neither come to be nor gone.
         """
         worker, cluster = self._worker, self._checkpoint.system_identifier
-        written = (parsed_key(worker, cluster, of.change_key or "") for of in events if of.kind == "repair")
+        names = table.recorded.changes.get(told.key.rule, ())
+        columns = _columns(told.activity.fields["metadata"], names)
+        repairs = [(key, columns) for key in unmended]
+        for of in events:
+            if of.kind == "repair" and (key := parsed_key(worker, cluster, of.change_key or "")) is not None:
+                repairs.append((key, _columns(of.metadata, names)))
         found = []
-        for repair in (*unmended, *(of for of in written if of is not None)):
-            after = [of.place for of in events if of.kind == "stream" and of.place > repair.place]
-            if repair.rule == key.rule and repair.place < key.place and (not after or key.place < min(after)):
-                found.append(repair)
+        for key, theirs in repairs:
+            first, last = sorted((key.place, told.key.place))
+            between = [of for of in events if of.kind == "stream" and first < of.place < last]
+            left = columns & theirs
+            for of in between:
+                left -= _columns(of.metadata, names) if of.rule == key.rule else frozenset()
+            if key.rule == told.key.rule and left and all(of.what == "told" for of in between):
+                found.append(key)
         return found
 
     def heed(self, outcomes: Sequence[Prepared]) -> None:
@@ -613,6 +623,12 @@ class _Substitutes:
         for table in self._tables.values():
             if not written.isdisjoint(table.recorded.emptied):
                 table.journal.forget()
+
+
+def _columns(metadata: Mapping[str, Any] | None, names: Sequence[str]) -> frozenset[str]:
+    """The columns of which an activity tells that they changed; one that always tells the same has none to name."""
+    found = [metadata[name] for name in names if metadata and isinstance(metadata.get(name), dict)]
+    return frozenset(column for of in found for column in of) if found else frozenset("*")
 
 
 def _row_key(row: Row | None, columns: Sequence[str]) -> RowKey:

@@ -355,6 +355,7 @@ def test_what_a_repair_made_up_gives_way_to_what_fills_the_hole(crm: Crm, record
     crm.add_leads(1)
     for status in ("2. proposal", "3. negotiation", "7. lost"):
         crm.execute("UPDATE lead SET status = %s", status)
+        crm.execute("UPDATE lead SET phone_number = %s", status)  # after which the repair stands
     crm.record()
     before = written(crm)
     assert lose(crm, "metadata ->> 'new_status' = '3. negotiation'") == 1
