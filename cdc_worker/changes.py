@@ -59,8 +59,9 @@ class Message(msgspec.Struct, frozen=True, gc=False):
 class Change(msgspec.Struct, frozen=True, gc=False):
     """One row before and after. `old` is None for an insert and a read, `new` for a delete, both for a truncate.
 
-    `changed` names an update's columns whose value is distinct, in the table's order. Unchanged TOASTed columns are
-    taken from the old row; where the replica identity doesn't carry the old row they are absent, which means unknown.
+    `changed` names an update's columns whose value is distinct, in the table's order; of an insert, those of a masked
+    row that has moved. Unchanged TOASTed columns are taken from the old row; where the replica identity doesn't carry
+    the old row they are absent, which means unknown.
 
     A change of a partition is one of its root, and `partition` says where: for a row that moved, where its old row was.
     """
@@ -138,18 +139,20 @@ def _moved(deleted: Change, change: Change, key: tuple[str, ...]) -> Change | No
         return None
     if any(old[column] != new[column] for column in key):
         return None
-    return update(change.schema, change.table, old, new, deleted.partition)
+    return update(change.schema, change.table, old, new, deleted.partition, also=change.changed)
 
 
 class Received(NamedTuple):
     """A message that was consumed, as it was received; if it was a change, the captured table that it is of.
 
-    `partition` is the name under which it came, if that was another.
+    `partition` is the name under which it came, if that was another. With an insert that is the end of a row's move
+    goes what has `changed` in it.
     """
 
     payload: Payload
     table: tuple[str, str] | None = None
     partition: tuple[str, str] | None = None
+    changed: tuple[str, ...] = ()
 
 
 Answers = Mapping[tuple[int, str], Row | None]
@@ -411,6 +414,8 @@ class Assembler:
             moved = _moved(deleted, change, self._keys.get(root, ()))
             if moved is not None:
                 self._held = None
+                if self._received is not None:
+                    self._received[-1] = self._received[-1]._replace(changed=moved.changed)
                 self._append(moved, moved, before + size)
                 return
             self._let_go()

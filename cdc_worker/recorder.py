@@ -166,13 +166,13 @@ class Recorder:
             found = [recording.looked(answer) for answer in answered]
             lines += found
             size += sum(map(len, found))
-        for payload, table, partition in messages:
+        for payload, table, partition, changed in messages:
             if table is not None:
                 if partition is not None and partition not in self._partitions:
                     self._partitions.add(partition)
                     lines.append(recording.partition(partition, table))
                 if table in masks:
-                    payload = wal2json.masked(payload, masks[table])  # noqa: PLW2901
+                    payload = wal2json.masked(payload, masks[table], moved=changed)  # noqa: PLW2901
             lines.append(payload)
             size += len(payload)
         self._size = size

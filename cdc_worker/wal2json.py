@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from datetime import datetime
 from decimal import Decimal
 from typing import Any, Final, NamedTuple
@@ -101,6 +101,7 @@ class _Insert(msgspec.Struct, tag_field="action", tag="I", gc=False):
     schema: str
     table: str
     columns: list[Column]
+    changed: list[str] = []  # by `masked`
 
 
 class _Update(msgspec.Struct, tag_field="action", tag="U", gc=False):
@@ -198,7 +199,7 @@ def decode(payload: Payload) -> Begin | Change | Message | Commit:
         if type(line) is _Commit:
             return _COMMIT
         if type(line) is _Insert:
-            return Change("insert", line.schema, line.table, None, row_of(line.columns))
+            return Change("insert", line.schema, line.table, None, row_of(line.columns), tuple(line.changed))
         if type(line) is _Delete:
             return Change("delete", line.schema, line.table, row_of(line.identity), None)
         if type(line) is _Truncate:
@@ -278,10 +279,10 @@ def said(payload: Payload) -> Said:
         raise MessageUnreadableError(f"the beginning or the end of a transaction can't be read: {error}") from error
 
 
-def masked(payload: Payload, mask: Callable[[Row], Row]) -> bytes:
+def masked(payload: Payload, mask: Callable[[Row], Row], *, moved: Sequence[str] = ()) -> bytes:
     """A line without the values that `mask` takes out of rows; what has changed of them is told by name.
 
-    Raises MessageUnreadableError.
+    That is `moved` of an insert with which a row's move ends. Raises MessageUnreadableError.
     """
     change = decode(payload)
     if not isinstance(change, Change):
@@ -293,6 +294,6 @@ def masked(payload: Payload, mask: Callable[[Row], Row]) -> bytes:
         for column, before, after in zip(columns, seen.values(), mask(seen).values(), strict=True):
             if after is not before:
                 column["value"] = after
-    if change.operation == "update":
-        document["changed"] = change.changed
+    if change.operation == "update" or moved:
+        document["changed"] = moved or change.changed
     return _encode(document)

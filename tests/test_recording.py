@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from decimal import Decimal
 
 import pytest
-from factories import rules
+from factories import begin, rules
 
 from cdc_worker import recording, wal2json
-from cdc_worker.changes import Change, Row, update
+from cdc_worker.changes import Assembler, Change, Commit, Payload, Row, Transaction, update
 from cdc_worker.errors import MessageUnreadableError
 from cdc_worker.recording import Frame, Looked, Partition
 from cdc_worker.transform import Answer
@@ -164,6 +165,28 @@ def test_rows_that_come_and_go_are_masked(line: bytes) -> None:
 )
 def test_what_has_no_value_to_mask_stays_as_it_is(line: bytes) -> None:
     assert wal2json.masked(line, hidden) == line
+
+
+def test_a_masked_row_that_moves_to_another_partition_tells_what_has_changed() -> None:
+    columns = b'[{"name":"lead_id","typeoid":23,"value":7},{"name":"email","typeoid":25,"value":"%s@example.org"}]'
+    line = b'{"action":"%s","schema":"public","table":"lead_%s","%s":' + columns + b"}"
+    lines = [line % (b"D", b"a", b"identity", b"old"), line % (b"I", b"b", b"columns", b"new")]
+    lead = ("public", "lead")
+
+    def assembled(lines: Sequence[Payload]) -> Transaction:
+        assembler = Assembler(root_of=lambda change, _: lead, keys={lead: ("lead_id",)}, keep=True)
+        assembler.feed(begin(), b"B")
+        for line in lines:
+            assembler.feed(wal2json.decode(line), line)
+        transaction = assembler.feed(Commit(), b"C")
+        assert transaction is not None
+        return transaction
+
+    _, *received, _ = assembled(lines).received
+    masked = [wal2json.masked(of.payload, hidden, moved=of.changed) for of in received]
+    assert b"example.org" not in b"".join(masked)
+    (change,) = assembled(masked).changes
+    assert (change.operation, change.changed) == ("update", ("email",))
 
 
 def test_a_line_that_cannot_be_read_is_not_masked() -> None:
