@@ -278,9 +278,11 @@ SELECT dead_letter_id, change::text, num_nonnulls(context, found, raw) > 0 FROM 
 WHERE worker = %(worker)s AND (
     fields ->> %(link)s = %(key)s
     OR EXISTS (
-        SELECT FROM unnest(%(schemas)s::text[], %(tables)s::text[], %(columns)s::text[]) AS t (schema, name, link)
+        SELECT FROM unnest(%(schemas)s::text[], %(tables)s::text[], %(lookups)s::text[], %(columns)s::text[])
+            AS t (schema, name, lookup, link)
         WHERE change ->> 'schema' = schema AND change ->> 'table' = name
-          AND %(key)s IN (change -> 'old' ->> link, change -> 'new' ->> link)))
+          AND CASE WHEN lookup IS NULL THEN %(key)s IN (change -> 'old' ->> link, change -> 'new' ->> link)
+              ELSE %(key)s = found -> 'rows' -> lookup ->> link END))
 FOR UPDATE
 """
 
@@ -294,9 +296,13 @@ WHERE dead_letter_id = %s
 def _blank_dead_letters(connection: Connection, rules: Rules, worker: str, person: Person, link: str) -> int:
     """Blank a person's dead letters; returns how many were not blank before. `link` is their column in the target."""
     field, key = person
-    tables = [(*table.name, table.links[field]) for table in rules.values() if field in table.links]
-    schemas, names, columns = ([*column] for column in zip(*tables, strict=True))
-    parameters = {"worker": worker, "link": link, "key": key, "schemas": schemas, "tables": names, "columns": columns}
+    tables: list[tuple[str, str, str | None, str]] = []
+    for of in rules.values():
+        tables += [(*of.name, None, of.links[field])] if field in of.links else []
+        tables += [(*of.name, lookup, column) for lookup, column in of.found.get(field, ())]
+    schemas, names, lookups, columns = ([*column] for column in zip(*tables, strict=True))
+    where = {"schemas": schemas, "tables": names, "lookups": lookups, "columns": columns}
+    parameters = where | {"worker": worker, "link": link, "key": key}
     count = 0
     for dead_letter_id, found, told in connection.execute(_DEAD_LETTERS, parameters).fetchall():
         change = kept.change(found)

@@ -288,7 +288,8 @@ class Table:
 
     `key` are the columns that tell its rows apart. `references` are the lookups of its rules by name, `looked_up` those
     that look for its own rows. `persons` are columns by field: those of its fields that its identity repeats, so that
-    each row is the person of this key. `links` are its columns by such fields of any table: whom a row is about.
+    each row is the person of this key. `links` are its columns by such fields of any table: whom a row is about; and
+    `found` those of looked-up rows of which such fields are made, with the names of the lookups.
     """
 
     name: tuple[str, str]
@@ -301,6 +302,7 @@ class Table:
     columns: frozenset[str]
     persons: Mapping[str, str]
     links: Mapping[str, str]
+    found: Mapping[str, Sequence[tuple[str, str]]]
     ignored: frozenset[str]
     masks: Mapping[str, Mask]
     _candidates: dict[tuple[str, ...], tuple[Rule, ...]] = field(default_factory=dict)
@@ -449,6 +451,7 @@ class _Compiler:
                 columns=frozenset(self._columns(table, facts, lookups)),
                 persons=persons.get(table, {}),
                 links={name: column for name, column in own.items() if name in are_persons},
+                found={name: of for name in sorted(are_persons) if (of := _found(spec or nothing, name))},
                 ignored=frozenset(spec.ignored),
                 masks=masks.get(table, {}),
             )
@@ -727,3 +730,10 @@ def _links(table: TableSpec) -> dict[str, str]:
         if column is not None and column[1] not in table.mapped:
             found[name] = column[1]
     return found
+
+
+def _found(table: TableSpec, name: str) -> list[tuple[str, str]]:
+    """The columns of looked-up rows, with the names of the lookups, that a field is made of by the table or a rule."""
+    sources = [table.fields.get(name), *(rule.fields.get(name) for rule in table.rules)]
+    found = (re.findall(r"\blookup\.(\w+)\.(\w+)", source) for source in sources if isinstance(source, str))
+    return sorted({one for of in found for one in of})

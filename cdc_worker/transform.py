@@ -655,6 +655,10 @@ class Transformer:
         persons = [*_persons(change.old, links), *_persons(change.new, links)]
         if isinstance(outcome, Activity):
             persons += _persons(outcome.fields, self._erased_fields)
+        else:  # what it would have told is not known, but of whom
+            for name, sources in table.found.items():
+                for lookup, column in sources:
+                    persons += _persons(outcome.found.get(lookup), {name: column})
         erased = any(person in self._erased and self._is_erased(person, outcome.index) for person in persons)
         return _blank(outcome, links, table.key) if erased else outcome
 

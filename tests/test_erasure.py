@@ -262,6 +262,47 @@ def test_dead_letters_of_a_person_are_blank(crm: Crm) -> None:
     assert told(crm, "Grace") == 0
 
 
+def test_a_dead_letter_whose_activity_would_have_linked_to_a_person_by_a_row_that_was_found(
+    crm: Crm, tmp_path: Path
+) -> None:
+    """It is known by that row, be it there before they are forgotten or after."""
+    path = tmp_path / "profile.toml"
+    path.write_text(
+        """
+        name = "some"
+        [target]
+        table = "activity"
+        columns.activity_type = "type"
+        columns.description = "description"
+        columns.lead_id = "lead"
+        columns.change_key = "change_key"
+        [tables.lead]
+        identity = { id = "{row.lead_id}" }
+        fields = { lead = "{row.lead_id}" }
+        [tables.contact]
+        lookups.lead = { table = "lead", match = { lead_id = "lead_id" } }
+        [[tables.contact.rules]]
+        on = "insert"
+        type = "contact_made"
+        description = "{lookup.lead.full_name:d}"
+        fields = { lead = "{lookup.lead.lead_id or row.lead_id}" }
+        """
+    )
+    crm.settings["profile"] = str(path)
+    crm.setup()
+    add_lead(crm)
+    crm.execute("INSERT INTO customer (customer_uid, name) VALUES (42, 'Acme'), (43, 'Acme')")
+    crm.execute("INSERT INTO contact (customer_uid, lead_id) VALUES (42, 7)")
+    crm.record()
+    assert told(crm) == 1
+    assert forget(crm, "--lead", "7").dead_letters == 1
+    crm.execute("INSERT INTO contact (customer_uid, lead_id) VALUES (43, 7)")
+    crm.record()
+    assert told(crm) == 0
+    assert crm.execute("SELECT DISTINCT reason FROM cdc_worker.dead_letter") == [("the person was erased",)]
+    assert crm.value("SELECT count(*) FROM cdc_worker.dead_letter") == 2
+
+
 # What will be recorded
 
 
