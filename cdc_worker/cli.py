@@ -362,6 +362,13 @@ def _bound(value: str) -> LSN | datetime:
         return _moment(value)
 
 
+def _system_identifier(value: str) -> str:
+    """What `SELECT system_identifier FROM pg_control_system()` says. It is a part of keys."""
+    if not (value.isascii() and value.isdecimal()):
+        raise click.BadParameter(f"{value!r} is no number such as 7500000000000000001.")
+    return value
+
+
 @main.command()
 @click.argument("paths", nargs=-1, metavar="[FILE|DIRECTORY]...")
 @click.option("--since", type=_bound, metavar="X", help="Only what was committed then or later: a date, or an LSN.")
@@ -372,7 +379,12 @@ def _bound(value: str) -> LSN | datetime:
 @click.option("--rewrite", "again", is_flag=True, help="Also change and remove what the profile says otherwise now.")
 @click.option("--output", metavar="FILE", help="Write JSON lines there, and nothing to the target; - is stdout.")
 @click.option("--strict", is_flag=True, help="Stop at the first thing that is not whole.")
-@click.option("--system-identifier", metavar="ID", help="The cluster of recordings that don't name theirs.")
+@click.option(
+    "--system-identifier",
+    type=_system_identifier,
+    metavar="ID",
+    help="The cluster of recordings that don't name theirs.",
+)
 @click.option("--json", "as_json", is_flag=True, help="For machines.")
 @_settings
 def replay(settings: Settings, paths: tuple[str, ...], again: bool, as_json: bool, **wishes: Any) -> None:

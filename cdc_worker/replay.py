@@ -35,7 +35,7 @@ from cdc_worker.postgres import Connection
 from cdc_worker.profile import Profile
 from cdc_worker.progress import Advance, shown
 from cdc_worker.rules import Lookup, Rules, qualified
-from cdc_worker.segments import STDIN, Bound, Missing, Recorded, Source
+from cdc_worker.segments import STDIN, SUFFIXES, Bound, Missing, Recorded, Source
 from cdc_worker.sink import encoder, finished, parsed
 from cdc_worker.transform import Fetch, Outcome, Transformer, Wanted
 
@@ -519,7 +519,9 @@ class _Run:
         self._loop = Loop(stack, settings, given, paths, wishes, log=log, late=self._late)
         self._file: IO[str] | None = None
         if wishes.output is not None:
-            self._file = sys.stdout if wishes.output == STDIN else stack.enter_context(_opened(wishes.output))
+            self._file = (
+                sys.stdout if wishes.output == STDIN else stack.enter_context(_opened(wishes.output, self._loop.paths))
+            )
 
     def run(self) -> Replayed:
         """Go through it."""
@@ -576,13 +578,26 @@ def _count(done: Replayed, counts: Counts) -> None:
     done.replaced, done.resolved = counts.replaced, counts.resolved
 
 
-def _opened(path: str) -> IO[str]:
+def _opened(path: str, read: Iterable[Path | Literal["-"]]) -> IO[str]:
+    """A file for what is told, which is not to overwrite what is `read`, nor to be read itself the next time."""
+    file = Path(path)
     try:
-        return Path(path).open("w", encoding="utf-8")
+        if any(_holds(of, file) for of in read if isinstance(of, Path)):
+            raise errors.SettingsError(
+                f'"{path}" would be a part of the recording that is read', hint="name another file in --output"
+            )
+        return file.open("w", encoding="utf-8")
     except OSError as error:
         raise errors.SettingsError(
             f'"{path}" can\'t be written: {error.strerror}', hint="name another file in --output"
         ) from error
+
+
+def _holds(recording: Path, file: Path) -> bool:
+    """Whether a file is a recording, or one of those in a directory."""
+    if recording.is_dir():
+        return file.name.endswith(SUFFIXES) and file.parent.samefile(recording)
+    return file.exists() and recording.exists() and file.samefile(recording)
 
 
 def _line(outcome: Activity | DeadLetter, recorded: Recorded | None, columns: Columns) -> Line:

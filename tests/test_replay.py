@@ -514,6 +514,18 @@ def test_a_file_gets_every_activity_with_and_without_a_database(crm: Crm, record
     assert undated == told
 
 
+def test_a_file_for_activities_is_no_part_of_the_recording(crm: Crm, recording: Path) -> None:
+    crm.add_leads(1)
+    crm.record()
+    (segment,) = recording.iterdir()
+    before = segment.read_bytes()
+    for read, output in ((segment, segment), (recording, segment), (recording, recording / "activities.jsonl")):
+        with pytest.raises(SettingsError, match="would be a part of the recording"):
+            replayed(crm, read, output=str(output))
+    assert [*recording.iterdir()] == [segment]
+    assert segment.read_bytes() == before
+
+
 def test_a_replay_needs_something_to_read_and_somewhere_to_write(crm: Crm) -> None:
     with pytest.raises(SettingsError, match="no recording is named"):
         replayed(crm)
