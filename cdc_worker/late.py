@@ -342,12 +342,13 @@ class Late:
         existing = self.existing(keys)
         asked = [*keys, *dict.fromkeys(map(_of_change, keys))]
         self._letters = dict(self.control.execute(_LETTERS, (self._worker, asked)).fetchall() if keys else [])
+        stale = existing & self._letters.keys()
+        self.counts.resolved += len(stale)
         if self._dry_run:
-            self._count(of for of in told if self._is_missing(of, existing))
+            self._count([of for of in told if self._is_missing(of, existing)])
             return
-        if stale := existing & self._letters.keys():
+        if stale:
             self.control.execute(_RESOLVE.format(self._worker, sorted(stale)))
-            self.counts.resolved += len(stale)
         self._tried(of for of in told if isinstance(of, DeadLetter) and of.change_key not in existing)
         batch = Batch(sink.position)
         activities: list[Activity] = []
@@ -377,8 +378,13 @@ class Late:
         rest = kept.encoded(self._worker, (letter for letter in again if letter.change_key not in written))
         self.control.execute(_TRIED, (rest.decode(),))
 
-    def _count(self, outcomes: Iterable[Activity | DeadLetter]) -> None:
+    def _resolved(self, keys: Iterable[str]) -> set[str]:
+        """The dead letters that go when activities with these keys are written."""
+        return {of for key in keys for of in (key, _of_change(key))} & self._letters.keys()
+
+    def _count(self, outcomes: Collection[Activity | DeadLetter]) -> None:
         """Count what would be written."""
+        self.counts.resolved += len(self._resolved(of.change_key for of in outcomes if isinstance(of, Activity)))
         for outcome in outcomes:
             if isinstance(outcome, Activity):
                 self.counts.activities[outcome.fields["type"]] += 1
@@ -411,12 +417,9 @@ class Late:
         refused = {letter.change_key for letter in written.dead_letters}
         known = sum(letter in self._letters for letter in refused)
         not_ours = refused | written.existing
-        resolved = set[str]()
-        for outcome in batch.outcomes:
-            if isinstance(outcome, Line) and outcome.change_key not in not_ours:
-                counts.activities[outcome.type] += 1
-                resolved |= {outcome.change_key, _of_change(outcome.change_key)} & self._letters.keys()
-        counts.resolved += len(resolved)
+        ours = [of for of in batch.outcomes if isinstance(of, Line) and of.change_key not in not_ours]
+        counts.activities.update(of.type for of in ours)
+        counts.resolved += len(self._resolved(of.change_key for of in ours))
         counts.already_there += written.already_there
         counts.dead_letters += len(refused) - known
         counts.known += known
@@ -444,8 +447,7 @@ class Late:
                 late.setdefault(place, []).extend(keys)
         if self._substitutes is not None:
             statements.append(backfill.replacement(self.profile.target, self.target, worker, cluster, late))
-        own = {key for line in lines for key in (line.change_key, _of_change(line.change_key))}
-        resolved = [*(own & self._letters.keys())]
+        resolved = [*self._resolved(line.change_key for line in lines)]
         # What could not be made up must not be tried again.
         resolved += {own_key(worker, cluster, key) for keys in late.values() for key in keys}
         if resolved:

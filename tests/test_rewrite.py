@@ -635,8 +635,9 @@ def test_dead_letters(crm: Crm, recording: Path) -> None:
         (assignment[: assignment.index("[[", 2)], ""),
         ('changed = "unclaimed"', 'changed = "unclaimed"\nskip_unless = "new.phone_number"'),
     )
-    done = rewritten(crm)
+    foreseen, done = rewritten(crm, dry_run=True), rewritten(crm)
     assert (done.activities, done.resolved, done.discarded) == ({"status": 2}, 5, 0)
+    assert (foreseen.activities, foreseen.resolved) == (done.activities, done.resolved)
     assert [(key.rpartition("/")[2], attempts) for key, attempts, _ in crm.execute(letters)] == [("status_changed", 1)]
     assert nothing_left(crm)
 
