@@ -35,8 +35,9 @@ def serve(host: str, port: int, *, activities: Mapping[str, int], dead_letters: 
     registry.register(_Counts(activities, dead_letters))
     try:
         start_http_server(port, host, registry)
-    except OSError as error:
+    except (OSError, UnicodeError) as error:  # a name may be none
         raise errors.SettingsError(
-            f"metrics can't be served on {host}, port {port}: {error.strerror}",
-            hint="name another port in CDC_WORKER_METRICS_PORT: each process has its own",
+            f"metrics can't be served on {host}, port {port}: {getattr(error, 'strerror', error)}",
+            hint="name a port of its own for each process in CDC_WORKER_METRICS_PORT, and an address of this machine in"
+            " CDC_WORKER_METRICS_HOST",
         ) from error

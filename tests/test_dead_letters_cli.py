@@ -12,7 +12,7 @@ import pytest
 from support import Crm, role
 from test_docs import assert_has, fields_table, shown, varying
 
-from cdc_worker import config, dead_letters
+from cdc_worker import config, dead_letters, errors, metrics
 from cdc_worker.dead_letters import Listed, Tried
 
 POISON: LiteralString = """
@@ -219,8 +219,15 @@ def test_their_arrival_is_counted_and_logged(poisoned: Crm) -> None:
     assert taken.returncode == 2
     assert taken.stderr == (
         f"error: metrics can't be served on 127.0.0.1, port {port}: Address already in use\n"
-        "hint: name another port in CDC_WORKER_METRICS_PORT: each process has its own\n"
+        "hint: name a port of its own for each process in CDC_WORKER_METRICS_PORT, and an address of this machine in"
+        " CDC_WORKER_METRICS_HOST\n"
     )
+
+
+@pytest.mark.parametrize("host", ["192.0.2.1", "no..host"])
+def test_an_address_that_is_none_of_this_machine_is_refused(host: str) -> None:
+    with pytest.raises(errors.SettingsError, match=f"can't be served on {host}"):
+        metrics.serve(host, free_port(), activities={}, dead_letters={})
 
 
 ADDED: LiteralString = """
