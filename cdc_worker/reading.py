@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import suppress
 from datetime import UTC, datetime
 from enum import Enum, auto
@@ -109,21 +109,32 @@ class _Open:
         self.tables: dict[Table, None] = {}  # of which there were others
         self.looked: list[Looked] = []
         self.kept = 0
-        self.begun = self.left_out = False
+        self.begun = self.left_out = self.elsewhere = False
 
 
 class FileReader:
     """Reads lines in order, whatever came between them. `others` is whether some are of another worker."""
 
     def __init__(
-        self, name: str, wanted: Wanted, ledger: Ledger, *, after: LSN | None, positions: Callable[[], tuple[LSN, LSN]]
+        self,
+        name: str,
+        wanted: Wanted,
+        ledger: Ledger,
+        *,
+        after: LSN | None,
+        positions: Callable[[], tuple[LSN, LSN]],
+        later: Callable[[Place, Collection[Table], LSN], bool],
     ) -> None:
-        """It begins `after`, if its name says so. `positions` are of commits that have none."""
+        """It begins `after`, if its name says so. `positions` are of commits that have none.
+
+        `later` tells of the commit with an end whether it is to be read from another file.
+        """
         self.others = False
         self._name = name
         self._wanted = wanted
         self._ledger = ledger
         self._positions = positions
+        self._later = later
         self._place = wanted.place
         self._frame: Frame | None = None
         self._verified = self._foreign = False
@@ -319,6 +330,12 @@ class FileReader:
         if all(self._is_known(table) for table in tables):
             self._ledger.repeated += bool(tables)
             return
+        if self._frame is not None and tables and self._later(self._place, tables, end_lsn):
+            self._open.elsewhere = True
+            self._ledger.repeated += 1
+            self._reach(LSN(end_lsn - 1))
+            self._claim()
+            return
         self._at = _At.INSIDE
         self._assembler.feed(begin, line)
 
@@ -351,6 +368,8 @@ class FileReader:
             if not self._verified and self._open is not None:
                 self._ledger.see(self._place, self._open.tables, end)
             self._reach(end)
+            if self._open is not None and self._open.elsewhere:
+                self._whole_from = end
         self._open, self._at = None, _At.OUTSIDE
 
     def _put(self, slice_: Transaction | None) -> Recorded | None:

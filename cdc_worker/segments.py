@@ -1,6 +1,7 @@
 """Reads recordings, whole or damaged: segments that the worker wrote, and what pg_recvlogical writes.
 
-What is whole is read, and each commit once, in however many files it is. What can't be read is left out up to where
+What is whole is read, and each commit once, in however many files it is: of segments from the one that was begun last,
+for only what it had told was passed by the checkpoint. What can't be read is left out up to where
 something whole begins again, and is missing if it wasn't found elsewhere either.
 """
 
@@ -8,7 +9,8 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from io import BufferedReader
 from pathlib import Path
@@ -17,12 +19,13 @@ from typing import Final, Literal, NamedTuple, cast
 
 from cdc_worker.blocks import Advance, Damage, File, NotARecordingError, blocks
 from cdc_worker.changes import RootOf
-from cdc_worker.errors import RecordingUnreadableError
+from cdc_worker.coverage import Coverage
+from cdc_worker.errors import MessageUnreadableError, RecordingUnreadableError
 from cdc_worker.ledger import Bound, Ledger, Missing, Place, Range, Table
 from cdc_worker.lsn import INVALID, LSN
 from cdc_worker.reading import FileReader, Recorded, Wanted, first_frame
 from cdc_worker.recording import Frame
-from cdc_worker.rules import Rules
+from cdc_worker.rules import Rules, qualified
 
 __all__ = ["STDIN", "SUFFIXES", "Bound", "Missing", "Recorded", "Source"]
 
@@ -46,6 +49,7 @@ class _Named(NamedTuple):
     name: str
     given: bool
     size: int | None = None
+    written_at: float = 0.0
     first: Frame | None = None
 
     @property
@@ -55,15 +59,53 @@ class _Named(NamedTuple):
         return None if named is None else LSN(int(named[1], 16))
 
     @property
-    def order(self) -> tuple[bool, str, int, str]:
-        """What lets files be read in the order of their commits, as far as frames tell that."""
+    def begins(self) -> LSN:
+        """Where it begins, by its first frame."""
+        with suppress(ValueError):
+            return INVALID if self.first is None else LSN.parse(self.first.after)
+        return INVALID
+
+    @property
+    def order(self) -> tuple[bool, str, int, float, str]:
+        """What lets files be read in the order of their commits, as far as frames tell that.
+
+        Of those that begin at one place that is last which was written to last.
+        """
         first = self.first
         if first is None:
-            return True, "", 0, self.name
-        after = INVALID
-        with suppress(ValueError):
-            after = LSN.parse(first.after)
-        return False, first.system_identifier, after, self.name
+            return True, "", 0, 0, self.name
+        return False, first.system_identifier, self.begins, self.written_at, self.name
+
+
+class _Ahead:
+    """Which commits a segment that is still to be read has whole. It is looked at as far as that is asked for."""
+
+    def __init__(self, named: _Named) -> None:
+        self.begins = named.begins
+        self._whole: defaultdict[tuple[Place, Table], Coverage] = defaultdict(Coverage)
+        self._until = INVALID
+        self._frames = _frames(named)
+
+    def has(self, place: Place, tables: Collection[Table], end: LSN) -> bool:
+        """Whether it has what is of these tables in the commit with this end."""
+        while self._until < end and (frame := next(self._frames, None)) is not None:
+            after, self._until = LSN.parse(frame.after), LSN.parse(frame.until)
+            for table in frame.tables:
+                key = Place(frame.system_identifier, frame.database), qualified(table)
+                self._whole[key].add(after, self._until)
+        return all(self._whole[place, table].covers(LSN(end - 1), end) for table in tables)
+
+
+def _frames(named: _Named) -> Iterator[Frame]:
+    """The frames of a segment that are whole, but those that go on with one that isn't."""
+    assert isinstance(named.path, Path)
+    number = -1
+    with suppress(OSError, ValueError, MessageUnreadableError), named.path.open("rb") as file:
+        for block in blocks(File(file)):
+            frame = None if isinstance(block, Damage) or not block.verified else first_frame(block.lines)
+            if frame is not None and (not frame.within or frame.number == number + 1):
+                number = frame.number
+                yield frame
 
 
 class Source:
@@ -102,6 +144,7 @@ class Source:
         self._strict = strict
         self._advance = advance
         self._number = 0
+        self._ahead: list[_Ahead] = []
         self._files = _named(paths)
         sizes = [file.size for file in self._files if file.size is not None]
         self.total = sum(sizes) if len(sizes) == len(self._files) else None
@@ -123,7 +166,11 @@ class Source:
 
     def __iter__(self) -> Iterator[Recorded]:
         """Read all files, once. Raises RecordingUnreadableError."""
+        ahead = [_Ahead(file) for file in self._files if self._is_ours(file)]
         for file in self._files:
+            if self._is_ours(file):
+                del ahead[0]
+            self._ahead = ahead
             with ExitStack() as stack:
                 try:
                     opened = stack.enter_context(file.path.open("rb")) if isinstance(file.path, Path) else _stdin()
@@ -133,7 +180,9 @@ class Source:
         self._ledger.end()
 
     def _read(self, named: _Named, file: File) -> Iterator[Recorded]:
-        reader = FileReader(named.name, self._wanted, self._ledger, after=named.after, positions=self._positions)
+        reader = FileReader(
+            named.name, self._wanted, self._ledger, after=named.after, positions=self._positions, later=self._comes
+        )
         try:
             for block in blocks(file):
                 if isinstance(block, Damage):
@@ -147,6 +196,13 @@ class Source:
         reader.close()
         if reader.others:
             self.others.append(named.name)
+
+    def _is_ours(self, named: _Named) -> bool:
+        return named.first is not None and named.first.worker == self._wanted.worker
+
+    def _comes(self, place: Place, tables: Collection[Table], end: LSN) -> bool:
+        """Whether a segment that was begun later has what is of these tables in the commit with this end."""
+        return any(of.begins < end and of.has(place, tables, end) for of in self._ahead)
 
     def _positions(self) -> tuple[LSN, LSN]:
         """Of a commit that has none, so that it is after those before it."""
@@ -170,7 +226,7 @@ def _named(paths: Sequence[Path | Literal["-"]]) -> list[_Named]:
                 status = file.stat()
                 if (status.st_dev, status.st_ino) not in known:
                     known.add((status.st_dev, status.st_ino))
-                    named = _Named(file, str(file), file == path)
+                    named = _Named(file, str(file), file == path, written_at=status.st_mtime)
                     regular = S_ISREG(status.st_mode)
                     found.append(named._replace(size=status.st_size, first=_first(named)) if regular else named)
         except OSError as error:

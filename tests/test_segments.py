@@ -19,7 +19,7 @@ from typing import Any, Literal, cast
 import msgspec
 import pytest
 import zstandard
-from factories import rules
+from factories import leadfi, rules
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -173,6 +173,27 @@ def test_a_damaged_frame_is_left_out_and_named(tmp_path: Path) -> None:
     assert found == [120, 160]
     assert lost(missing) == [("a", lsn(120), lsn(140))]
     assert "checksum" in missing[0].reason
+
+
+@pytest.mark.parametrize("begins", [100, 120])
+def test_of_two_segments_that_have_a_commit_the_one_begun_last_is_read(tmp_path: Path, begins: int) -> None:
+    """The first worker was killed before it had told it: what it had looked up is not what was told."""
+    earlier = segment(100, 120) + frame(120, 140, *transaction(140, 1), number=1)
+    later = frame(begins, 160, *(transaction(120) if begins < 120 else ()), *transaction(140, 2), *transaction(160))
+    written(tmp_path, b=earlier, a=later)
+    os.utime(tmp_path / "b.jsonl.zst", (1, 1))
+    assert read(tmp_path) == ([120, 2, 160], [])
+    of = source(tmp_path)
+    assert (len([*of]), of.transactions, of.repeated) == (3, 3, 1 + (begins < 120))
+
+
+def test_a_commit_that_breaks_off_is_read_from_the_segment_that_has_it_whole_alone(tmp_path: Path) -> None:
+    lines = transaction(140, *range(2_500))
+    written(tmp_path, a=segment(100, 120) + frame(120, 120, *lines[:-1], number=1), b=frame(120, 140, *lines))
+    assert read(tmp_path) == ([120, *range(2_500)], [])
+    damaged = frame(120, 140, *lines)
+    written(tmp_path, b=damaged[:-1] + bytes([damaged[-1] ^ 1]))
+    assert read(tmp_path)[0] == [120, *range(2_000)]
 
 
 def test_a_gap_between_segments_is_named(tmp_path: Path) -> None:
@@ -394,10 +415,11 @@ def test_files_with_different_tables_over_the_same_commits_are_both_read(tmp_pat
 
 
 def test_a_table_that_only_one_of_two_segments_captured_is_read_from_that_one(tmp_path: Path) -> None:
-    """The profile has got a table, and the segments overlap."""
+    """The profile has got a table and lost another, and the segments overlap."""
     both = transaction(120, 1, change(7, "customer"), 2)
-    leads = frame(100, 120, both[0], both[1], both[3], both[4], tables=["public.lead"])
-    of = source(written(tmp_path, a=leads, b=frame(100, 120, *both)))
+    leads = frame(100, 120, both[0], both[1], both[3], both[4], tables=["public.lead", "public.contact"])
+    directory = written(tmp_path, a=leads, b=frame(100, 120, *both, tables=["public.lead", "public.customer"]))
+    of = source(directory, rules=leadfi())
     first, second = of
     assert (numbers([first]), numbers([second])) == ([1, 2], [7])
     assert (second.transaction.index, second.transaction.first, second.transaction.last) == (0, True, True)
