@@ -21,7 +21,7 @@ from pydantic import BaseModel, Field
 
 from cdc_worker import checkpoint, context, errors, postgres, wal2json
 from cdc_worker.activities import BY_TIME, Activity, DeadLetter, DeadLetterKind, Key, change_key, key_prefix, parsed_key
-from cdc_worker.changes import Change, Row, Transaction
+from cdc_worker.changes import Change, Transaction
 from cdc_worker.config import Settings
 from cdc_worker.kept import Kept, read
 from cdc_worker.late import Late
@@ -435,7 +435,7 @@ class _Retry:
             0,
             first=True,
             last=True,
-            answers={(0, name): self._seen(letter, name, row) for name, row in letter.found.items()},
+            answers={(0, name): row for name, row in letter.found.items()},
             masked=origin.masked,
         )
         if key.table == "cdc_worker.context" or (letter.fields is not None and not kept.whole):
@@ -459,15 +459,6 @@ class _Retry:
         outcomes = transformer.take_up(transaction, heard=heard, ordinals={name: key.place.ordinal})
         for of in completed(transformer, outcomes, self._late.look_up):
             yield msgspec.structs.replace(of, change_key=kind + of.change_key.removeprefix(prefix))
-
-    def _seen(self, letter: DeadLetter, name: str, row: Row | None) -> Row | None:
-        """A row that was found for it, without values that are masked by now."""
-        rules, change = self._late.rules, letter.change
-        table = rules.get((change.schema, change.table))
-        if table is not None and (name in table.references or name in table.facts):
-            of = table.references[name].lookup.table if name in table.references else table.facts[name].table
-            return rules[of].masked(row, letter.origin.masked.get(of, frozenset()))
-        return row
 
     def _transformer(self, cluster: str, *, placed: bool) -> Transformer:
         if (cluster, placed) not in self._transformers:

@@ -280,6 +280,9 @@ _SURROGATE: Final = re.compile("[\ud800-\udfff]")
 
 
 Mask = Callable[[Value], Value]
+"""What is seen of a value; of what was masked by it already, the same."""
+
+_HASHED: Final = re.compile(r"hmac:[0-9a-f]{32}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -600,7 +603,9 @@ class _Compiler:
         key = (self._mask_key or "").encode()
 
         def hashed(value: Value) -> Value:
-            return f"hmac:{hmac.new(key, text(value).encode(), hashlib.sha256).hexdigest()[:32]}"
+            if _HASHED.fullmatch(said := text(value)):
+                return said  # a row that was looked up for a recording
+            return f"hmac:{hmac.new(key, said.encode(), hashlib.sha256).hexdigest()[:32]}"
 
         def hidden(value: Value) -> Value:
             return HIDDEN

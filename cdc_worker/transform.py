@@ -697,7 +697,7 @@ class Transformer:
             key = (table.name, name, fact.key(event.row, fact.ours))
             at, row = self._facts.get(key, (0, None))
             found = row if at + FACT_DISTANCE >= index else None
-            event.found[name] = self._answers.get((index, name)) if found is None else found
+            event.found[name] = self._answer(index, name, fact.table) if found is None else found
             if event.found[name] is None and None not in key[2]:
                 missing.append(key)
         return tuple(missing)
@@ -735,10 +735,10 @@ class Transformer:
         for name in rule.lookups:
             if name in event.found:
                 continue
-            if (index, name) in self._answers:
-                event.found[name] = self._answers[index, name]
-                continue
             reference = references[name]
+            if (index, name) in self._answers:
+                event.found[name] = self._answer(index, name, reference.lookup.table)
+                continue
             try:
                 values = reference.sought(event)
             except KeyError:  # of a row that is asked for itself, or of a column that isn't carried: that is no miss
@@ -755,6 +755,10 @@ class Transformer:
                 self._wanted[reference.lookup, values] = None
                 asked = True
         return asked
+
+    def _answer(self, index: int, name: str, table: tuple[str, str]) -> Row | None:
+        """What was found by a lookup in this table when the slice was first read, as it may be seen by now."""
+        return self._rules[table].masked(self._answers.get((index, name)), self._masked.get(table, _NO_COLUMNS))
 
     def _seek(self, held: _Held) -> None:
         assert held.event is not None

@@ -173,5 +173,5 @@ def profile(tables: str) -> Profile:
     return parse(TARGET + tables, source="test")
 
 
-def rules(tables: str) -> Rules:
-    return compile_rules(profile(tables))
+def rules(tables: str, *, mask_key: str | None = None) -> Rules:
+    return compile_rules(profile(tables), mask_key=mask_key)

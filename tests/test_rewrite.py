@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import hmac
 import json
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -35,6 +37,8 @@ from cdc_worker.rewrite import Places, Rewritten, rewrite
 from cdc_worker.transform import Transformer, settled
 
 SHIPPED = profile.read("leadfi")
+
+HASHED = "hmac:" + hmac.new(b"k" * 16, b"Ada", hashlib.sha256).hexdigest()[:32]
 
 RENAMED = ('[[tables.lead.rules]]\non = "insert"', '[[tables.lead.rules]]\nname = "new"\non = "insert"')
 
@@ -763,3 +767,24 @@ key = "id"
     (told,) = settled(transformer, transaction, dict.fromkeys)
     assert isinstance(told, Activity)
     assert told.fields["description"] == "by Ada"
+
+
+@pytest.mark.parametrize(("masked", "seen"), [('["name"]', "***"), ('{ name = "hash" }', HASHED)])
+def test_what_was_found_for_a_change_is_masked_if_it_is_by_now_and_once(masked: str, seen: str) -> None:
+    compiled = rules(
+        f"""
+[tables.deal]
+lookups.owner = {{ table = "person", match = {{ id = "owner_id" }} }}
+rules = [{{ on = "insert", type = "deal_created", description = "by {{lookup.owner.name}}" }}]
+[tables.person]
+key = "id"
+masked = {masked}
+""",
+        mask_key="k" * 16,
+    )
+    (transaction,) = assembled([inserted("deal", {"id": 1, "owner_id": 7})])
+    for found in ("Ada", seen):  # also in a recording all else of which isn't masked
+        known = msgspec.structs.replace(transaction, answers={(0, "owner"): {"name": found}})
+        (told,) = settled(Transformer(compiled, worker="w", system_identifier="1"), known, dict.fromkeys)
+        assert isinstance(told, Activity)
+        assert told.fields["description"] == f"by {seen}"
