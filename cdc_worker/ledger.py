@@ -160,11 +160,13 @@ class Ledger:
         if not self._strict:
             return
         self._stop_at(one for one in self.missing if one.after is None or LSN.parse(one.after) < after)
+        gaps: defaultdict[LSN, list[Table]] = defaultdict(list)
         for table in tables:
             end = self._framed[place, table].until if (place, table) in self._framed else None
             if end is not None and end < after and self._range.touches(place, end, after):
                 self._goes_on[place, after] = file
-                self._stop_at([self._gap(place, end, after, [table])])
+                gaps[end].append(table)
+        self._stop_at(self._gap(place, end, after, of) for end, of in gaps.items())
 
     def end(self) -> None:
         """Note that nothing else is to be read."""
