@@ -488,8 +488,11 @@ class _Retry:
         of = msgspec.structs.replace(letter, change=change)
         commit = msgspec.structs.replace(transaction, changes=[change], payloads=[change])
         told = [*self._told(of, key, commit)]
-        made = {outcome.change_key.rpartition("/")[2] for outcome in told}
-        if table is None or any(rule.facts for rule in table.rules[change.operation] if rule.name in made):
+        place = letter.change_key.removesuffix("*")
+        made = {outcome.change_key.removeprefix(place) for outcome in told}
+        if table is None or any("/" in name for name in made):  # it is told with others, in place of them
+            raise _LeftError(_MORE)
+        if any(rule.facts for rule in table.rules[change.operation] if rule.name in made):
             raise _LeftError(_MORE)
         return _unerased(told)
 

@@ -587,6 +587,22 @@ def test_a_message_that_could_not_be_read_becomes_what_it_would_have(crm: Crm) -
     assert (waiting(crm), rows(crm)) == (0, before)
 
 
+def test_a_message_among_changes_that_are_told_as_one_is_no_activity_of_its_own(crm: Crm) -> None:
+    crm.settings["unsigned_control"] = "true"
+    crm.add_leads(1)
+    record(crm)
+    crm.execute("SET cdc_worker.protect = off")
+    crm.execute(UNREADABLE, b'{"action":"I","schema":"public","table":"lead","columns":[{"name":"lead_id","value":1}]}')
+    crm.execute(
+        "UPDATE cdc_worker.dead_letter SET context = jsonb_set(context, '{collapse}',"
+        ' \'{"description": "Import", "type": null}\')'
+    )
+    assert reasons(retry(crm)) == [
+        ("left", "it takes more of its transaction than was kept: cdc-worker replay, with a recording of it")
+    ]
+    assert (waiting(crm), rows(crm)) == (1, [])
+
+
 def test_a_change_of_a_recording_without_places_keeps_its_key(crm: Crm) -> None:
     refused(crm)
     crm.add_leads(1)
