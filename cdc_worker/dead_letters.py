@@ -84,7 +84,9 @@ class Listed(BaseModel):
     id: int = Field(description="its number, by which it is named")
     kind: str = Field(description="`old_values_unknown`, `rule_failed`, `refused` or `unreadable`")
     table: str = Field(description="schema and table of the change")
-    operation: str = Field(description="what happened: `insert`, `update`, `delete`, `truncate`")
+    operation: str = Field(
+        description="what happened: `insert`, `update`, `delete`, `truncate`; `unreadable` if that isn't known"
+    )
     rule: str = Field(description="the rule by which it would have become an activity; `*` if it was none of them")
     sqlstate: str | None = Field(description="what the target refused it with")
     constraint: str | None = Field(description="the constraint that refused it, where it was one")
