@@ -30,7 +30,7 @@ from psycopg.waiting import Ready, Wait
 from tenacity import RetryCallState, Retrying, retry_if_exception, stop_when_event_set, wait_random_exponential
 
 from cdc_worker import catalog, checkpoint, errors, postgres, process, recorder, recover, setup, slot, wal2json
-from cdc_worker.activities import Activity, Batch, Line, Position, Scope
+from cdc_worker.activities import Activity, Batch, Line, Person, Position, Prepared, Scope
 from cdc_worker.changes import MARKER_PREFIX, Assembler, BeginToldError, Change, Transaction
 from cdc_worker.checkpoint import Checkpoint
 from cdc_worker.config import Settings
@@ -661,6 +661,7 @@ class _Stream:
         self._recorder = recording
         self._skips = skips
         self._unrecorded: Transaction | None = None  # a slice for which rows are still looked up
+        self._held_back: tuple[list[Prepared], list[Person]] = [], []  # what has come of it
         self._fetching: Writing[Found] | None = None
         self._fetch_wants = Wait.R
         self._settings = settings
@@ -738,7 +739,8 @@ class _Stream:
     @property
     def _reloading(self) -> bool:
         """Whether nothing more is to be read before the profile has been."""
-        return self._stop.reload_requested and not self._assembler.open and not self._batch.end.commit_lsn
+        open_ = self._assembler.open or self._unfinished is not None or self._batch.end.commit_lsn
+        return self._stop.reload_requested and not open_
 
     @property
     def _complete(self) -> bool:
@@ -795,9 +797,14 @@ class _Stream:
             done = max(done, self._resumed.changes)
         if any(message.prefix == MARKER_PREFIX for _, message in transaction.messages):
             self._marked = True
-        lines = [self._line(o, transaction) if isinstance(o, Activity) else o for o in outcomes]
+        lines, given = self._held_back
+        lines += [self._line(o, transaction) if isinstance(o, Activity) else o for o in outcomes]
+        given += transformer.given
         more = transformer.ready or bool(transformer.wanted)
-        self._batch.add(lines, transaction, done=done, complete=transaction.last and not more, given=transformer.given)
+        # What was looked up is recorded with the whole slice: of what was written before, nobody else would know it.
+        if self._recorder is None or not transformer.wanted:
+            self._batch.add(lines, transaction, done=done, complete=transaction.last and not more, given=given)
+            self._held_back = [], []
         self._unfinished = transaction if more else None
         while transformer.missing:
             self._on_missing(*transformer.missing.pop())

@@ -21,6 +21,7 @@ from doctoring import mend
 from psycopg import sql
 from support import Crm, WorkerProcess, crm_on, eventually, role, storm
 from test_backfill import fill
+from test_lookups import looking_crm, told
 from test_sales_cookbook import add, change, use
 
 from cdc_worker import config, log, profile
@@ -269,6 +270,29 @@ def test_rows_of_other_tables_are_those_that_were_looked_up(server: Cluster, bar
         assert done.looked_up_now == 0
         assert other.execute(LOGGED) == cookbook.execute(LOGGED)
         assert added(replayed(other, directory)) == 0
+
+
+def test_nothing_is_told_by_a_row_that_is_not_recorded_as_it_was_found(
+    crm: Crm, empty: Crm, recording: Path, tmp_path: Path
+) -> None:
+    """The worker is killed while it looks up a row for the second change of a commit, and has one for the first."""
+    looking = looking_crm(crm, tmp_path)
+    looking_crm(empty, tmp_path)
+    looking.execute("INSERT INTO person VALUES (5, 'eve', 1, false, NULL)")
+    looking.execute("INSERT INTO task (title, person_id) VALUES ('first', 4)")
+    with looking.worker() as worker, psycopg.connect(crm.dsn) as other:
+        eventually(lambda: len(told(looking)) == 1)
+        other.execute("LOCK TABLE team")
+        looking.execute("INSERT INTO task (title, person_id) VALUES ('second', 4), ('third', 1)")
+        waits = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()"
+        eventually(lambda: looking.value(waits))
+        with looking.connection.transaction():
+            looking.execute("SET LOCAL session_replication_role = replica")
+            looking.execute("UPDATE person SET name = 'bobby' WHERE person_id = 4")
+        worker.kill()
+    looking.record()
+    assert added(replayed(empty, recording)) == 3
+    assert told(empty) == told(looking)
 
 
 def test_two_replays_at_once_write_once(crm: Crm, recording: Path, seed: int) -> None:
