@@ -13,6 +13,7 @@ from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from io import BufferedReader
+from itertools import takewhile
 from pathlib import Path
 from stat import S_ISREG
 from typing import Final, Literal, NamedTuple, cast
@@ -81,6 +82,7 @@ class _Ahead:
     """Which commits a segment that is still to be read has whole. It is looked at as far as that is asked for."""
 
     def __init__(self, named: _Named) -> None:
+        self.cluster = "" if named.first is None else named.first.system_identifier
         self.begins = named.begins
         self._whole: defaultdict[tuple[Place, Table], Coverage] = defaultdict(Coverage)
         self._until = INVALID
@@ -202,7 +204,9 @@ class Source:
 
     def _comes(self, place: Place, tables: Collection[Table], end: LSN) -> bool:
         """Whether a segment that was begun later has what is of these tables in the commit with this end."""
-        return any(of.begins < end and of.has(place, tables, end) for of in self._ahead)
+        cluster = place.system_identifier  # by which they are sorted, and by where they begin
+        ahead = takewhile(lambda of: of.cluster == cluster and of.begins < end, self._ahead)
+        return any(of.has(place, tables, end) for of in ahead)
 
     def _positions(self) -> tuple[LSN, LSN]:
         """Of a commit that has none, so that it is after those before it."""
