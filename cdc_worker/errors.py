@@ -27,6 +27,7 @@ CdcWorkerError
 ├── UnknownValueError        –   a rule lacks a value: the change becomes a dead letter, nothing stops
 ├── ClusterError             1   the demo's private cluster can't be had: install what it names
 ├── DemoError                1   the demo can't go on: see its log
+├── BusyError                1   another command is at it: wait for it
 ├── RecordingUnreadableError 1   what is given as a recording is none, or isn't whole: name another, or do without
 ├── NotRunningError          1   a command needs a worker that runs beside it: run one
 └── ServerError              1   any other answer of the server to a one-shot command
@@ -210,6 +211,10 @@ class RecordingError(CdcWorkerError):
     """What the stream brings can't be kept where it is to be."""
 
     exit_code = 24
+
+
+class BusyError(CdcWorkerError):
+    """Another command runs that this one must not meet."""
 
 
 class RecordingUnreadableError(CdcWorkerError):

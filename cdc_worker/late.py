@@ -54,7 +54,7 @@ from cdc_worker.sink import Sink, finished
 from cdc_worker.templates import text
 from cdc_worker.transform import Outcome, Wanted
 
-Command = Literal["replay", "rewrite", "retry"]
+Command = Literal["replay", "rewrite", "retry", "repair"]
 
 MAX_TRANSACTIONS: Final = 1_000
 """So many transactions are written at once, at most."""
@@ -123,6 +123,36 @@ class _Pending(NamedTuple):
     done: int
     complete: bool
     given: Sequence[Person]
+
+
+def _register(connection: Connection, worker: str, command: Command) -> tuple[str, str]:
+    """Take a place among the commands that write late; returns its number, and its nonce.
+
+    What a repair finds missing may come back at the same moment, and would be told twice. So each of them first says
+    that it is there, and then looks who else is. Raises BusyError.
+    """
+    connection.execute(_BURY, (worker,))
+    replay, nonce = fetch_one(connection, _BEGIN, worker, command)
+    (others,) = fetch_one(connection, _OTHERS, worker, command)
+    if others:
+        connection.execute(_END, (replay,))
+        names = " and ".join("verify --repair" if other == "repair" else other for other in others)
+        raise errors.BusyError(
+            f'for the worker "{worker}" there runs: {names}; what one finds missing the other may be writing',
+            hint="wait until that has ended",
+        )
+    return replay, nonce
+
+
+@contextmanager
+def repairing(connection: Connection, worker: str) -> Iterator[None]:
+    """Let nothing come late meanwhile. Raises BusyError where something does."""
+    replay, _ = _register(connection, worker, "repair")
+    try:
+        yield
+    finally:
+        with suppress(psycopg.Error):
+            connection.execute(_END, (replay,))
 
 
 class Late:
@@ -198,9 +228,7 @@ class Late:
         self._row_key = catalog.row_key(self.profile.target, self.target)
         self.progress = Progress(worker, self._command, "", "")
         if not self._dry_run:
-            self.control.execute(_BURY, (worker,))
-            replay, nonce = fetch_one(self.writing, _BEGIN, worker, self._command)
-            self.progress = Progress(worker, self._command, replay, nonce)
+            self.progress = Progress(worker, self._command, *_register(self.writing, worker, self._command))
         self.begin()
 
     def _check_rights(self) -> None:
@@ -649,6 +677,11 @@ _BEGIN: Final = """
 INSERT INTO cdc_worker.replay (worker, command, backend_start)
 SELECT %s, %s, backend_start FROM pg_stat_activity WHERE pid = pg_backend_pid()
 RETURNING replay::text, nonce::text
+"""
+
+_OTHERS: Final = """
+SELECT coalesce(array_agg(DISTINCT command ORDER BY command), '{}') FROM cdc_worker.replay
+WHERE worker = %s AND (command = 'repair') <> (%s = 'repair')
 """
 
 _NONCE: Final = "SELECT nonce::text FROM cdc_worker.replay WHERE replay = %s"

@@ -48,6 +48,7 @@ from cdc_worker.config import Settings
 from cdc_worker.fence import PATIENCE, Fence
 from cdc_worker.history import EVERYTHING, Event, Recorded, What, dated, recorded
 from cdc_worker.journal import Journal
+from cdc_worker.late import repairing
 from cdc_worker.log import Logger
 from cdc_worker.lookups import Lookups
 from cdc_worker.lsn import INVALID, LSN
@@ -274,15 +275,23 @@ def verify(
     """Hold the rows of tables against the log, one table after another; of each comes a summary in the end.
 
     First come the commits that couldn't be read whole: what rows miss of them is found as anything else is. Raises
-    SettingsError for tables that can't be, and NotRunningError where no worker runs beside it.
+    SettingsError for tables that can't be, NotRunningError where no worker runs beside it, and BusyError where a
+    repair would meet what comes late.
     """
     with ExitStack() as stack:
         edges = _Edges(stack, settings, given, log)
+        if wishes.repair:
+            postgres.check_rights(edges.control, _REPAIR, partly=(), whole=())
+            stack.enter_context(repairing(edges.writing(), edges.worker))
         works = [_Work(edges, name, wishes) for name in tables(given, names)]
         edges.fence.check()
         yield from edges.unread({work.table for work in works})
         for work in works:
             yield from work.run()
+
+
+_REPAIR: Final = {"cdc_worker.replay": ["SELECT", "INSERT", "DELETE"]}
+"""What a repair writes, beside what the worker does."""
 
 
 class _Edges:

@@ -121,7 +121,7 @@ def test_logs_are_for_people_where_they_are_asked_for(crm: Crm) -> None:
 # Exit codes
 
 
-OTHERS = ("UnknownValueError", "NotRunningError", "RecordingUnreadableError", "ClusterError", "DemoError")
+OTHERS = ("UnknownValueError", "NotRunningError", "BusyError", "RecordingUnreadableError", "ClusterError", "DemoError")
 
 
 def codes() -> dict[str, int]:

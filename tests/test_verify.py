@@ -15,6 +15,8 @@ from test_backfill import fill
 
 from cdc_worker import config, journal, log, profile
 from cdc_worker import verify as module
+from cdc_worker.errors import BusyError
+from cdc_worker.late import Late, repairing
 from cdc_worker.verify import Disagreement, Verified, Wishes, verify
 
 
@@ -302,6 +304,26 @@ def test_two_repairs_at_once_write_the_same(crm: Crm) -> None:
         assert sum(of.activities for of in done) == 59
     made = [a["lead_id"] for a in crm.activities() if a["metadata"].get("reconciled")]
     assert sorted(made) == [*range(1, 60)]
+
+
+def test_no_repair_meets_what_comes_late(crm: Crm) -> None:
+    settings = config.load(None, {"dsn": crm.dsn, "slot": crm.slot})
+    with running(crm):
+        insert(crm, 1)
+        caught_up(crm)
+        with Late(settings, profile.load("leadfi"), command="replay", log=log.get()):
+            with pytest.raises(BusyError, match="there runs: replay;"):
+                verified(crm, repair=True)
+            assert verified(crm)[1]["lead"].disagree == 0
+        lose(crm, "lead_created", 1)
+        assert missing(crm, repair=True) == [("1", "creation", [])]
+        with (
+            repairing(crm.connection, crm.slot),
+            pytest.raises(BusyError, match="there runs: verify --repair;"),
+            Late(settings, profile.load("leadfi"), command="replay", log=log.get()),
+        ):
+            pass
+    assert crm.value("SELECT count(*) FROM cdc_worker.replay") == 0
 
 
 def test_what_is_lost_again_is_repaired_again(crm: Crm) -> None:
