@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import signal
 import sys
 import time
@@ -400,6 +401,7 @@ def replay(settings: Settings, paths: tuple[str, ...], again: bool, as_json: boo
     from cdc_worker import replay as replaying  # noqa: PLC0415  # likewise
     from cdc_worker import rewrite as rewriting  # noqa: PLC0415  # likewise
 
+    _keep_private()
     asked = replaying.Wishes(**wishes)
     if again and asked.output is not None:
         raise click.UsageError("--rewrite is about what the target has, --output leaves it alone")
@@ -492,6 +494,12 @@ def dead_letters() -> None:
     \b
     Example: cdc-worker dead-letters list --error 23 && cdc-worker dead-letters retry --error 23
     """
+    _keep_private()
+
+
+def _keep_private() -> None:
+    """Let nobody else read the files that are made from now on: they hold values of rows."""
+    os.umask(0o077)
 
 
 _asks: Final = click.option("--yes", is_flag=True, help="Don't ask.")

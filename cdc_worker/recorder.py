@@ -130,12 +130,13 @@ class Recorder:
         database: str,
         start: LSN,
         log: Logger,
-        clock: Callable[[], float] = time.time,
+        clock: Callable[[], float] = time.monotonic,
+        today: Callable[[], float] = time.time,
     ) -> None:
         self._directory = directory
         self._settings = settings
         self._log = log
-        self._clock = clock
+        self._clock, self._today = clock, today
         masked = {name: table for name, table in rules.items() if table.masks} if settings.recording_masked else {}
         self._masks = {name: _masking(table) for name, table in masked.items()}
         self._header = Frame(
@@ -241,7 +242,7 @@ class Recorder:
         if now >= self._look_at:
             self._look_at = now + RETENTION_INTERVAL
             try:
-                self._retain(now)
+                self._retain(self._today())
             except OSError as error:
                 reason = error.strerror or str(error)
                 self._log.warning("segments_not_deleted", directory=str(self._directory), reason=reason)

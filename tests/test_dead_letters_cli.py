@@ -156,6 +156,7 @@ def test_every_digit_is_exported(crm: Crm) -> None:
     crm.record()
     path = crm.directory / "letters.jsonl"
     assert crm.succeed("dead-letters", "export", "--all", "--output", str(path)) == ""
+    assert path.stat().st_mode & 0o777 == 0o600
     (line,) = path.read_text().splitlines()
     assert crm.succeed("dead-letters", "export", *map(str, ids(crm))) == f"{line}\n"
     found = json.loads(line, parse_float=Decimal)

@@ -588,6 +588,7 @@ def a_recorder(directory: Path, clock: Clock, name: str = "crm", start: int = 0,
         start=LSN(start),
         log=structlog.get_logger(),
         clock=clock,
+        today=clock,
     )
 
 

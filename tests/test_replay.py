@@ -525,6 +525,7 @@ def test_a_file_gets_every_activity_with_and_without_a_database(crm: Crm, record
     output = tmp_path / "activities.jsonl"
     crm.execute("ALTER DATABASE " + crm.connection.info.dbname + " SET timezone = 'UTC'")
     crm.succeed("replay", "--output", str(output))
+    assert output.stat().st_mode & 0o777 == 0o600
     told = [json.loads(line) for line in output.read_text("utf-8").splitlines()]
     assert [line["change_key"] for line in told] == [activity["change_key"] for activity in crm.activities()]
     for line, activity in zip(told, crm.activities(), strict=True):
