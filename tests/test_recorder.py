@@ -368,7 +368,7 @@ def busy(connection: Connection, session: int, turn: int) -> None:
                 connection.execute("UPDATE lead SET status = %s WHERE lead_id = %s", (f"{turn}.{number}", lead))
 
 
-@storm(5, chaos=40)
+@storm(3, chaos=40)
 def test_kills_at_any_moment_leave_nothing_out(recorded: Recorded, seed: int, rounds: int) -> None:
     """After each, what the checkpoint has passed by then is there by then."""
     dice, crm = random.Random(seed), recorded.crm
@@ -387,7 +387,7 @@ def test_kills_at_any_moment_leave_nothing_out(recorded: Recorded, seed: int, ro
     assert recorded.holds(passed, ends) > rounds
 
 
-@storm(2, chaos=8)
+@storm(1, chaos=8)
 def test_kills_within_one_large_commit_leave_it_whole(recorded: Recorded, seed: int, rounds: int) -> None:
     dice, crm = random.Random(seed), recorded.crm
     crm.add_leads(22_000)
@@ -404,7 +404,7 @@ def test_kills_within_one_large_commit_leave_it_whole(recorded: Recorded, seed: 
     assert crm.value("SELECT count(*) FROM activity") == 22_000
 
 
-@storm(4, chaos=40)
+@storm(2, chaos=40)
 def test_terminated_connections_leave_nothing_out(recorded: Recorded, seed: int, rounds: int) -> None:
     dice, crm = random.Random(seed), recorded.crm
     crm.add_leads(300)

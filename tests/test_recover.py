@@ -452,7 +452,7 @@ SELECT lsn::text FROM pg_logical_slot_peek_changes(%s, NULL, NULL, 'format-versi
 """
 
 
-@storm(3, chaos=30)
+@storm(2, chaos=30)
 def test_it_is_kept_once_however_often_the_worker_is_killed_within_its_commit(crm: Crm, rounds: int) -> None:
     crm.add_leads(rounds * 5_000)
     numbers = tuple(range(1_500, rounds * 5_000, 4_000))

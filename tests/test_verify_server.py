@@ -208,6 +208,12 @@ def test_a_role_that_may_not_read_is_told_so(crm: Crm) -> None:
         insert(crm, 1)
         assert crm.succeed("verify", "lead") == "public.lead: 1 rows, 1 agree, 0 disagree\n"
         lose(crm, "lead_created", 1)
+        refused = crm.command("verify", "lead", "--repair")
+        assert (refused.returncode, refused.stderr.splitlines()[-1]) == (
+            1,
+            'hint: as the owner: GRANT SELECT, INSERT, DELETE ON cdc_worker.replay TO "cdc"',
+        )
+        crm.connection.execute(sql.SQL("GRANT SELECT, INSERT, DELETE ON cdc_worker.replay TO {}").format(cdc))
         mended = crm.command("verify", "lead", "--repair")
         assert mended.returncode == 0, mended.stderr
 
