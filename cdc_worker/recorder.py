@@ -154,7 +154,7 @@ class Recorder:
         self._open = self._within = False  # a transaction, when the last slice was added, and when a frame was begun
         self._lines: list[Payload] = []
         self._size = 0
-        self._partitions: set[tuple[str, str]] = set()  # those that the frame has named
+        self._partitions: dict[tuple[str, str], tuple[str, str]] = {}  # as the frame has named them last
         self._look_at = clock()
 
     def add(self, transaction: Transaction, answered: Sequence[Answer]) -> None:
@@ -169,8 +169,8 @@ class Recorder:
             size += sum(map(len, found))
         for payload, table, partition, changed in messages:
             if table is not None:
-                if partition is not None and partition not in self._partitions:
-                    self._partitions.add(partition)
+                if partition is not None and self._partitions.get(partition) != table:
+                    self._partitions[partition] = table
                     lines.append(recording.partition(partition, table))
                 if table in masks:
                     payload = wal2json.masked(payload, masks[table], moved=changed)  # noqa: PLW2901

@@ -19,6 +19,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, LiteralString, NamedTuple
 
+import msgspec
 import pytest
 import structlog
 import zstandard
@@ -611,6 +612,19 @@ def wrote(recorder: Recorder, number: int, **slice_: Any) -> None:
 def names(directory: Path) -> list[str]:
     """The segments, by the positions at which they begin."""
     return [path.name.rsplit("-", 1)[0] for path in sorted(directory.iterdir())]
+
+
+def test_a_partition_is_named_anew_when_it_comes_to_another_table(tmp_path: Path) -> None:
+    recorder = a_recorder(tmp_path, Clock())
+    part, line = ("public", "part"), b'{"action":"T","schema":"public","table":"part"}'
+    for number, root in ((10, ("public", "lead")), (20, ("public", "lead")), (30, ("public", "customer"))):
+        received = [Received(b'{"action":"B"}'), Received(line, root, part), Received(b'{"action":"C"}')]
+        recorder.add(msgspec.structs.replace(a_slice(number), received=received), ())
+    recorder.write(LSN(30))
+    recorder.close()
+    ((frame,),) = segments(tmp_path).values()
+    roots = [json.loads(line)["root"][1] if line[11:12] == b"P" else None for line in frame.lines]
+    assert roots == [None, "lead", None, None, None, None, None, None, "customer", None, None]
 
 
 def test_a_segment_ends_by_size_and_only_between_two_commits(tmp_path: Path) -> None:
