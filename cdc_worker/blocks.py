@@ -149,7 +149,9 @@ def blocks(file: File) -> Iterator[Lines | Damage]:
 
 
 def _looks_plain(head: bytes) -> bool:
-    return head.lstrip()[:1] in (b"{", b"") or b'\n{"action":"' in head
+    # No line has these bytes behind its first, but a segment of ours whose first byte was damaged does.
+    ours = head[1:4] == ZSTANDARD.magic[1:]
+    return not ours and (head.lstrip()[:1] in (b"{", b"") or b'\n{"action":"' in head)
 
 
 def looks_like(head: bytes) -> str:
@@ -213,9 +215,22 @@ def _decompressed(file: File, codec: _Codec) -> Iterator[bytes | _Frame | Damage
         if decompressor.eof:
             file.unread(decompressor.unused_data)
             yield _Frame(b"".join(held))
+            return
+        # It may have swallowed what is whole: a wrong length reaches as far as there is anything.
+        file.unread(b"".join(raw)[1:])
+        _skip(file, codec)
+        if file.peek():
+            yield Damage(_wrong(start, file.offset, EOFError("it isn't whole")))
         else:
             yield Damage(f"the last of its frames, from byte {start} on, is cut", cut=True)
         return
+    if file.again and codec is ZSTANDARD and not b"".join(held).lstrip().startswith(b"{"):
+        # Nothing that is read begins like this, but a segment may have been damaged at its beginning.
+        file.seek(start + 1)
+        _skip(file, codec)
+        if file.peek():
+            yield Damage(_wrong(start, file.offset, ValueError("no lines come of it")))
+            return
     if file.again:
         file.seek(start)
         if (damage := _check(file, codec)) is not None:

@@ -345,6 +345,21 @@ def test_wherever_a_stretch_is_cut_out_the_rest_is_read_and_what_is_missing_is_n
     judge(segment, damaged, directory, named=not clean)
 
 
+def test_what_is_left_of_the_beginning_of_a_file_hides_nothing_behind_it(tmp_path: Path) -> None:
+    made = framed([(20, [0]), (40, [100]), (60, [200, 201]), (80, [300]), (100, [400])], {0, 1, 10})
+    start, end = len(made.frames[0]), len(made.data) - len(made.frames[-1])
+    for first in (4, 5, 9, 20, start - 1):
+        for last in range(start, end):
+            found, missing = read(written(tmp_path, a=made.data[:first] + made.data[last:]))
+            assert (found[-1:], bool(missing)) == ([400], True), (first, last)
+
+
+def test_a_first_byte_that_is_a_brace_makes_no_text_of_a_segment(tmp_path: Path) -> None:
+    made = framed([(20, [0]), (40, [100])], {2})
+    found, (missing,) = read(written(tmp_path, a=b"{" + made.data[1:]))
+    assert (found, missing.until) == ([100], "0/14")
+
+
 # Several files
 
 
