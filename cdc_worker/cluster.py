@@ -8,6 +8,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import threading
 from collections.abc import Iterator, Mapping
@@ -16,6 +17,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
 
+import psycopg
+from psycopg import sql
 from psycopg.conninfo import make_conninfo
 
 from cdc_worker.binaries import Binaries, ClusterError, find_binaries
@@ -35,7 +38,11 @@ SETTINGS = {
 # reach a stopped server can be given that server's port as its own, and then connects to itself.
 PORTS = range(20000, 32768)
 
-SOCKET_PATH_MAX = 107
+# What macOS allows; Linux allows four more.
+SOCKET_PATH_MAX = 103
+
+# macOS has no C.UTF-8, and a server does not start there with a locale that the system lacks.
+LOCALE = "C.UTF-8" if sys.platform == "linux" else "C"
 
 
 class Cluster:
@@ -60,7 +67,7 @@ class Cluster:
         self._settings = dict(SETTINGS)
         if binaries.plugin_dir is not None:
             self._settings["dynamic_library_path"] = f"{binaries.plugin_dir}:$libdir"
-        if binaries.plugin_list and allow_plugins:
+        if binaries.plugin_list and binaries.plugin == "wal2json" and allow_plugins:
             self._settings["output_plugin_libraries"] = "pgoutput, test_decoding, wal2json"
         self._settings |= settings or {}
         self._user = _unprivileged_user() if os.geteuid() == 0 else None
@@ -163,7 +170,10 @@ class Cluster:
         return self.dsn(dbname, user=user, **_merged(params, host=str(self.socket_directory)))
 
     def createdb(self, name: str, *, template: str = "template1") -> None:
-        self.run("createdb", "--template", template, name)
+        """By a connection: a server may come without the programs of clients."""
+        with psycopg.connect(self.dsn(), autocommit=True) as connection:
+            statement = sql.SQL("CREATE DATABASE {} TEMPLATE {}")
+            connection.execute(statement.format(sql.Identifier(name), sql.Identifier(template)))
 
     def log_tail(self, lines: int = 20) -> str:
         if self._directory is None or not self.log.exists():
@@ -194,7 +204,7 @@ class Cluster:
             for directory in {self._directory, self.socket_directory}:
                 os.chown(directory, self._user.pw_uid, self._user.pw_gid)
         initdb = ["initdb", "--pgdata", str(self.data), "--username=postgres", "--auth=trust", "--no-sync"]
-        done = self._server(*initdb, "--encoding=UTF8", "--locale=C.UTF-8")
+        done = self._server(*initdb, "--encoding=UTF8", f"--locale={LOCALE}")
         if done.returncode != 0:
             raise ClusterError(f"initdb failed: {done.stderr.strip()}")
         with (self.data / "postgresql.conf").open("a") as conf:
@@ -219,7 +229,7 @@ class Cluster:
         with tempfile.TemporaryFile("w+") as stderr:
             done = subprocess.run(
                 [self.binaries.program(program), *arguments],
-                env=self.binaries.environment() | {"LC_ALL": "C.UTF-8"},
+                env=self.binaries.environment() | {"LC_ALL": LOCALE},
                 cwd=self.directory,
                 stdin=subprocess.DEVNULL,
                 stdout=stderr,
