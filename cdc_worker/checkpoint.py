@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
@@ -105,6 +105,12 @@ def read(connection: Connection, worker: str) -> Checkpoint:
     return Checkpoint(name, slot, plugin, system_identifier, LSN.parse(created_at), position, *rest)
 
 
+def slot_of(connection: Connection, worker: str) -> str | None:
+    """The slot that the worker reads, if it has begun. Raises NotSetUpError."""
+    rows = fetched(connection, "SELECT slot FROM cdc_worker.checkpoint WHERE worker = %s", (worker,))
+    return rows[0][0] if rows else None
+
+
 def fetched(connection: Connection, query: str, parameters: Params) -> list[tuple[Any, ...]]:
     """What is in tables of cdc-worker. Raises NotSetUpError if they aren't as this version makes them."""
     with as_set_up():
@@ -149,11 +155,11 @@ def check_unclaimed(connection: Connection, slot: str) -> None:
         )
 
 
-def check(checkpoint: Checkpoint, *, slot: str, system_identifier: str, wal_end: LSN) -> None:
-    """Raise unless the checkpoint speaks of this slot on this cluster, at a point that its WAL has reached."""
-    if checkpoint.slot != slot:
+def check(checkpoint: Checkpoint, *, slots: Sequence[str], system_identifier: str, wal_end: LSN) -> None:
+    """Raise unless the checkpoint speaks of one of these slots on this cluster, at a point that its WAL has reached."""
+    if checkpoint.slot not in slots:
         raise errors.SlotMismatchError(
-            f'the worker "{checkpoint.worker}" reads the slot "{checkpoint.slot}", not "{slot}"',
+            f'the worker "{checkpoint.worker}" reads the slot "{checkpoint.slot}", not "{slots[0]}"',
             hint="name that slot in CDC_WORKER_SLOT, or another worker in CDC_WORKER_NAME",
         )
     check_cluster(checkpoint, system_identifier)

@@ -47,7 +47,7 @@ class Fence:
 
     def __init__(self, connection: Connection, settings: Settings, log: Logger) -> None:
         self._connection = connection
-        self._worker, self._slot = settings.worker, settings.slot
+        self._worker, self._base = settings.worker, settings.slot
         self._log = log
         self._sampled: deque[_Sample] = deque()
         self._horizon = INVALID
@@ -61,7 +61,7 @@ class Fence:
 
     def check(self) -> None:
         """Raise unless a worker runs that could pass anything."""
-        slot.check_checkpoint(self._connection, self._worker, self._slot)
+        slot.check_checkpoint(self._connection, self._worker, self._base)
         reader = self._reader()
         if not _running(reader):
             raise self._not_running(reader)
@@ -74,7 +74,7 @@ class Fence:
         """Wait until they are. A quiet worker is made to write where it is."""
         if self.passed(position):
             return
-        self._connection.execute(_MARK, (MARKER_PREFIX,))
+        mark(self._connection)
         seen = time.monotonic()
         pause, tell, at = PAUSES[0], seen + SLOW, self._written()
         while at.lsn < position:
@@ -133,6 +133,10 @@ class Fence:
     def _written(self) -> Position:
         return checkpoint.read(self._connection, self._worker).position
 
+    @property
+    def _slot(self) -> str:
+        return slot.own(self._connection, self._worker, self._base)
+
     def _reader(self) -> Slot | None:
         """The slot, if it has a reader."""
         found = slot.read(self._connection, self._slot)
@@ -150,6 +154,11 @@ class Fence:
 
 def _running(reader: Slot | None) -> bool:
     return reader is not None and reader.held_by_worker
+
+
+def mark(connection: Connection) -> None:
+    """Have the worker write where it is, when it comes to the end of the transaction."""
+    connection.execute(_MARK, (MARKER_PREFIX,))
 
 
 _MARK: Final = "SELECT pg_logical_emit_message(true, %s, '{\"fence\": true}')"

@@ -27,8 +27,12 @@ def _name(name: str) -> str:
     return sql.Identifier(name).as_string()
 
 
+def _slot_name(look: Look) -> str:
+    return slots.own(look.connection, look.settings.worker, look.settings.slot)
+
+
 def _slot(look: Look) -> Slot | None:
-    return slots.read(look.connection, look.settings.slot)
+    return slots.read(look.connection, _slot_name(look))
 
 
 def _running(found: Slot | None) -> bool:
@@ -135,7 +139,7 @@ FROM pg_replication_slots
 
 def replication_slots(look: Look) -> Iterator[Finding]:
     """Whether there is a slot to spare."""
-    limit, used, idle = fetch_one(look.connection, _SLOTS, look.settings.slot)
+    limit, used, idle = fetch_one(look.connection, _SLOTS, _slot_name(look))
     what = "replication slots" + (
         f" (nobody reads {idle}: pg_drop_replication_slot frees what nobody needs)" * bool(idle)
     )
@@ -153,7 +157,7 @@ ORDER BY slot_name
 
 def other_slots(look: Look) -> Iterator[Finding]:
     """Whether the server keeps much WAL for another slot, which nobody reads: the disk is the same."""
-    unread = look.connection.execute(_UNREAD, (look.settings.slot, look.settings.retained_alarm_bytes)).fetchall()
+    unread = look.connection.execute(_UNREAD, (_slot_name(look), look.settings.retained_alarm_bytes)).fetchall()
     for name, size in unread:
         yield warning(
             f'nobody reads the slot "{name}", for which the server keeps {size:,} bytes of WAL',
@@ -216,7 +220,7 @@ def replication(look: Look) -> Iterator[Finding]:
 
 def plugin(look: Look) -> Iterator[Finding]:
     """Whether wal2json is there and allowed, which it is, and whether it can read the slot as the worker does."""
-    name, found = look.settings.slot, _slot(look)
+    name, found = _slot_name(look), _slot(look)
     if not look.server.may_replicate:
         yield unknown(f'role "{look.server.role}" may not try it', _may_replicate(look))
         return

@@ -48,6 +48,26 @@ class Slot:
         return f"process {self.active_pid} ({', '.join(filter(None, [self.holder or 'no name', self.client]))})"
 
 
+def names(base: str) -> tuple[str, ...]:
+    """The names that the slot of a worker may have whose settings name this one: a copy has its plugin's behind it."""
+    return (base, *(f"{base[: NAMEDATALEN - 2 - len(plugin)]}_{plugin}" for plugin in PLUGINS))
+
+
+NAMEDATALEN: Final = 64
+"""Names have one byte less."""
+
+PLUGINS: Final = (wal2json.PLUGIN, "pgoutput")
+"""Output plugins that a slot of ours may have."""
+
+
+def own(connection: Connection, worker: str, base: str) -> str:
+    """The name of the worker's slot: the one that its checkpoint names, or `base` if there is no asking that."""
+    try:
+        return checkpoint.slot_of(connection, worker) or base
+    except (errors.NotSetUpError, psycopg.errors.InsufficientPrivilege, psycopg.errors.LockNotAvailable):
+        return base
+
+
 _SLOT: Final = """
 SELECT s.slot_name::text, s.plugin::text, s.database::text, s.confirmed_flush_lsn, pg_current_wal_flush_lsn(),
        (pg_current_wal_flush_lsn() - s.restart_lsn)::bigint, s.wal_status, a.pid, a.application_name,
@@ -102,7 +122,7 @@ def check_unread(slot: Slot, *, database: str) -> LSN:
 
 def check_disposable(slot: Slot, *, database: str) -> None:
     """Raise unless this slot is one that a worker for this database may have used."""
-    if (slot.plugin, slot.database) != (wal2json.PLUGIN, database):
+    if slot.plugin not in PLUGINS or slot.database != database:
         raise errors.SlotMismatchError(
             f'slot "{slot.name}" is of the plugin "{slot.plugin}" and the database "{slot.database}": '
             "no cdc-worker of this database has used it",
@@ -162,9 +182,9 @@ def free(connection: Connection, name: str, worker: str) -> bool:
 def check(slot: Slot | None, *, name: str, database: str, checkpoint: LSN) -> Slot:
     """Raise unless this is the slot that the checkpoint speaks of, and nothing between the two is missing."""
     slot = require(slot, name=name, checkpoint=checkpoint)
-    if slot.plugin != wal2json.PLUGIN:
+    if slot.plugin not in PLUGINS:
         raise errors.SlotMismatchError(
-            f'slot "{name}" is of the plugin "{slot.plugin}", not {wal2json.PLUGIN}'
+            f'slot "{name}" is of the plugin "{slot.plugin}", not {" or ".join(PLUGINS)}'
             if slot.plugin
             else f'slot "{name}" is a physical one',
             hint="name another slot in CDC_WORKER_SLOT, then: cdc-worker setup",
@@ -191,14 +211,22 @@ def check(slot: Slot | None, *, name: str, database: str, checkpoint: LSN) -> Sl
     return slot
 
 
-def check_checkpoint(connection: Connection, worker: str, name: str) -> tuple[Checkpoint, Slot]:
-    """The worker's checkpoint and slot. Raises unless these and the cluster fit each other."""
-    # In this order: a worker may be at it, who writes the checkpoint first and confirms it then.
-    slot = read(connection, name)
+def check_checkpoint(connection: Connection, worker: str, base: str) -> tuple[Checkpoint, Slot]:
+    """The worker's checkpoint and its slot, of which settings name the `base`. Raises unless these and the cluster fit.
+
+    Which slot it is the checkpoint says: it is another one once the plugin was switched.
+    """
     known = checkpoint.read(connection, worker)
+    while True:
+        # In this order: a worker may be at it, who writes the checkpoint first and confirms it then.
+        name = known.slot
+        slot = read(connection, name)
+        known = checkpoint.read(connection, worker)
+        if known.slot == name:
+            break
     (system_identifier,) = fetch_one(connection, "SELECT system_identifier::text FROM pg_control_system()")
     wal_end = committed_so_far(connection)
-    checkpoint.check(known, slot=name, system_identifier=system_identifier, wal_end=wal_end)
+    checkpoint.check(known, slots=names(base), system_identifier=system_identifier, wal_end=wal_end)
     return known, check(slot, name=name, database=connection.info.dbname, checkpoint=known.position.lsn)
 
 

@@ -23,9 +23,10 @@ def _on_slot(check: Callable[[Look, Slot], Iterator[Finding]]) -> Check:
 
     @wraps(check)
     def made(look: Look) -> Iterator[Finding]:
-        found = slots.read(look.connection, look.settings.slot)
+        name = slots.own(look.connection, look.settings.worker, look.settings.slot)
+        found = slots.read(look.connection, name)
         if found is None:
-            yield unknown(f'there is no slot "{look.settings.slot}" (see checkpoint)')
+            yield unknown(f'there is no slot "{name}" (see checkpoint)')
         else:
             yield from check(look, found)
 

@@ -53,9 +53,9 @@ class Watch:
         settings = self._settings
         try:
             with closing(postgres.connect_briefly(settings.dsn.get_secret_value(), settings.worker)) as connection:
-                found = slot.read(connection, settings.slot)
                 self._tell_of(postgres.blockers(connection, settings.worker) if held_up else [])
                 known = checkpoint.read(connection, settings.worker)
+                found = slot.read(connection, known.slot)
                 if found is not None and known.owner == self.owner:
                     self.retained(found, known)
                 process.failed(connection, self._own)
