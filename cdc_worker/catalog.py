@@ -10,14 +10,14 @@ from typing import Final, Literal
 import psycopg
 from psycopg import sql
 
-from cdc_worker import errors
-from cdc_worker.changes import Value
+from cdc_worker import errors, values
 from cdc_worker.config import known_time_zone
 from cdc_worker.errors import Place
 from cdc_worker.postgres import Connection, fetch_one
 from cdc_worker.profile import Condition, Constant, Match, Matcher, Profile, Rule, Table, Target
 from cdc_worker.rules import Rules, other_lookup, qualified
 from cdc_worker.templates import text
+from cdc_worker.values import Value
 from cdc_worker.written import Source, Written, names, written
 
 _COLUMNS: Final = """
@@ -77,25 +77,22 @@ def columns(connection: Connection, *tables: tuple[str, str]) -> Columns:
     return found
 
 
+_OIDS: Final = {
+    "boolean": values.BOOLEAN,
+    "smallint": values.SMALLINT,
+    "integer": values.INTEGER,
+    "bigint": values.BIGINT,
+    "oid": values.OID,
+    "numeric": values.NUMERIC,
+    "real": values.REAL,
+    "double precision": values.DOUBLE,
+    "bytea": values.BYTEA,
+}
+
+
 def value(printed: bytes | None, column: Column) -> Value:
     """A column's value as the stream has it, from how Postgres prints it. What is of a domain comes as text there."""
-    if printed is None:
-        return None
-    text = printed.decode()
-    match column.type:
-        case "boolean":
-            return text == "t"
-        case kind if kind in INTEGERS:
-            return int(text)
-        case "numeric":
-            number = Decimal(text)
-            return number if number.is_finite() else None
-        case kind if kind in _FLOATS:
-            inexact = float(text)
-            return inexact if abs(inexact) < float("inf") else None
-        case "bytea":
-            return text.removeprefix("\\x")
-    return text
+    return None if printed is None else values.value(_OIDS.get(column.type, 0), printed.decode())
 
 
 # By these names types are of the length one.

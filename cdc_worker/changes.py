@@ -4,21 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from datetime import datetime
-from decimal import Decimal
 from typing import Final, Literal, NamedTuple
 
 import msgspec
 
 from cdc_worker.errors import MessageUnreadableError
 from cdc_worker.lsn import INVALID, LSN
+from cdc_worker.values import Value
 
-Value = None | bool | int | float | Decimal | str
-"""A column's value: integers are int, numeric is exact, everything else is text as Postgres prints it."""
-
-MAX_DIGITS: Final = 131_072
-"""So many a numeric has before its point, and fewer behind it: no memory could hold all that a Decimal can name."""
-
-Row = dict[str, Value]
+Row = Mapping[str, Value]
 """Column name to value, in the table's order. A column that is absent is *unknown*, which is not NULL."""
 
 Payload = bytes | memoryview
@@ -36,7 +30,11 @@ What is `unreadable` has no row.
 
 # Structs instead of dataclasses here: one of each is made for every message, and they cost a tenth.
 class Begin(msgspec.Struct, frozen=True, gc=False):
-    """A transaction starts. All of it is already decided: its commit lies at `commit_lsn` and ends at `end_lsn`."""
+    """A transaction starts. All of it is already decided: its commit lies at `commit_lsn` and ends at `end_lsn`.
+
+    A plugin that doesn't say yet where it ends has the next position for it: no record begins or ends in between, so
+    compared with any other position it is the same.
+    """
 
     xid: int
     commit_lsn: LSN
@@ -45,7 +43,9 @@ class Begin(msgspec.Struct, frozen=True, gc=False):
 
 
 class Commit(msgspec.Struct, frozen=True, gc=False):
-    """The transaction that began last is complete."""
+    """The transaction that began last is complete. It ends at `end_lsn`, if its begin didn't say so."""
+
+    end_lsn: LSN | None = None
 
 
 class Message(msgspec.Struct, frozen=True, gc=False):
@@ -102,14 +102,18 @@ class Unread(Change, frozen=True, gc=False, kw_only=True):
     raw: bytes | None = None
 
 
+Decoded = Begin | Change | Message | Commit | tuple[Change, ...]
+"""What a message of an output plugin says: of several tables that were truncated at once, each."""
+
+
 class BeginToldError(Exception):
     """The commit of a transaction whose begin couldn't be read says all that the begin did: it can be read again."""
 
-    def __init__(self, position: LSN, begin: bytes) -> None:
-        """`begin` is what stands at the position."""
+    def __init__(self, position: LSN, commit: Payload) -> None:
+        """`position` is that of the begin."""
         super().__init__(f"the begin at {position} is known from its commit")
         self.position = position
-        self.begin = begin
+        self.commit = bytes(commit)
 
 
 def update(
@@ -173,8 +177,9 @@ class Transaction(msgspec.Struct, frozen=True):
     `messages` are the logical messages, each with the number of this slice's changes that came before it; `payloads`
     are the changes as they were received, or the changes themselves where they came under other names.
 
-    Who asks for them has all consumed messages in `received`. `answers` are what was found by lookups when the slice
-    was first read, if that is known: they count for this slice. `masked` is what is not to be masked again.
+    Who asks for them has all consumed messages in `received`, as wal2json writes them. `answers` are what was
+    found by lookups when the slice was first read, if that is known: they count for this slice. `masked` is what is not
+    to be masked again.
     """
 
     xid: int
@@ -210,11 +215,6 @@ class _Lost(msgspec.Struct, eq=False):
     last: tuple[Unread, Payload] | None = None
 
 
-_BEGINS: Final = b'{"action":"B"'
-_COMMITS: Final = b'{"action":"C"'
-"""What tells a transaction's first and last line apart, which say the same."""
-
-
 class Assembler:
     """Puts decoded messages together into transactions, in slices of bounded size.
 
@@ -224,7 +224,8 @@ class Assembler:
     the next change, an insert in another with the same `keys` is an update: a row has moved. What is emptied with its
     partitions is emptied once.
 
-    With `keep` transactions have their messages as they were received.
+    With `keep` transactions have their messages as they were received, or as `line` writes them. What can't be
+    decoded again `by_itself` is kept as the change that it is.
     """
 
     MAX_CHANGES: Final = 1_000
@@ -237,6 +238,8 @@ class Assembler:
         root_of: RootOf | None = None,
         keys: Mapping[tuple[str, str], tuple[str, ...]] = _NO_KEYS,
         keep: bool = False,
+        line: Callable[[Decoded, Payload], Payload] = lambda message, payload: payload,
+        by_itself: bool = True,
     ) -> None:
         self.received = start  # the end of the last commit that is complete
         self._start = start
@@ -248,6 +251,8 @@ class Assembler:
         self._root_of = root_of
         self._keys = keys
         self._received: list[Received] | None = [] if keep else None
+        self._line = line
+        self._by_itself = by_itself
         self._held: tuple[Change, int] | None = None  # a delete that may turn out to be half an update, and its size
         self._emptied: tuple[str, str] | None = None  # the table of which the last change emptied all or a part
         self._first = True
@@ -280,7 +285,7 @@ class Assembler:
     def _marked(self) -> bool:
         return any(message.prefix == MARKER_PREFIX for _, message in self._messages)
 
-    def feed(self, message: Begin | Change | Message | Commit, payload: Payload) -> Transaction | None:
+    def feed(self, message: Decoded, payload: Payload) -> Transaction | None:
         """Take one message and what it was decoded from; returns a transaction or a slice of one when there is one."""
         begin = self._begin
         if type(message) is Begin:
@@ -289,7 +294,7 @@ class Assembler:
             left_out = None if self._lost is None else self._over(self._lost)
             self._begin, self._first, self._index, self._emptied = message, True, 0, None
             if self._received is not None:
-                self._received = [Received(payload)]
+                self._received = [Received(self._line(message, payload))]
             return left_out
         if begin is None:
             if type(message) is Message:
@@ -297,7 +302,7 @@ class Assembler:
             if (lost := self._lost) is not None:
                 if type(message) is Commit:
                     self._lost = None
-                    raise BeginToldError(lost.begin[0].position, _BEGINS + bytes(payload[len(_COMMITS) :]))
+                    raise BeginToldError(lost.begin[0].position, payload)
                 lost.count += 1
                 return None
             raise MessageUnreadableError(f"a {type(message).__name__.lower()} came outside a transaction")
@@ -306,31 +311,38 @@ class Assembler:
             self._begin = None
             if self._held is not None:
                 self._let_go()
+            if message.end_lsn is not None and message.end_lsn != begin.end_lsn:
+                begin = msgspec.structs.replace(begin, end_lsn=message.end_lsn)
             self.received = max(self.received, begin.end_lsn)
             if dealt_with or (self._first and not self._changes and not self._marked):  # nothing of ours happened in it
                 self._messages = []
                 return None
             if self._received is not None:
-                self._received.append(Received(payload))
+                self._received.append(Received(self._line(message, payload)))
             return self._cut(begin, last=True)
         if dealt_with:
             return None
         if type(message) is Change:
             if self._root_of is None:
                 self._changes.append(message)
-                self._payloads.append(payload)
+                self._payloads.append(payload if self._by_itself else message)
                 self._size += len(payload)
                 if self._received is not None:
-                    self._received.append(Received(payload, (message.schema, message.table)))
+                    line = self._line(message, payload)
+                    self._received.append(Received(line, (message.schema, message.table)))
             else:
                 self._resolve(message, payload, self._root_of(message, begin.commit_lsn))
+        elif type(message) is tuple:
+            for one in message:
+                root = (one.schema, one.table) if self._root_of is None else self._root_of(one, begin.commit_lsn)
+                self._resolve(one, payload, root)
         elif type(message) is Message and message.transactional:
             if self._held is not None:
                 self._let_go()
             self._messages.append((len(self._changes), message))
             self._size += len(payload)
             if self._received is not None:
-                self._received.append(Received(payload))
+                self._received.append(Received(self._line(message, payload)))
         full = self._size >= self.MAX_BYTES or len(self._changes) + len(self._messages) >= self.MAX_CHANGES
         return self._cut(begin, last=False) if full else None
 
@@ -359,7 +371,7 @@ class Assembler:
             self._append(change, line if instead is None else change, len(line))
             if self._received is not None and unread.of != "commit":
                 self._received.append(Received(line))
-        return self.feed(Commit(), line) if unread.of == "commit" else None
+        return self.feed(Commit(unread.position), line) if unread.of == "commit" else None
 
     def _over(self, lost: _Lost) -> Transaction | None:
         """A transaction has ended of which neither begin nor commit can be read: all of it is left out.
@@ -403,8 +415,9 @@ class Assembler:
             return
         size, partition = len(payload), (change.schema, change.table)
         if self._received is not None:
-            self._received.append(Received(payload, root, None if partition == root else partition))
-        kept: Payload | Change = payload
+            line = self._line(change, payload)
+            self._received.append(Received(line, root, None if partition == root else partition))
+        kept: Payload | Change = payload if self._by_itself else change
         if root != partition:
             kept = change = Change(change.operation, *root, change.old, change.new, change.changed, partition)
             if change.operation == "truncate" and self._emptied == root:

@@ -70,6 +70,14 @@ class Settings(BaseSettings):
         SecretStr(""), description="Connection string or URL of libpq, which finds what it leaves out."
     )
     slot: SlotName = Field("cdc_worker", description="Replication slot.")
+    plugin: Literal["auto", "wal2json", "pgoutput"] = Field(
+        "auto",
+        description="Output plugin that setup makes the slot with; auto takes wal2json where the server has and allows"
+        " it, else pgoutput.",
+    )
+    publication: Annotated[str, StringConstraints(min_length=1, max_length=63)] | None = Field(
+        None, description="Publication of the captured tables, which pgoutput reads; named as the slot if not given."
+    )
     name: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.-]{1,63}$")] | None = Field(
         None, description="Name of this worker, part of every change_key; the slot's if not given."
     )
@@ -137,6 +145,11 @@ class Settings(BaseSettings):
     def worker(self) -> str:
         """The name under which this worker keeps its checkpoint and makes its keys."""
         return self.name or self.slot
+
+    @property
+    def publication_name(self) -> str:
+        """The publication of the captured tables."""
+        return self.publication or self.slot
 
     def rules(self, profile: Profile) -> Rules:
         """A profile's rules, with what these settings allow them. Raises ProfileError."""

@@ -19,7 +19,7 @@ from typing import Any, Final, Literal, NamedTuple, get_args
 import msgspec
 from pydantic import BaseModel, Field
 
-from cdc_worker import checkpoint, context, errors, postgres, wal2json
+from cdc_worker import checkpoint, context, decoders, errors, postgres
 from cdc_worker.activities import BY_TIME, Activity, DeadLetter, DeadLetterKind, Key, change_key, key_prefix, parsed_key
 from cdc_worker.changes import Change, Transaction
 from cdc_worker.config import Settings
@@ -483,7 +483,7 @@ class _Retry:
 
     def _read_again(self, letter: DeadLetter, key: Key, transaction: Transaction) -> list[Told]:
         """What is told of a message that may be readable by now. Raises _LeftError if it isn't."""
-        change = None if letter.raw is None else wal2json.read_again(letter.change, letter.raw)
+        change = None if letter.raw is None else decoders.read_again(letter.change, letter.raw)
         table = self._late.rules.get((letter.change.schema, letter.change.table))
         if change is None or key.rule != "*":
             raise _LeftError("its message can't be read: report it")

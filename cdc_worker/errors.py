@@ -24,6 +24,7 @@ CdcWorkerError
 ├── TooManyRefusalsError    22   the target refuses row after row for the same reason: mend it
 ├── SlotGivenUpError        23   the server kept too much WAL for the slot, which was dropped: a gap, as you have set it
 ├── RecordingError          24   the directory of the recording isn't there, or can't be written: mend it
+├── PublicationError        25   the publication lacks a captured table, or isn't there: run setup
 ├── UnknownValueError        –   a rule lacks a value: the change becomes a dead letter, nothing stops
 ├── ClusterError             1   the demo's private cluster can't be had: install what it names
 ├── DemoError                1   the demo can't go on: see its log
@@ -211,6 +212,12 @@ class RecordingError(CdcWorkerError):
     """What the stream brings can't be kept where it is to be."""
 
     exit_code = 24
+
+
+class PublicationError(CdcWorkerError):
+    """The publication that a pgoutput slot is read by isn't there, or lacks a captured table: changes are left out."""
+
+    exit_code = 25
 
 
 class BusyError(CdcWorkerError):

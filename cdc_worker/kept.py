@@ -17,7 +17,7 @@ from cdc_worker.activities import NOTHING_FOUND, DeadLetter, DeadLetterKind, Ori
 from cdc_worker.changes import Change, Operation, Row, update
 from cdc_worker.context import NOTHING, Collapse, Context, Plain
 from cdc_worker.lsn import INVALID, LSN
-from cdc_worker.wal2json import integer
+from cdc_worker.values import integer
 
 _encode: Final = msgspec.json.Encoder(decimal_format="number").encode
 

@@ -13,12 +13,13 @@ from psycopg.pq.abc import PGresult
 
 from cdc_worker import catalog, postgres
 from cdc_worker.catalog import Column
-from cdc_worker.changes import Row, Value
+from cdc_worker.changes import Row
 from cdc_worker.postgres import Connection
 from cdc_worker.rules import Lookup, Rules
 from cdc_worker.sink import Writing, finished
 from cdc_worker.templates import text
 from cdc_worker.transform import Wanted
+from cdc_worker.values import Value
 
 _CHANGED: Final = (
     psycopg.errors.UndefinedColumn,

@@ -15,7 +15,7 @@ from pydantic import AfterValidator, BaseModel, Field, ValidationError
 
 from cdc_worker import catalog, context, lookups, partitions, postgres, wal2json
 from cdc_worker.activities import Activity
-from cdc_worker.changes import MAX_DIGITS, Assembler, Change, Happening, Message, Operation, Row, Transaction, update
+from cdc_worker.changes import Assembler, Change, Happening, Message, Operation, Row, Transaction, update
 from cdc_worker.config import Settings
 from cdc_worker.errors import MessageUnreadableError
 from cdc_worker.lsn import LSN
@@ -24,6 +24,7 @@ from cdc_worker.profile_checks import PROFILE, READ_ONLY
 from cdc_worker.replay import Columns
 from cdc_worker.rules import Lookup, Rules, Table, qualified
 from cdc_worker.transform import Told, Transformer, Wanted, settled
+from cdc_worker.values import MAX_DIGITS
 
 _XID: Final = 1
 

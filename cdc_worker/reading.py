@@ -11,7 +11,7 @@ from typing import Final, NamedTuple
 
 import msgspec
 
-from cdc_worker import recording, wal2json
+from cdc_worker import decoders, recording, wal2json
 from cdc_worker.blocks import FRAME, LONGEST, Lines
 from cdc_worker.changes import (
     Assembler,
@@ -258,7 +258,7 @@ class FileReader:
             self._at, self._open = _At.INSIDE, _Open(None, has_lsn=True, has_time=True, end=None)
         if self._at is not _At.INSIDE:
             return None
-        again = wal2json.read_again(unread, unread.raw) if unread.of == "change" and unread.raw else None
+        again = decoders.read_again(unread, unread.raw) if unread.of == "change" and unread.raw else None
         recorded = self._put(self._assembler.pass_over(unread, line, instead=again))
         if unread.of == "commit":
             known = None if self._open is None else self._open.end
@@ -357,9 +357,9 @@ class FileReader:
         of, recorded = self._open, None
         assert of is not None
         if self._at is _At.INSIDE:
-            recorded = self._put(self._assembler.feed(Commit(), line))
+            recorded = self._put(self._assembler.feed(Commit(said.end_lsn), line))
             self._ledger.repeated += of.left_out and not of.begun
-        self._end(of.end)
+        self._end(of.end if of.end is None or said.end_lsn is None else said.end_lsn)
         return recorded
 
     def _end(self, end: LSN | None) -> None:

@@ -65,7 +65,7 @@ def mend(log: Log, recorded: Recorded, gap: Break, *, key: Row, columns: Sequenc
     name = qualified(recorded.table)
     everything = frozenset(log.values(nothing))
     known = _real(log, gap.known) | {Of(column) for column in key}
-    had: Row = nothing | _plain(gap.known) | key
+    had: Row = {**nothing, **_plain(gap.known), **key}
     match gap.what:
         case "creation" if row is not None and (gap.before is None or gap.after is None):
             return Mend(gap, Change("read", *name, None, row), everything, everything, there=True)

@@ -31,10 +31,11 @@ from typing import Any, Final
 
 import msgspec
 
-from cdc_worker.changes import Part, Payload, Row, Unread, Value
+from cdc_worker.changes import Part, Payload, Row, Unread
 from cdc_worker.errors import MessageUnreadableError
 from cdc_worker.lsn import LSN
 from cdc_worker.transform import Answer
+from cdc_worker.values import Value
 
 VERSION: Final = 1
 """Of the lines that are our own."""

@@ -12,10 +12,11 @@ from contextlib import closing
 from datetime import UTC, datetime
 from typing import Final
 
-from cdc_worker import errors, postgres, recording, slot, wal2json
+from cdc_worker import errors, postgres, recording, slot
 from cdc_worker.changes import STREAM, Assembler, Begin, Change, Commit, Part, Payload, RootOf, Transaction, Unread
 from cdc_worker.checkpoint import Checkpoint
 from cdc_worker.config import Settings
+from cdc_worker.decoders import Decoder
 from cdc_worker.errors import MessageUnreadableError
 from cdc_worker.log import Logger
 from cdc_worker.lsn import LSN
@@ -93,11 +94,12 @@ class Skips:
         rules: Rules,
         root_of: RootOf | None,
         begins: Mapping[LSN, bytes],
+        decoder: Decoder,
         *,
         raw: bool,
         log: Logger,
     ) -> None:
-        """`begins` are those that couldn't be read and are known from their commits, by position.
+        """`begins` are commits, by the positions of their begins that couldn't be read.
 
         With `raw` messages go into recordings as they are, else only those in which no value can be that is masked.
         """
@@ -105,6 +107,7 @@ class Skips:
         self._rules = rules
         self._root_of = root_of
         self._begins = begins
+        self._decoder = decoder
         self._raw = raw
         self._log = log
 
@@ -115,12 +118,12 @@ class Skips:
 
         Raises MessageUnreadableError, with all that is known of the message, where that is not allowed.
         """
-        part = _part(payload, position, assembler)
+        part = self._part(payload, position, assembler)
         if assembler.dealt_with:
-            return assembler.feed(Commit(), payload) if part == "commit" else None
+            return assembler.feed(Commit(position), payload) if part == "commit" else None
         begun = assembler.begun
         table, partition = self._table(payload, begun)
-        if _is_readable(payload):  # it can't stand where it does
+        if self._is_readable(payload):  # it can't stand where it does
             raise MessageUnreadableError(
                 _described(error, position, table, assembler), hint="this is no fault of one message: report it"
             ) from error
@@ -132,7 +135,7 @@ class Skips:
         self._log.warning(
             "message_passed_over", lsn=str(position), bytes=len(payload), table=None if table is None else table[1]
         )
-        if not assembler.open and wal2json.is_message(payload):
+        if not assembler.open and self._decoder.is_message(payload):
             return None  # it is of no transaction
         unread = Unread(
             *("unreadable", *(table or STREAM), None, None),
@@ -141,10 +144,13 @@ class Skips:
             position=position,
             reason=str(error),
             met_at=datetime.now(UTC),
-            raw=bytes(payload),
+            raw=self._decoder.raw(payload),
         )
-        if unread.of == "begin" and (line := self._begins.get(position)) is not None:
-            assembler.feed(wal2json.decode(line), line)
+        if unread.of == "begin" and (commit := self._begins.get(position)) is not None:
+            line = self._decoder.begin_told(commit)
+            begin = self._decoder.decode(line)
+            assert isinstance(begin, Begin)
+            assembler.feed(begin, line)
         tables = self._rules.values() if table is None else [self._rules[table]]
         return assembler.pass_over(
             unread, recording.unread(unread, raw=self._raw or not any(of.masks for of in tables))
@@ -152,7 +158,7 @@ class Skips:
 
     def _table(self, payload: Payload, begun: Begin | None) -> tuple[tuple[str, str] | None, tuple[str, str] | None]:
         """The captured table that a change is of, if its line begins so, and the partition if it is one."""
-        name = wal2json.table_of(payload)
+        name = self._decoder.table_of(payload)
         if name is None or begun is None:
             return None, None
         root: tuple[str, str] | None = name
@@ -162,21 +168,20 @@ class Skips:
             return None, None
         return root, None if root == name else name
 
+    def _part(self, payload: Payload, position: LSN, assembler: Assembler) -> Part:
+        """Which part of a transaction a message is. A commit lies where its transaction ends."""
+        if not assembler.open:
+            return "begin"
+        begun = assembler.begun
+        ends = self._decoder.is_commit(payload) if begun is None else position > begun.commit_lsn
+        return "commit" if ends else "change"
 
-def _part(payload: Payload, position: LSN, assembler: Assembler) -> Part:
-    """Which part of a transaction a message is. A commit lies where its transaction ends."""
-    if not assembler.open:
-        return "begin"
-    ends = wal2json.is_commit(payload) if assembler.begun is None else position == assembler.begun.end_lsn
-    return "commit" if ends else "change"
-
-
-def _is_readable(payload: Payload) -> bool:
-    try:
-        wal2json.decode(payload)
-    except MessageUnreadableError:
-        return False
-    return True
+    def _is_readable(self, payload: Payload) -> bool:
+        try:
+            self._decoder.decode(payload)
+        except MessageUnreadableError:
+            return False
+        return True
 
 
 def _described(

@@ -14,12 +14,15 @@ from psycopg import pq, sql
 
 from cdc_worker import protocol
 from cdc_worker.changes import Payload
+from cdc_worker.errors import PublicationError
 from cdc_worker.lsn import INVALID, LSN
 from cdc_worker.postgres import Connection, error, fetch_one
 from cdc_worker.protocol import PrimaryKeepalive
 
 # Names are in quotes there, and quotes within them as they are.
 _DROPPED: Final = re.compile(r'no tuple identifier for (UPDATE|DELETE) in table "(.*?)"\."(.*)"')
+
+_ENCODING: Final = sql.SQL("SET client_encoding = {}")
 
 
 def offer(
@@ -50,7 +53,9 @@ class Replication:
         self._pgconn = connection.pgconn
         self._on_dropped = on_dropped
         self._recode: str | None = None
+        self.encoding = "utf-8"
         self._data = memoryview(b"")
+        self._left_out = False
         connection.add_notice_handler(self._notice)
 
     def __enter__(self) -> Self:
@@ -62,6 +67,9 @@ class Replication:
         self.close()
 
     def _notice(self, diagnostic: psycopg.errors.Diagnostic) -> None:
+        # From PostgreSQL 18 on it goes on without, where before it was an error.
+        if diagnostic.source_function == "LoadPublications":
+            self._left_out = True
         if self._on_dropped and (match := _DROPPED.search(diagnostic.message_primary or "")):
             self._on_dropped(match[1], match[2], match[3])
 
@@ -84,14 +92,20 @@ class Replication:
         *,
         encoding: str,
         optional: Collection[str] = (),
+        converted: bool = False,
     ) -> list[str]:
         """START_REPLICATION, without those of the `optional` options that the plugin doesn't know; returns these.
 
-        `encoding` is the server's: the plugin's output is not converted to the client's.
+        `encoding` is the server's, whose name in Python is then in `self.encoding`. The plugin's output is in it,
+        unless it is `converted` to the client's.
         """
         if encoding != "UTF8":
-            self._connection.execute(sql.SQL("SET client_encoding = {}").format(sql.Literal(encoding)))
-            self._recode = self._connection.info.encoding
+            self._connection.execute(_ENCODING.format(sql.Literal(encoding)))
+            self.encoding = self._connection.info.encoding
+            if converted:
+                self._connection.execute(_ENCODING.format(sql.Literal("UTF8")))
+            else:
+                self._recode = self.encoding
 
         def begin(accepted: Mapping[str, str]) -> None:
             pairs = sql.SQL(", ").join(
@@ -114,8 +128,13 @@ class Replication:
         return self._pgconn.socket
 
     def receive(self) -> Payload | PrimaryKeepalive | None:
-        """The next message that has already arrived, or None. Of XLogData it is the payload, in UTF-8."""
+        """The next message that has already arrived, or None. Of XLogData it is the payload, in UTF-8 if it is text.
+
+        Raises PublicationError where the server has left changes out, as it has warned.
+        """
         size, data = self._pgconn.get_copy_data(1)
+        if self._left_out:
+            raise _publication_missing()
         if size > 0:
             payload = protocol.payload(data)
             if payload is None:
@@ -130,6 +149,8 @@ class Replication:
         result = self._pgconn.get_result()
         if result is not None and result.status == pq.ExecStatus.FATAL_ERROR:
             sqlstate = (result.error_field(pq.DiagnosticField.SQLSTATE) or b"").decode()
+            if sqlstate == "42704":
+                raise _publication_missing()
             raise error(sqlstate, "the server ended the stream")
         raise psycopg.OperationalError("the server ended the stream")
 
@@ -167,6 +188,14 @@ class Replication:
     def close(self) -> None:
         """Hang up. The server reads what was sent before it notices."""
         self._connection.close()
+
+
+def _publication_missing() -> PublicationError:
+    return PublicationError(
+        "at a point of the WAL that is to be read the publication does not exist: pgoutput can't tell what was changed",
+        hint="if it was dropped or made anew, what was committed meanwhile can be read with wal2json only: "
+        "cdc-worker switch-plugin --to wal2json",
+    )
 
 
 def _literal(value: str) -> sql.SQL:

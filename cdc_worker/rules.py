@@ -15,7 +15,7 @@ from typing import Any, Final
 import msgspec
 
 from cdc_worker import templates
-from cdc_worker.changes import Change, Operation, Row, Value
+from cdc_worker.changes import Change, Operation, Row
 from cdc_worker.context import CHANGED_BY, Context
 from cdc_worker.errors import Place, ProfileError, ProfileFault, UnknownValueError
 from cdc_worker.profile import Lookup as LookupSpec
@@ -23,6 +23,7 @@ from cdc_worker.profile import Profile, backfilled
 from cdc_worker.profile import Rule as RuleSpec
 from cdc_worker.profile import Table as TableSpec
 from cdc_worker.templates import ABSENT, Event, Getter, Names, Test, is_empty, text
+from cdc_worker.values import Value
 
 MAX_CANDIDATES: Final = 1_000
 """For so many combinations of changed columns a table remembers which rules may apply."""

@@ -17,10 +17,11 @@ from typing import Any, Final
 
 import msgspec
 
-from cdc_worker import changes, profile
+from cdc_worker import profile
 from cdc_worker.changes import Change, Operation, Row
 from cdc_worker.context import Context
 from cdc_worker.profile import Condition, Constant, Delta, Map, Match, Matcher, Part
+from cdc_worker.values import MAX_DIGITS, Value
 
 
 class Absent:
@@ -33,7 +34,7 @@ class Absent:
 ABSENT = Absent()
 
 
-class _NoRow(dict[str, changes.Value]):
+class _NoRow(dict[str, Value]):
     """The `row` of a truncate: all its columns are NULL."""
 
     def __missing__(self, column: str) -> None:
@@ -225,11 +226,11 @@ class Names:
             raise ValueError(f"{{values.{name}}}: values are made of each other in too many ways")
         return value(self.values[name], replace(self, within=(*self.within, name)))
 
-    def _changes(self, event: Event) -> dict[str, dict[str, changes.Value]]:
+    def _changes(self, event: Event) -> dict[str, dict[str, Value]]:
         short, old, new = self._short, event.old, event.new
         return {name: {"old": short(old.get(name)), "new": short(new.get(name))} for name in event.columns}
 
-    def _short(self, value: changes.Value) -> changes.Value:
+    def _short(self, value: Value) -> Value:
         if isinstance(value, str) and len(value) > self.text_length:
             return value[: self.text_length] + "…"
         return value
@@ -368,7 +369,7 @@ def number(value: Any) -> Decimal | None:
         found = Decimal(repr(value) if isinstance(value, float) else value)
     except (ArithmeticError, ValueError, TypeError):
         return None
-    return found if found.is_finite() and abs(found.adjusted()) <= changes.MAX_DIGITS else None
+    return found if found.is_finite() and abs(found.adjusted()) <= MAX_DIGITS else None
 
 
 def condition(source: Condition, names: Names) -> Test:

@@ -36,7 +36,6 @@ from cdc_worker.changes import (
     Row,
     Transaction,
     Unread,
-    Value,
 )
 from cdc_worker.context import NOTHING, Collapse, Context, Policy, hear
 from cdc_worker.context import PREFIX as CONTEXT_PREFIX
@@ -44,6 +43,7 @@ from cdc_worker.errors import UnknownValueError
 from cdc_worker.lsn import INVALID, LSN
 from cdc_worker.rules import Lookup, Rule, Rules, Table, credited
 from cdc_worker.templates import Event, event_of, text
+from cdc_worker.values import Value
 
 PREFIXES: Final = (CONTEXT_PREFIX, MARKER_PREFIX)
 """Of all logical messages that are for the worker."""

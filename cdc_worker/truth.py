@@ -10,11 +10,12 @@ from typing import Any, Final, Literal, NamedTuple
 
 from cdc_worker import profile as profiles
 from cdc_worker.activities import Place
-from cdc_worker.changes import Row, Value
+from cdc_worker.changes import Row
 from cdc_worker.history import Event
 from cdc_worker.lsn import LSN
 from cdc_worker.profile import Match, Matcher, Profile
 from cdc_worker.templates import Expression, number, parse, text
+from cdc_worker.values import Value
 
 AFTER_ALL: Final = 1 << 62
 """In place of an ordinal: after all changes of a commit."""

@@ -14,13 +14,15 @@ from typing import Any, Final, NamedTuple
 
 import msgspec
 
-from cdc_worker.changes import MAX_DIGITS, Begin, Change, Commit, Message, Payload, Row, Value, update
+from cdc_worker import values
+from cdc_worker.changes import Begin, Change, Commit, Decoded, Message, Payload, Row, update
 from cdc_worker.errors import MessageUnreadableError
 from cdc_worker.lsn import LSN
+from cdc_worker.values import FLOATS, MAX_DIGITS, NUMBERS, Value, integer
 
 PLUGIN: Final = "wal2json"
 
-OPTIONAL: Final = ("include-xids", "include-type-oids", "add-msg-prefixes")
+OPTIONAL: Final = ("include-xids", "include-type-oids", "add-msg-prefixes", "numeric-data-types-as-string")
 """Options that an old wal2json may not know, and without which it can still be read."""
 
 RELEASES: Final = {"numeric-data-types-as-string": "2.6 or later", "include-pk": "2.3 to 2.5"}
@@ -49,6 +51,7 @@ def options(
         "include-xids": "1",
         "include-types": "0",
         "include-type-oids": "1",
+        "numeric-data-types-as-string": "1",  # or NaN and the infinities are null
         **asked,
         # An empty list of prefixes would let every message through.
         "add-msg-prefixes": ",".join(map(_askable, message_prefixes)) or "cdc_worker.none",
@@ -135,29 +138,34 @@ _decoder = msgspec.json.Decoder(_Line, float_hook=Decimal)  # a float would lose
 
 _encode = msgspec.json.Encoder(decimal_format="number").encode
 
-_INTEGER_DIGITS: Final = 4_300
-"""More than these int() doesn't read; a numeric may have 131,072."""
-
 _MESSAGES: Final = b'{"action":"M"', b'{"kind":"message"'
 """How messages begin, by the versions of the format."""
 
 _COMMIT: Final = Commit()
 
-_FLOAT_OIDS: Final = frozenset((700, 701))
 _FLOATS: Final = frozenset(("real", "double precision"))
 
 
 def _number(column: Column) -> Value:
+    value: Decimal | str = column.value
+    if isinstance(value, str):  # with numeric-data-types-as-string
+        return values.value(column.typeoid, value)
     # float4 and float8 print an exponent where numeric prints every digit: a float prints it as Postgres does.
-    value: Decimal = column.value
     if abs(value.adjusted()) > MAX_DIGITS:
         raise ValueError("a number has more digits than a numeric can have")
-    return float(value) if column.typeoid in _FLOAT_OIDS or column.type in _FLOATS else value
+    return float(value) if column.typeoid in FLOATS or column.type in _FLOATS else value
 
 
 def row_of(columns: Iterable[Column]) -> Row:
     """The values of columns by their names. Raises ValueError."""
-    return {c.name: c.value if type(c.value) is not Decimal else _number(c) for c in columns}
+    return {
+        c.name: c.value
+        if (c.typeoid not in NUMBERS or type(c.value) is int) and type(c.value) is not Decimal
+        else _number(c)
+        if c.value is not None
+        else None
+        for c in columns
+    }
 
 
 def _read_slowly(payload: Payload) -> _Line:
@@ -166,11 +174,6 @@ def _read_slowly(payload: Payload) -> _Line:
     """
     line: _Line = msgspec.convert(document_of(payload), _Line)
     return line
-
-
-def integer(digits: str) -> int | Decimal:
-    """An integer of however many digits."""
-    return int(digits) if len(digits) < _INTEGER_DIGITS else Decimal(digits)
 
 
 def document_of(payload: Payload) -> dict[str, Any]:
@@ -228,29 +231,56 @@ def table_of(payload: Payload) -> tuple[str, str] | None:
         return None
 
 
-def is_commit(payload: Payload) -> bool:
-    """Whether a line begins as that of a commit."""
-    return bytes(payload[:14]) == b'{"action":"C",'
+_COMMITS: Final = b'{"action":"C"'
 
 
-def is_message(payload: Payload) -> bool:
-    """Whether a line begins as that of a logical message."""
-    return bytes(payload[:14]) == b'{"action":"M",'
+def begin_told(commit: bytes) -> bytes:
+    """The begin of a transaction, of which its commit says the same."""
+    return b'{"action":"B"' + commit.removeprefix(_COMMITS)
 
 
-def read_again(unread: Change, raw: Payload) -> Change | None:
-    """The change in whose place one stands that couldn't be read, if its message can be read by now.
+class Decoder:
+    """What the plugin sends, one message at a time; see `decoders.Decoder`."""
 
-    One of which it wasn't known that it was a change of that table can't: nothing in its commit was counted with it.
-    """
+    plugin: Final = PLUGIN
+    by_itself: Final = True
+
+    def decode(self, payload: Payload) -> Decoded:
+        """See `decode`."""
+        return decode(payload)
+
+    def line(self, message: Decoded, payload: Payload) -> Payload:
+        """What a recording has of it: itself."""
+        return payload
+
+    def table_of(self, payload: Payload) -> tuple[str, str] | None:
+        """See `table_of`."""
+        return table_of(payload)
+
+    def is_commit(self, payload: Payload) -> bool:
+        """Whether a line begins as that of a commit."""
+        return bytes(payload[:14]) == b'{"action":"C",'
+
+    def is_message(self, payload: Payload) -> bool:
+        """Whether a line begins as that of a logical message."""
+        return bytes(payload[:14]) == b'{"action":"M",'
+
+    def begin_told(self, commit: bytes) -> bytes:
+        """See `begin_told`."""
+        return begin_told(commit)
+
+    def raw(self, payload: Payload) -> bytes:
+        """All that it takes to read it later."""
+        return bytes(payload)
+
+
+def read_again(raw: Payload) -> Change | None:
+    """The change of a message that couldn't be read, if it can be by now."""
     try:
         change = decode(raw)
     except MessageUnreadableError:
         return None
-    name = unread.schema, unread.table
-    if not isinstance(change, Change) or (change.schema, change.table) != (unread.partition or name):
-        return None
-    return Change(change.operation, *name, change.old, change.new, change.changed, unread.partition)
+    return change if isinstance(change, Change) else None
 
 
 class Said(NamedTuple):

@@ -29,11 +29,25 @@ from psycopg import sql
 from psycopg.waiting import Ready, Wait
 from tenacity import RetryCallState, Retrying, retry_if_exception, stop_when_event_set, wait_random_exponential
 
-from cdc_worker import catalog, checkpoint, errors, postgres, process, recorder, recover, setup, slot, wal2json
+from cdc_worker import (
+    catalog,
+    checkpoint,
+    decoders,
+    errors,
+    pgoutput,
+    postgres,
+    process,
+    recorder,
+    recover,
+    setup,
+    slot,
+    wal2json,
+)
 from cdc_worker.activities import Activity, Batch, Line, Person, Position, Prepared, Scope
 from cdc_worker.changes import MARKER_PREFIX, Assembler, BeginToldError, Change, Transaction
 from cdc_worker.checkpoint import Checkpoint
 from cdc_worker.config import Settings
+from cdc_worker.decoders import Decoder
 from cdc_worker.log import Logger
 from cdc_worker.lookups import Found, Lookups
 from cdc_worker.lsn import INVALID, LSN
@@ -183,6 +197,8 @@ class Worker:
         self._waits = wait
         self._process = Process(settings.worker)
         self._watch = Watch(settings, self._process, log)
+        self._slot, self._plugin = settings.slot, wal2json.PLUGIN  # until we have looked
+        self._options: list[str] = []
         self._reachable = False
         self._misfits: list[str] = []
         self._alarmed: set[tuple[str, tuple[str, str]]] = set()
@@ -191,7 +207,7 @@ class Worker:
         self._owner: uuid.UUID | None = None
         self._nonce: uuid.UUID | None = None  # what was in force when the profile was read
         self._until: LSN | None = None
-        self._begins: dict[LSN, bytes] = {}  # those that can't be read, as they are known from their commits
+        self._begins: dict[LSN, bytes] = {}  # by the positions of those that can't be read, their commits
 
     def run(self) -> None:
         """Stream until stopped. What may heal is tried again for ever, anything else is raised."""
@@ -250,7 +266,7 @@ class Worker:
             try:
                 with closing(self._connect()) as connection:
                     self._check_owner(checkpoint.read(connection, self._settings.worker))
-                    slot.give_up(connection, self._settings.slot, self._settings.worker)
+                    slot.give_up(connection, self._slot, self._settings.worker)
             except (psycopg.Error, errors.CdcWorkerError) as problem:
                 self._log.error("slot_not_dropped", **_described(problem))
         self._process.failure = str(error)
@@ -278,7 +294,7 @@ class Worker:
         try:
             self._open(stack).run()
         except BeginToldError as found_out:
-            self._begins[found_out.position] = found_out.begin
+            self._begins[found_out.position] = found_out.commit
             return not self._stop.is_set()
         except errors.FencedError:
             with self._stop.interrupting(), closing(self._connect()) as connection:
@@ -365,13 +381,15 @@ class Worker:
             _, replica = slot.check_checkpoint(connection, worker, settings.slot)
             self._watch.retained(replica, found)
             time_zone = settings.zone(self._profile, server.time_zone)
+            tables_asked = None if partitions else frozenset(self._rules)
+            decoder = decoders.decoder(replica.plugin, tables_asked, PREFIXES, encoding=replication.encoding)
             sink = Sink(
                 connection,
                 self._profile.target,
                 table=table,
                 time_zone=time_zone,
                 progress=found,
-                decode=wal2json.decode,
+                decode=wal2json.decode,  # what a payload is of that is kept: others are kept as changes
             )
             recording = None
             if settings.recording_directory is not None:
@@ -390,6 +408,7 @@ class Worker:
                 self._rules,
                 partitions.root_of if partitions else None,
                 self._begins,
+                decoder,
                 raw=not settings.recording_masked,
                 log=log,
             )
@@ -400,7 +419,13 @@ class Worker:
                 lookups = Lookups(reading, self._rules, on_failure=self._warn_of_lookup)
                 stack.callback(lookups.cancel)
         self._started = True
-        log.info("replication_started", lsn=str(position.lsn), plugin=replica.plugin, time_zone=time_zone)
+        log.info(
+            "replication_started",
+            lsn=str(position.lsn),
+            plugin=replica.plugin,
+            options=self._options,
+            time_zone=time_zone,
+        )
         transformer = Transformer(
             self._rules,
             worker=worker,
@@ -416,6 +441,7 @@ class Worker:
             transformer,
             lookups,
             recording,
+            decoder=decoder,
             skips=skips,
             settings=settings,
             totals=self.totals,
@@ -443,7 +469,8 @@ class Worker:
                 setup.check_grants(connection, self._profile, self._rules, server.role)
                 raise
             self._reachable = True
-        found, _ = slot.check_checkpoint(connection, settings.worker, settings.slot)
+        found, replica = slot.check_checkpoint(connection, settings.worker, settings.slot)
+        self._slot, self._plugin = replica.name, replica.plugin
         self._check_owner(found)
         self._nonce = self._nonce or found.nonce
         # A column that an application renames while we run must not end what is recorded of all the others.
@@ -473,18 +500,25 @@ class Worker:
             on_lost=self._warn_of_lost,
         )
         stack.callback(partitions.close)
-        options = wal2json.options(self._rules, PREFIXES, without=partitions.others)
+        publication = settings.publication_name
+        options, optional = decoders.options(
+            self._plugin, self._rules, PREFIXES, publication=publication, without=partitions.others
+        )
         try:
             refused = replication.start(
-                settings.slot, found.position.lsn, options, encoding=server.encoding, optional=wal2json.OPTIONAL
+                self._slot,
+                found.position.lsn,
+                options,
+                encoding=server.encoding,
+                optional=optional,
+                converted=self._plugin == pgoutput.PLUGIN,
             )
         except psycopg.errors.ObjectInUse:
             replication.close()
             return None
         except psycopg.Error as error:
             raise slot.plugin_error(error, server) from error
-        for option in refused:
-            self._log.warning("option_refused", option=option)
+        self._options = sorted(options.keys() - {*refused})
         return replication, partitions, timeout
 
     def _catch_up(self, connection: postgres.Connection) -> None:
@@ -501,7 +535,7 @@ class Worker:
         By looking, for who waits in the server for a lock holds up its vacuum.
         """
         settings, told, looked_at = self._settings, None, time.monotonic()
-        while (found := slot.read(connection, settings.slot)) is not None and found.active_pid is not None:
+        while (found := slot.read(connection, self._slot)) is not None and found.active_pid is not None:
             if self._owner is not None:
                 self._check_owner(checkpoint.read(connection, settings.worker))
             if not self._waits or (self._once and not found.held_by_worker):
@@ -510,7 +544,7 @@ class Worker:
                 told = found.active_pid
                 log = self._log.info if found.held_by_worker else self._log.warning
                 log("waiting_for_slot", active_pid=told, holder=found.holder, client=found.client)
-            if not (self._takeover and not self._started and slot.free(connection, settings.slot, settings.worker)):
+            if not (self._takeover and not self._started and slot.free(connection, self._slot, settings.worker)):
                 time.sleep(STANDBY_INTERVAL)
             if time.monotonic() > looked_at + WATCH_INTERVAL:
                 looked_at = time.monotonic()
@@ -614,7 +648,7 @@ def beside(settings: Settings, profile: Profile, log: Logger) -> Iterator[None]:
     thread.start()
     try:
         with closing(postgres.connect(settings.dsn.get_secret_value(), settings.worker)) as connection:
-            while thread.is_alive() and not _is_read(slot.read(connection, settings.slot)):
+            while thread.is_alive() and not _is_read(connection, settings):
                 time.sleep(STANDBY_INTERVAL / 10)
         yield
     except errors.NotRunningError:
@@ -627,7 +661,8 @@ def beside(settings: Settings, profile: Profile, log: Logger) -> Iterator[None]:
         raise failures[0]
 
 
-def _is_read(found: slot.Slot | None) -> bool:
+def _is_read(connection: postgres.Connection, settings: Settings) -> bool:
+    found = slot.read(connection, slot.own(connection, settings.worker, settings.slot))
     return found is not None and found.active_pid is not None
 
 
@@ -642,6 +677,7 @@ class _Stream:
         lookups: Lookups | None,
         recording: Recorder | None,
         *,
+        decoder: Decoder,
         skips: Skips,
         settings: Settings,
         totals: Totals,
@@ -655,6 +691,7 @@ class _Stream:
         until: LSN | None,
     ) -> None:
         self._replication = replication
+        self._decoder = decoder
         self._sink = sink
         self._transformer = transformer
         self._lookups = lookups
@@ -680,6 +717,8 @@ class _Stream:
             root_of=partitions.root_of if partitions else None,
             keys=partitions.keys,
             keep=recording is not None,
+            line=decoder.line,
+            by_itself=decoder.by_itself,
         )
         self._batch = Batch(sink.position)
         self._unfinished: Transaction | None = None
@@ -748,7 +787,7 @@ class _Stream:
 
     def _receive(self) -> bool:
         """Take up to TURN messages. Returns whether that was all that has arrived."""
-        replication, assembler, batch = self._replication, self._assembler, self._batch
+        replication, assembler, batch, decoder = self._replication, self._assembler, self._batch, self._decoder
         if self._stop.is_set() or self._reloading:
             return True
         while self._unfinished is not None:
@@ -768,7 +807,8 @@ class _Stream:
             if not isinstance(message, PrimaryKeepalive):
                 batch.size += len(message)
                 try:
-                    transaction = assembler.feed(wal2json.decode(message), message)
+                    decoded = decoder.decode(message)
+                    transaction = None if decoded is None else assembler.feed(decoded, message)
                 except errors.MessageUnreadableError as error:
                     transaction = self._skips.pass_over(assembler, message, replication.position, error)
                 if transaction is not None:

@@ -10,12 +10,13 @@ from typing import Any
 from hypothesis import HealthCheck, settings
 
 from cdc_worker.activities import Activity, Origin
-from cdc_worker.changes import Assembler, Begin, Change, Commit, Message, Row, Transaction, Value, update
+from cdc_worker.changes import Assembler, Begin, Change, Commit, Message, Row, Transaction, update
 from cdc_worker.context import PREFIX
 from cdc_worker.lsn import LSN
 from cdc_worker.profile import Profile, load, parse
 from cdc_worker.rules import Rules, compile_rules
 from cdc_worker.transform import Told, transform
+from cdc_worker.values import Value
 
 # A failure prints the blob that repeats it. The machine's speed is no failure.
 settings.register_profile(

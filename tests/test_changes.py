@@ -5,9 +5,10 @@ from factories import assembled, begin, lead, said, updated
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cdc_worker.changes import Assembler, Begin, Change, Commit, Message, Row, Transaction, Value, update
+from cdc_worker.changes import Assembler, Begin, Change, Commit, Message, Row, Transaction, update
 from cdc_worker.errors import MessageUnreadableError
 from cdc_worker.lsn import LSN
+from cdc_worker.values import Value
 
 
 def change(number: int) -> Change:

@@ -10,8 +10,8 @@ import pytest
 import cdc_worker
 
 CORE = [
-    *("errors", "lsn", "protocol", "changes", "wal2json", "documents", "pgoutput", "context", "activities"),
-    *("profile", "templates", "rules", "history", "truth", "reconcile"),
+    *("errors", "lsn", "values", "protocol", "changes", "wal2json", "documents", "pgoutput", "decoders", "context"),
+    *("activities", "profile", "templates", "rules", "history", "truth", "reconcile"),
     *("written", "transform", "recording", "kept"),
 ]
 

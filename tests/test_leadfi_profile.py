@@ -33,9 +33,10 @@ from factories import (
 
 from cdc_worker import wal2json
 from cdc_worker.activities import Activity
-from cdc_worker.changes import Assembler, Change, Message, Value
+from cdc_worker.changes import Assembler, Change, Message
 from cdc_worker.profile import load
 from cdc_worker.transform import Transformer
+from cdc_worker.values import Value
 
 RECORDINGS = Path(__file__).parent / "recordings"
 

@@ -30,12 +30,13 @@ from support import Crm, WorkerProcess, eventually, storm
 from test_docs import shown
 from test_reload import LEADFI, THINGS, hang_up, with_profile, within_a_commit
 
-from cdc_worker import config, profile, recorder, wal2json
+from cdc_worker import config, profile, recorder, slot, wal2json
 from cdc_worker.changes import Received, Transaction
 from cdc_worker.cluster import Cluster
 from cdc_worker.errors import RecordingError
 from cdc_worker.lsn import LSN
 from cdc_worker.recorder import Recorder
+from cdc_worker.replication import offer
 from cdc_worker.rules import compile_rules
 from cdc_worker.transform import PREFIXES
 
@@ -108,6 +109,10 @@ class Recorded:
         self._slot = f"{crm.slot}_witness"
         self._options = wal2json.options(compile_rules(profile.load("leadfi")), PREFIXES)
         crm.execute("SELECT pg_create_logical_replication_slot(%s, 'wal2json')", self._slot)
+        for unknown in offer(
+            self._options, wal2json.OPTIONAL, lambda accepted: slot.peek(crm.connection, self._slot, accepted)
+        ):
+            del self._options[unknown]
 
     def environment(self) -> dict[str, str]:
         """For programs of the server's: they are found, and connect to it."""

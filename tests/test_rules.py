@@ -8,10 +8,11 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from cdc_worker.activities import Activity, DeadLetter
-from cdc_worker.changes import Row, Value
+from cdc_worker.changes import Row
 from cdc_worker.errors import ProfileError
 from cdc_worker.profile import parse
 from cdc_worker.rules import compile_rules, subject
+from cdc_worker.values import Value
 
 TEXT = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]))
 

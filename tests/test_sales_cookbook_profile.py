@@ -11,11 +11,12 @@ import pytest
 from factories import COMMITTED_AT, assembled, deleted, inserted, said, truncated, updated
 
 from cdc_worker.activities import Activity
-from cdc_worker.changes import Change, Message, Row, Value
+from cdc_worker.changes import Change, Message, Row
 from cdc_worker.profile import load
 from cdc_worker.rules import Rules, compile_rules
 from cdc_worker.templates import text
 from cdc_worker.transform import Fetch, Told, Wanted, transform
+from cdc_worker.values import Value
 
 PROFILE = load("sales_cookbook")
 

@@ -20,7 +20,7 @@ from pydantic import ValidationError
 
 from cdc_worker.activities import Activity, DeadLetter, change_key
 from cdc_worker.catalog import TargetTable
-from cdc_worker.changes import Change, Message, Row, Value, update
+from cdc_worker.changes import Change, Message, Row, update
 from cdc_worker.config import load as load_settings
 from cdc_worker.ddl import schema
 from cdc_worker.errors import ProfileError
@@ -29,6 +29,7 @@ from cdc_worker.rules import Lookup, Rules, compile_rules, qualified
 from cdc_worker.sink import encoder, parsed
 from cdc_worker.templates import MAX_DEPTH, Event
 from cdc_worker.transform import Told, Wanted, transform
+from cdc_worker.values import Value
 
 TEXT = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=12)
 """What a text column can hold."""

@@ -21,9 +21,10 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from cdc_worker.changes import Begin, Change, Commit, Message, Row, Value, update
+from cdc_worker.changes import Begin, Change, Commit, Message, Row, update
 from cdc_worker.errors import MessageUnreadableError
 from cdc_worker.lsn import LSN
+from cdc_worker.values import Value
 from cdc_worker.wal2json import decode, options
 
 RECORDING = Path(__file__).parent / "recordings" / "types.jsonl"
