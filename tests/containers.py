@@ -60,6 +60,10 @@ class ContainerServer(Cluster):
         return find_binaries()
 
     @property
+    def origin(self) -> str:
+        return f"containers of {image()}"
+
+    @property
     def directory(self) -> Path:
         raise ClusterError("the server's files are in a container: for them a test needs a Cluster")
 
