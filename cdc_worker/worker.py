@@ -382,7 +382,7 @@ class Worker:
             self._watch.retained(replica, found)
             time_zone = settings.zone(self._profile, server.time_zone)
             tables_asked = None if partitions else frozenset(self._rules)
-            decoder = decoders.decoder(replica.plugin, tables_asked, PREFIXES, encoding=replication.encoding)
+            decoder = decoders.decoder(self._plugin, tables_asked, PREFIXES, encoding=replication.encoding)
             sink = Sink(
                 connection,
                 self._profile.target,
@@ -422,7 +422,7 @@ class Worker:
         log.info(
             "replication_started",
             lsn=str(position.lsn),
-            plugin=replica.plugin,
+            plugin=self._plugin,
             options=self._options,
             time_zone=time_zone,
         )
@@ -484,7 +484,7 @@ class Worker:
     ) -> tuple[Replication, Partitions, float] | None:
         """Read the slot; returns with it whose partitions are, and the server's wal_sender_timeout.
 
-        None if another process was faster.
+        None if another process was faster, or has switched to another slot.
         """
         settings = self._settings
         sender = postgres.connect_replication(settings.dsn.get_secret_value(), settings.worker)
@@ -517,7 +517,10 @@ class Worker:
             replication.close()
             return None
         except psycopg.Error as error:
-            raise slot.plugin_error(error, server) from error
+            if slot.own(connection, settings.worker, settings.slot) != self._slot:
+                replication.close()
+                return None
+            raise slot.plugin_error(error, server, self._plugin) from error
         self._options = sorted(options.keys() - {*refused})
         return replication, partitions, timeout
 
