@@ -142,7 +142,7 @@ def _with_pgoutput() -> Binaries | None:
         return found
     for bindir in _installed():
         if int(_major(bindir)) >= OLDEST:
-            return described(bindir, plugin="pgoutput", origin="its own pgoutput")
+            return described(bindir, plugin="pgoutput", origin="which has no wal2json")
     return None
 
 
@@ -241,7 +241,7 @@ def described(
         plugin_dir=plugin_dir,
         library_path=library_path,
         version=version,
-        origin=f"PostgreSQL {version} in {bindir}, {origin}",
+        origin=f"PostgreSQL {version} with {plugin}: {bindir}, {origin}",
         plugin_list=re.search(r"^output_plugin_libraries\t", settings, re.MULTILINE) is not None,
     )
 
@@ -259,7 +259,7 @@ def _embedded() -> Binaries | None:
     with suppress(ClusterError, OSError):
         if os.geteuid() == 0 and not _is_open(site / EMBEDDED_PROGRAMS / "postgres"):
             site = _copy(site, f"{EMBEDDED}_{distribution.version}")
-        origin = f"its own pgoutput, of the package {EMBEDDED} {distribution.version}"
+        origin = f"of the package {EMBEDDED} {distribution.version}"
         return described(site / EMBEDDED_PROGRAMS, plugin="pgoutput", origin=origin)
     return None
 

