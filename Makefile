@@ -6,7 +6,7 @@ VENV := .venv
 JOBS ?= 3
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test chaos lint types bench format clean
+.PHONY: help demo test matrix chaos lint types bench format clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST)
@@ -16,6 +16,9 @@ demo: $(VENV)/.installed ## Play a sales day against a private PostgreSQL, and c
 
 test: $(VENV)/.installed-dev ## Run the suite against private PostgreSQL servers, one a job (JOBS, PYTEST_ARGS)
 	@$(VENV)/bin/python -m pytest -n $(JOBS) --dist worksteal $(PYTEST_ARGS)
+
+matrix: $(VENV)/.installed-dev ## Run what must hold on every server on all that this machine has: 14 to 18 (JOBS, PYTEST_ARGS)
+	@$(VENV)/bin/python -m pytest -n $(JOBS) --dist worksteal -m 'each_server and not chaos' $(PYTEST_ARGS)
 
 chaos: $(VENV)/.installed-dev ## Run the storms at their full length: kills, crashes, terminated connections (JOBS, PYTEST_ARGS)
 	@$(VENV)/bin/python -m pytest -n $(JOBS) --dist worksteal -m chaos $(PYTEST_ARGS)
@@ -39,9 +42,9 @@ clean: ## Remove .venv and the tools' caches
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/.installed: pyproject.toml
-	@PYTHON='$(PYTHON)' scripts/venv $(VENV) .
+	@PYTHON='$(PYTHON)' scripts/venv $(VENV) . '.[demo]'
 	@touch $@
 
 $(VENV)/.installed-dev: pyproject.toml
-	@PYTHON='$(PYTHON)' scripts/venv $(VENV) '.[dev]'
+	@PYTHON='$(PYTHON)' scripts/venv $(VENV) '.[dev]' '.[demo]'
 	@touch $@
