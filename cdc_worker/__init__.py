@@ -65,6 +65,7 @@ The edges each know one thing outside:
     cutover     from triggers or the application's own code to the worker, and back
     setup       tables, identities, grants, slot, cut-over
     teardown    the slot, and all that setup made
+    switch_plugin  the slot, read with the other plugin
     erasure     persons who are to be forgotten
     status      what a person on call asks
     checks      what a check sees and says: server_, table_, target_, slot_checks

@@ -26,11 +26,13 @@ from cdc_worker import setup as setting_up
 from cdc_worker import status as state
 from cdc_worker import teardown as tearing_down
 from cdc_worker.config import Settings
+from cdc_worker.decoders import PLUGINS
 from cdc_worker.errors import CdcWorkerError, SettingsError
 from cdc_worker.lsn import LSN
 from cdc_worker.worker import Stop, Worker, beside
 
 if TYPE_CHECKING:
+    from cdc_worker.binaries import Plugin
     from cdc_worker.dead_letters import Selection
 
 P = ParamSpec("P")
@@ -198,6 +200,25 @@ def teardown(settings: Settings, dry_run: bool, everything: bool, restore_trigge
     do = tearing_down.plan if dry_run else tearing_down.teardown
     loaded = profile.load(settings.profile)
     _echo(do(settings, loaded, everything=everything, restore_triggers=restore_triggers))
+
+
+@main.command("switch-plugin")
+@click.option("--to", type=click.Choice(PLUGINS), help="Plugin; the setting's, or else the other one.")
+@click.option("--dry-run", is_flag=True, help="Try whether it can be done, and do nothing.")
+@_settings
+def switch_plugin(settings: Settings, to: str | None, dry_run: bool) -> None:
+    """Let the worker read with the other output plugin from now on, also if the server refuses the one it has.
+
+    Nothing is lost or recorded twice. A worker that runs goes on by itself. It may be repeated.
+
+    \b
+    Example: cdc-worker switch-plugin --to pgoutput
+    """
+    from cdc_worker import switch_plugin as switching  # noqa: PLC0415  # `run` begins sooner without it
+
+    loaded = profile.load(settings.profile)
+    with _interruptible("nothing is lost: what is left to do does the same command"):
+        _echo(switching.switch_plugin(settings, loaded, to, dry_run=dry_run))
 
 
 def _confirm(question: str, *, otherwise: str = "--yes does it, --dry-run shows it") -> None:
@@ -767,7 +788,8 @@ def json_schema() -> None:
 
 @main.command()
 @click.option("--keep", is_flag=True, help="Leave server and worker up, until Ctrl-C.")
-def demo(keep: bool) -> None:
+@click.option("--plugin", type=click.Choice(PLUGINS), help="Take a server with it; wal2json where it can be had.")
+def demo(keep: bool, plugin: Plugin | None) -> None:
     """Play a sales day against a private PostgreSQL, and check every activity.
 
     \b
@@ -776,6 +798,6 @@ def demo(keep: bool) -> None:
     from cdc_worker import demo as playing  # noqa: PLC0415  # likewise
 
     with _failing():
-        right = playing.demo(keep=keep)
+        right = playing.demo(keep=keep, plugin=plugin)
     if not right:
         sys.exit(1)
