@@ -39,6 +39,7 @@ The edges each know one thing outside:
     ddl         changes of the database's structure, in steps that hardly wait
     checkpoint  how far a worker has written, and who may write
     slot        the server's promise to keep WAL
+    publication what pgoutput reads by
     fence       positions that a worker is to have passed
     rows        rows of captured tables, as they are now
     journal     what is recorded of them

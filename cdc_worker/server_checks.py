@@ -247,7 +247,7 @@ def _tried(look: Look, name: str | None) -> str:
     """The release of the plugin, after it has begun to read a slot with the worker's options; see `slot.peek`."""
     options = wal2json.options(look.rules, PREFIXES)
     replicating.offer(options, wal2json.OPTIONAL, lambda accepted: slots.peek(look.connection, name, accepted))
-    return slots.plugin_release(look.connection, name)
+    return slots.wal2json_release(look.connection, name)
 
 
 def _may_replicate(look: Look) -> str:

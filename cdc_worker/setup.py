@@ -7,14 +7,14 @@ have recorded changes so far: in this order, each step committed, so that it can
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass, replace
 from typing import Final
 
 import psycopg
 from psycopg import sql
 
-from cdc_worker import catalog, checkpoint, cutover, ddl, errors, postgres, slot, wal2json
+from cdc_worker import catalog, checkpoint, cutover, ddl, errors, pgoutput, postgres, publication, slot, wal2json
 from cdc_worker.config import Settings
 from cdc_worker.ddl import Step
 from cdc_worker.postgres import Connection, fetch_one
@@ -46,7 +46,8 @@ def setup(settings: Settings, profile: Profile, wishes: Wishes = _PLAIN) -> Iter
     """
     with ddl.connected(settings) as connection:
         ddl.one_at_a_time(connection)
-        steps = _steps(connection, settings, profile, wishes)
+        plugin, why = _plugin(connection, settings)
+        steps = _steps(connection, settings, profile, wishes, plugin)
         refused: list[str] = []
         try:
             yield from ddl.performing(connection, steps)
@@ -58,12 +59,17 @@ def setup(settings: Settings, profile: Profile, wishes: Wishes = _PLAIN) -> Iter
         rules = settings.rules(profile)
         catalog.check(connection, profile, rules)
         yield from _kept_keys(connection, profile)
-        if not postgres.server(connection).may_replicate and slot.read(connection, settings.slot) is None:
-            if _libraries(connection) is not None:
+        unpublished = yield from _unpublished(connection, settings, rules, plugin)
+        refused += unpublished
+        name = _slot_name(connection, settings)
+        if slot.read(connection, name) is None and not postgres.server(connection).may_replicate:
+            if plugin == wal2json.PLUGIN and _libraries(connection) is not None:
                 refused.append(f"SET output_plugin_libraries = pgoutput, {wal2json.PLUGIN}")
-            refused.append(_slot_step(settings.slot, failover=wishes.failover).text)
-        else:
-            yield from _slot(connection, settings, wishes)
+            refused.append(_slot_step(name, plugin, failover=wishes.failover).text)
+        elif not unpublished:  # a slot that begins before its publication could never be read
+            if plugin == pgoutput.PLUGIN:
+                publication.check(connection, settings.publication_name, rules)
+            yield from _slot(connection, settings, wishes, plugin, why)
         if refused:
             raise ddl.AdministratorError(refused)
         trackers = cutover.trackers(connection, profile, rules)
@@ -85,11 +91,13 @@ def plan(settings: Settings, profile: Profile, wishes: Wishes = _PLAIN) -> Itera
     with ddl.connected(settings) as connection:
         yield ddl.header(connection)
         worker, rules = settings.worker, settings.rules(profile)
-        for step in _steps(connection, settings, profile, wishes):
+        plugin, why = _plugin(connection, settings)
+        for step in _steps(connection, settings, profile, wishes, plugin):
             yield ddl.script(connection, step)
-        name = settings.slot
+        name = _slot_name(connection, settings)
         if slot.read(connection, name) is None:
-            yield ddl.script(connection, _slot_step(name, failover=wishes.failover))
+            step = _slot_step(name, plugin, failover=wishes.failover)
+            yield ddl.script(connection, replace(step, title=f"{step.title} with {plugin}: {why}"))
         if _checkpoint(connection, worker) is None:
             yield ddl.script(connection, checkpoint.create(worker, name))
         if wishes.cutover:
@@ -98,7 +106,19 @@ def plan(settings: Settings, profile: Profile, wishes: Wishes = _PLAIN) -> Itera
                 yield ddl.script(connection, step)
 
 
-def _steps(connection: Connection, settings: Settings, profile: Profile, wishes: Wishes) -> Iterator[Step]:
+def _plugin(connection: Connection, settings: Settings) -> tuple[str, str]:
+    """The plugin that the slot has or is to have, and why."""
+    found = slot.read(connection, _slot_name(connection, settings))
+    if found is not None:
+        return found.plugin, "the slot is there"
+    return slot.choose(connection, postgres.server(connection), settings.plugin)
+
+
+def _slot_name(connection: Connection, settings: Settings) -> str:
+    return slot.own(connection, settings.worker, settings.slot)
+
+
+def _steps(connection: Connection, settings: Settings, profile: Profile, wishes: Wishes, plugin: str) -> Iterator[Step]:
     """All that can be done as statements, up to the slot."""
     files = [name for name in profile.target.prepare if wishes.protect or "protection" not in name]
     applied: dict[str, str] = {}
@@ -109,10 +129,25 @@ def _steps(connection: Connection, settings: Settings, profile: Profile, wishes:
     rules = settings.rules(profile)
     tracked = {tracker.table for tracker in cutover.trackers(connection, profile, rules)}
     marked = wishes.marked or bool(cutover.marked_tables(connection, settings.worker))
+    published = publication.look(connection, settings.publication_name, rules)
+    publishing = published.allowed and published.is_of(settings.worker)
+    if publishing:
+        yield from published.making(connection, settings.worker)
     for table in rules.values():
-        yield from _table(connection, table, settings.worker, tracked=table.name in tracked, marked=marked)
+        yield from _table(
+            connection,
+            table,
+            settings.worker,
+            tracked=table.name in tracked,
+            marked=marked,
+            published=published.adding(table.name) if publishing else {},
+            keyed=publishing or plugin == pgoutput.PLUGIN,
+            sent=plugin == pgoutput.PLUGIN,
+        )
+    if publishing:
+        yield from published.clearing()
     if wishes.role is not None:
-        yield from _role(connection, wishes.role)
+        yield from _role(connection, wishes.role, plugin)
         yield from _file(GRANTS, applied.get(GRANTS), grantee(profile, rules, wishes.role))
 
 
@@ -182,9 +217,9 @@ SELECT nspname::text, relname::text, c.oid <> to_regclass(%(relation)s), CASE re
 FROM pg_class c JOIN pg_namespace n ON n.oid = relnamespace
 WHERE (c.oid = to_regclass(%(relation)s)
        OR c.oid IN (SELECT relid FROM pg_partition_tree(to_regclass(%(relation)s)) WHERE isleaf))
-    AND relkind = 'r' AND relreplident <> 'f'
+    AND relkind = 'r' AND relreplident <> 'f' AND (%(old)s OR NOT {keyed})
 ORDER BY 1, 2
-"""
+""".replace("{keyed}", publication.KEYED)
 
 _FOUND: Final = """\
 INSERT INTO cdc_worker.replaced (kind, table_name, name, restore)
@@ -206,21 +241,35 @@ WHERE worker = %s AND table_name = %s AND from_lsn = '0/0' AND system_identifier
 """
 
 
-def _table(connection: Connection, table: Table, worker: str, *, tracked: bool, marked: bool) -> Iterator[Step]:
-    """Let a table's old rows be written to the WAL, and note from where on it is recorded, if it is.
+def _table(
+    connection: Connection,
+    table: Table,
+    worker: str,
+    *,
+    tracked: bool,
+    marked: bool,
+    published: dict[tuple[str, str], list[str]],
+    keyed: bool,
+    sent: bool,
+) -> Iterator[Step]:
+    """Let a table's old rows be written to the WAL, publish it, and note from where on it is recorded, if it is.
 
     With the table locked, or each of its partitions in turn, everyone who wrote to it without its old rows has ended.
     Only when it is new to the worker is that where it begins (or at the cut-over, if it is `tracked` by triggers):
     otherwise such changes are its own, and become dead letters rather than being left out. A worker that runs hears of
     it by nonce and marker. If it is `marked`, only what follows a context message is recorded from there on.
+
+    `published` are the statements that publish what stores its rows. For that these must be `keyed`: whatever rules
+    need, old rows have a key at least. If the worker is `sent` only what is published, nothing before that is its own.
     """
     relation = sql.Identifier(*table.name).as_string()
     recorded = any(table.rules.values())
-    if not (recorded or table.needs_old_rows) or not ddl.exists(connection, relation):
+    if not (recorded or table.needs_old_rows or keyed) or not ddl.exists(connection, relation):
         return
     name = ".".join(table.name)
     statements: list[sql.Composable | str] = []
-    unready = connection.execute(_IDENTITIES, {"relation": relation}).fetchall() if table.needs_old_rows else []
+    parameters = {"relation": relation, "old": table.needs_old_rows}
+    unready = connection.execute(_IDENTITIES, parameters).fetchall() if table.needs_old_rows or keyed else []
     for schema, relname, partition, definition in unready:
         stored, alter = f"{schema}.{relname}", f"ALTER TABLE {sql.Identifier(schema, relname).as_string()}"
         found = sql.SQL(_FOUND).format(stored, f"{alter} REPLICA IDENTITY {definition}")
@@ -230,10 +279,27 @@ def _table(connection: Connection, table: Table, worker: str, *, tracked: bool, 
             yield Step(f"replica identity of {stored} is FULL", ddl.transaction(*altered), lock)
         else:
             statements += altered
-    locked = bool(statements)
+    lock = f"ACCESS EXCLUSIVE on {relation}" if statements else ""
+    title = f"replica identity of {name} is FULL" if statements else ""
     installed = ddl.exists(connection, "cdc_worker.excluded")
-    if recorded and (not installed or connection.execute(_KNOWN, (worker, name)).fetchone() is None):
-        until = "NULL" if tracked else "pg_current_wal_insert_lsn()" if unready else "'0/1'"
+    begins = recorded and (not installed or connection.execute(_KNOWN, (worker, name)).fetchone() is None)
+    late = begins and sent and _checkpoint(connection, worker) is not None
+    if published and late and not lock:
+        # Of a transaction that writes to it meanwhile a part would be sent.
+        statements.append(f"LOCK TABLE {relation} IN SHARE ROW EXCLUSIVE MODE")
+        lock = f"SHARE ROW EXCLUSIVE on {relation}"
+    for (schema, relname), adding in published.items():
+        added = sql.Identifier(schema, relname).as_string()
+        if (schema, relname) == table.name or late:
+            statements += adding
+            title, lock = title or f"{name} is published", lock or f"SHARE UPDATE EXCLUSIVE on {added}"
+        else:
+            yield Step(
+                f"{schema}.{relname} is published", ddl.transaction(*adding), f"SHARE UPDATE EXCLUSIVE on {added}"
+            )
+    if begins:
+        at = "pg_current_wal_insert_lsn()" if late or (unready and table.needs_old_rows) else "'0/1'"
+        until = "NULL" if tracked else at
         statements.append(sql.SQL(_BEGINS).format(worker, name, sql.SQL(until), tracked))
         if marked and not tracked:
             statements.append(sql.SQL(_MARKED).format(worker, name))
@@ -241,8 +307,31 @@ def _table(connection: Connection, table: Table, worker: str, *, tracked: bool, 
             statements.insert(0, checkpoint.new_nonce(worker))
             statements.append(sql.SQL("SELECT cdc_worker.mark({}, {})").format(worker, name))
     if statements:
-        title = f"replica identity of {name} is FULL" if locked else f"{name} is set up"
-        yield Step(title, ddl.transaction(*statements), f"ACCESS EXCLUSIVE on {relation}" if locked else "")
+        yield Step(title or f"{name} is set up", ddl.transaction(*statements), lock)
+
+
+def _unpublished(
+    connection: Connection, settings: Settings, rules: Rules, plugin: str
+) -> Generator[str, None, list[str]]:
+    """What is left to do about the publication: yields a note where that can wait, and returns it where it can't."""
+    found = publication.look(connection, settings.publication_name, rules)
+    left = [step.text for step in found.steps(connection, settings.worker)] if found.is_of(settings.worker) else []
+    if plugin == pgoutput.PLUGIN:
+        publication.check_owner(found, settings.worker)
+        return left
+    if left:
+        yield (
+            f'note: the slot can\'t be switched to pgoutput without the publication "{found.name}"; that takes an'
+            f" administrator: {'; '.join(left)}"
+        )
+    elif not found.is_of(settings.worker):
+        yield (
+            f'note: the slot can\'t be switched to pgoutput: the publication "{found.name}" is not of this worker;'
+            " name another in CDC_WORKER_PUBLICATION"
+        )
+    elif found.missing:
+        yield f"note: switched to pgoutput, the worker would miss {', '.join(found.missing)}"
+    return []
 
 
 _ROLE: Final = """
@@ -261,7 +350,7 @@ FROM pg_settings WHERE name = 'output_plugin_libraries'
 _HIDDEN: Final = "SELECT current_setting('output_plugin_libraries', true)"
 
 
-def _role(connection: Connection, role: str) -> Iterator[Step]:
+def _role(connection: Connection, role: str, plugin: str) -> Iterator[Step]:
     """What only an administrator can give the worker's role."""
     name = sql.Identifier(role).as_string()
     found = connection.execute(_ROLE, (role,)).fetchone()
@@ -271,7 +360,8 @@ def _role(connection: Connection, role: str) -> Iterator[Step]:
         yield Step(f"role {role} may replicate", f"ALTER ROLE {name} REPLICATION", administrator=True)
     own = found[1].partition("=")[2] if found and found[1] else _libraries(connection)
     # Where we may not see what the server allows, a role that is there is believed to have been seen to.
-    if own is not None and wal2json.PLUGIN not in postgres.listed(own) and (own or found is None):
+    refused = own is not None and wal2json.PLUGIN not in postgres.listed(own) and (own or found is None)
+    if plugin == wal2json.PLUGIN and own is not None and refused:
         statement = slot.allow(role, postgres.listed(own) or ["pgoutput"])
         yield Step(f"role {role} may use {wal2json.PLUGIN}", statement, administrator=True)
 
@@ -312,8 +402,8 @@ def _checkpoint(connection: Connection, worker: str) -> checkpoint.Checkpoint | 
         return None
 
 
-def _slot_step(name: str, *, failover: bool) -> Step:
-    text = slot.creation(name, failover=failover).as_string()
+def _slot_step(name: str, plugin: str, *, failover: bool) -> Step:
+    text = slot.creation(name, plugin, failover=failover).as_string()
     return Step(f'slot "{name}" is made', text, administrator=True)
 
 
@@ -327,22 +417,25 @@ def _no_failover(connection: Connection, server: postgres.Server, name: str) -> 
         yield f'note: slot "{name}" is there, and is no failover slot; on a replication connection: {command}'
 
 
-def _slot(connection: Connection, settings: Settings, wishes: Wishes) -> Iterator[str]:
-    worker, name = settings.worker, settings.slot
+def _slot(connection: Connection, settings: Settings, wishes: Wishes, plugin: str, why: str) -> Iterator[str]:
+    worker, name = settings.worker, _slot_name(connection, settings)
     server = postgres.server(connection)
     found, known = slot.read(connection, name), _checkpoint(connection, worker)
     if wishes.failover and found is not None:
         yield from _no_failover(connection, server, name)
     if known is not None:
-        known, _ = slot.check_checkpoint(connection, worker, name)
+        known, found = slot.check_checkpoint(connection, worker, settings.slot)
+        slot.check_plugin(found, settings.plugin)
         yield f'slot "{name}" is there, and its checkpoint at {known.position}'
         return
     if found is None:
-        position = slot.create(connection, name, server, failover=wishes.failover)
+        yield f"plugin: {plugin}, for {why}"
+        position = slot.create(connection, name, plugin, server, failover=wishes.failover)
         yield f'slot "{name}" created at {position}'
     else:
         # Made by an administrator, or by a set-up that was interrupted here: nothing has been read from it yet.
         checkpoint.check_unclaimed(connection, name)
         position = slot.check_unread(found, database=connection.info.dbname)
+        slot.check_plugin(found, settings.plugin)
     ddl.perform(connection, checkpoint.create(worker, name))
     yield f'worker "{worker}" begins at {position}'

@@ -11,8 +11,9 @@ from typing import Final
 import psycopg
 from psycopg import sql
 
-from cdc_worker import checkpoint, errors, wal2json
+from cdc_worker import checkpoint, errors, pgoutput, wal2json
 from cdc_worker.checkpoint import Checkpoint
+from cdc_worker.decoders import PLUGINS
 from cdc_worker.lsn import LSN
 from cdc_worker.postgres import DOCTOR, Connection, Server, application_name, fetch_one, listed
 
@@ -55,9 +56,6 @@ def names(base: str) -> tuple[str, ...]:
 
 NAMEDATALEN: Final = 64
 """Names have one byte less."""
-
-PLUGINS: Final = (wal2json.PLUGIN, "pgoutput")
-"""Output plugins that a slot of ours may have."""
 
 
 def own(connection: Connection, worker: str, base: str) -> str:
@@ -289,11 +287,11 @@ def holders(connection: Connection, age: float) -> str:
     return ", ".join(transaction.holder for transaction in open_transactions(connection, age))
 
 
-def creation(name: str, *, failover: bool = False) -> sql.Composed:
+def creation(name: str, plugin: str, *, failover: bool = False) -> sql.Composed:
     """The query that makes a slot and returns its first position."""
     arguments = sql.SQL(", failover => true") if failover else sql.SQL("")
     query = sql.SQL("SELECT lsn FROM pg_create_logical_replication_slot({}, {}{})")
-    return query.format(name, wal2json.PLUGIN, arguments)
+    return query.format(name, plugin, arguments)
 
 
 def check_failover(server: Server) -> None:
@@ -318,7 +316,9 @@ def patient(connection: Connection, seconds: float) -> Iterator[None]:
 _TIMEOUTS: Final = "SELECT set_config('statement_timeout', %s, false), set_config('lock_timeout', %s, false)"
 
 
-def create(connection: Connection, name: str, server: Server, *, failover: bool = False, timeout: float = 30) -> LSN:
+def create(
+    connection: Connection, name: str, plugin: str, server: Server, *, failover: bool = False, timeout: float = 30
+) -> LSN:
     """Make the slot and return its first position. Waits until the transactions that run now have ended.
 
     A `failover` slot is kept on standbys as well, which PostgreSQL knows from version 17 on.
@@ -327,7 +327,7 @@ def create(connection: Connection, name: str, server: Server, *, failover: bool 
         check_failover(server)
     try:
         with patient(connection, timeout):
-            ((position,),) = connection.execute(creation(name, failover=failover))
+            ((position,),) = connection.execute(creation(name, plugin, failover=failover))
     except psycopg.errors.QueryCanceled as error:
         held_by = holders(connection, timeout)
         raise errors.ServerError(
@@ -335,19 +335,57 @@ def create(connection: Connection, name: str, server: Server, *, failover: bool 
             hint="end them, then again: cdc-worker setup",
         ) from error
     except psycopg.Error as error:
-        raise plugin_error(error, server) from error
+        raise plugin_error(error, server, plugin, slot=False) from error
     return LSN.parse(position)
 
 
-_PEEK: Final = "SELECT count(*) FROM pg_logical_slot_peek_changes(%s, '0/1', NULL, VARIADIC %s)"
+def choose(connection: Connection, server: Server, wished: str) -> tuple[str, str]:
+    """The plugin to make a slot with, and why: wal2json where it can be had, unless another is wished for.
+
+    Raises what keeps a slot from being made with either.
+    """
+    if wished != "auto":
+        return wished, "CDC_WORKER_PLUGIN says so"
+    if not server.may_replicate:
+        return pgoutput.PLUGIN, f'role "{server.role}" may not try {wal2json.PLUGIN}, and every server has it'
+    try:
+        peek(connection, None, {"format-version": "2"})
+    except (psycopg.errors.QueryCanceled, psycopg.errors.LockNotAvailable):
+        pass  # by open transactions; it has been loaded by then
+    except psycopg.Error as error:
+        known = plugin_error(error, server, wal2json.PLUGIN, slot=False)
+        if not isinstance(known, errors.PluginMissingError | errors.PluginRefusedError):
+            raise known from error
+        return pgoutput.PLUGIN, str(known)
+    return wal2json.PLUGIN, "the server has and allows it"
+
+
+def check_plugin(slot: Slot, wished: str) -> None:
+    """Raise SlotMismatchError if settings name the other plugin than the slot's."""
+    if wished not in ("auto", slot.plugin):
+        raise errors.SlotMismatchError(
+            f'slot "{slot.name}" is of the plugin {slot.plugin}, and CDC_WORKER_PLUGIN is {wished}',
+            hint="run: cdc-worker switch-plugin",
+        )
+
+
+_PEEK: Final = "SELECT count(*) FROM pg_logical_slot_peek_binary_changes(%s, '0/1', NULL, VARIADIC %s)"
 
 _CREATE_TEMPORARY: Final = "SELECT pg_create_logical_replication_slot(%s, %s, true)"
 
 
-def peek(connection: Connection, name: str | None, options: Mapping[str, str], *, timeout: float = 2) -> None:
-    """Let the plugin begin to read a slot with these options, up to its first record. The slot stays as it is.
+def peek(
+    connection: Connection,
+    name: str | None,
+    options: Mapping[str, str],
+    *,
+    plugin: str = wal2json.PLUGIN,
+    timeout: float = 2,
+) -> None:
+    """Let its plugin begin to read a slot with these options, up to its first record. The slot stays as it is.
 
-    Without a name it is a slot for that moment; QueryCanceled if open transactions hold it up for so many seconds.
+    Without a name it is one of this `plugin` for that moment; QueryCanceled if open transactions hold it up for so many
+    seconds.
     """
     words = [word for option in options.items() for word in option]
     if name is not None:
@@ -355,13 +393,13 @@ def peek(connection: Connection, name: str | None, options: Mapping[str, str], *
         return
     temporary = f"cdc_worker_{connection.info.backend_pid}"
     with patient(connection, timeout):
-        connection.execute(_CREATE_TEMPORARY, (temporary, wal2json.PLUGIN))
+        connection.execute(_CREATE_TEMPORARY, (temporary, plugin))
     connection.execute(_PEEK, (temporary, words))  # after an error the server drops it itself
     connection.execute(_DROP, (temporary,))
 
 
-def plugin_release(connection: Connection, name: str | None) -> str:
-    """Which releases of the plugin this may be, by the options that it knows; the slot is as for `peek`."""
+def wal2json_release(connection: Connection, name: str | None) -> str:
+    """Which releases of wal2json this may be, by the options that it knows; the slot is as for `peek`."""
     for option, release in wal2json.RELEASES.items():
         try:
             peek(connection, name, {"format-version": "2", option: "0"})
@@ -371,36 +409,44 @@ def plugin_release(connection: Connection, name: str | None) -> str:
     return "before 2.3"
 
 
-def allow(role: str, allowed: list[str], *, database: str | None = None) -> str:
+def allow(role: str, allowed: list[str], plugin: str = wal2json.PLUGIN, *, database: str | None = None) -> str:
     """The statement that lets a role use the plugin as well. A list: in one pair of quotes it would be one library.
 
     Of what may be set for a role, that in a `database` counts most.
     """
-    libraries = sql.SQL(", ").join(map(sql.Identifier, [*allowed, wal2json.PLUGIN]))
+    libraries = sql.SQL(", ").join(map(sql.Identifier, dict.fromkeys([*allowed, plugin])))
     where = sql.SQL(" IN DATABASE {}").format(sql.Identifier(database)) if database is not None else sql.SQL("")
     statement = sql.SQL("ALTER ROLE {}{} SET output_plugin_libraries = {}")
     return statement.format(sql.Identifier(role), where, libraries).as_string()
 
 
-def plugin_error(error: psycopg.Error, server: Server) -> Exception:
-    """What the server's refusal to decode with the plugin asks of the operator; the error itself if it is another."""
+def plugin_error(
+    error: psycopg.Error, server: Server, plugin: str = wal2json.PLUGIN, *, slot: bool = True
+) -> Exception:
+    """What the server's refusal to decode with the plugin asks of the operator; the error itself if it is another.
+
+    If there is a `slot` already, it can be switched to the other plugin.
+    """
     known = server.output_plugin_libraries
-    allowed = listed(known) if known is not None else ["pgoutput"]
-    install = f"apt-get install postgresql-{server.version // 10000}-wal2json"
+    other = next(each for each in PLUGINS if each != plugin)
+    way = f"to go on with {other}: cdc-worker switch-plugin" if slot else f"name {other} in CDC_WORKER_PLUGIN"
+    install = f"for example: apt-get install postgresql-{server.version // 10000}-wal2json"
     if error.sqlstate == "58P01":
         return errors.PluginMissingError(
-            f"the server has no output plugin {wal2json.PLUGIN}", hint=f"install it there, for example: {install}"
+            f"the server has no output plugin {plugin}", hint=f"{way}; or install {plugin} there, {install}"
         )
-    if error.sqlstate == "22023":
+    if error.sqlstate == "22023" and plugin == wal2json.PLUGIN:
         return errors.PluginMissingError(
-            f"the server's {wal2json.PLUGIN} is too old, for 2.0 or later is needed: {error.diag.message_primary}",
-            hint=f"install a newer one there, for example: {install}",
+            f"the server's {plugin} is too old, for 2.0 or later is needed: {error.diag.message_primary}",
+            hint=f"{way}; or install a newer one there, {install}",
         )
-    if error.sqlstate == "42501" and server.may_replicate and wal2json.PLUGIN not in allowed:
+    if error.sqlstate == "42501" and server.may_replicate and (known is None or plugin not in listed(known)):
+        allowed = ["pgoutput"] if known is None else listed(known)
+        statement = allow(server.role, allowed, plugin, database=server.database)
         return errors.PluginRefusedError(
-            f"the server refuses the output plugin {wal2json.PLUGIN}: output_plugin_libraries "
+            f"the server refuses the output plugin {plugin}: output_plugin_libraries "
             + (f"is {known}" if known is not None else "doesn't name it"),
-            hint=f"as a superuser: {allow(server.role, allowed, database=server.database)}",
+            hint=f"{way}; or, to use {plugin}, as a superuser: {statement}",
         )
     if error.sqlstate == "53400":
         return errors.ServerError("all replication slots of the server are taken", hint="raise max_replication_slots")

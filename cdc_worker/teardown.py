@@ -1,4 +1,4 @@
-"""Tearing down: the slot, which would fill the disk when forgotten, and if wished all else that setup made.
+"""Tearing down: slot and publication, which would do harm when forgotten, and if wished all else that setup made.
 
 Activities stay, and with them the columns, keys, indexes and views of their table: they are the application's now.
 """
@@ -10,7 +10,7 @@ from typing import Final
 
 from psycopg import sql
 
-from cdc_worker import cutover, ddl, errors, slot
+from cdc_worker import cutover, ddl, errors, publication, slot
 from cdc_worker.config import Settings
 from cdc_worker.ddl import Step
 from cdc_worker.postgres import Connection
@@ -49,13 +49,13 @@ _WORKERS: Final = "SELECT worker, slot, lsn FROM cdc_worker.checkpoint ORDER BY 
 def _steps(
     connection: Connection, settings: Settings, profile: Profile, *, everything: bool, restore_triggers: bool
 ) -> Iterator[Step]:
-    worker, name = settings.worker, settings.slot
+    worker, name = settings.worker, slot.own(connection, settings.worker, settings.slot)
     found = slot.read(connection, name)
     if found is not None:
         slot.check_disposable(found, database=connection.info.dbname)
     installed = ddl.exists(connection, "cdc_worker.replaced")
     workers = {of: rest for of, *rest in connection.execute(_WORKERS)} if installed else {}
-    _check(workers, worker, name, everything=everything)
+    _check(workers, worker, settings.slot, everything=everything)
     if installed and restore_triggers:
         yield from cutover.back(connection, worker, settings.rules(profile))
         if worker in workers and found is not None:
@@ -65,6 +65,8 @@ def _steps(
             raise slot.taken(found)
         text = sql.SQL("SELECT pg_drop_replication_slot({})").format(name).as_string()
         yield Step(f'slot "{name}" is dropped', text, administrator=True)
+    # Before replica identities are as they were, without which the application could not update what is published.
+    yield from publication.dropping(connection, settings.publication_name, worker)
     if not installed:
         return
     if worker in workers:
@@ -76,11 +78,11 @@ def _steps(
         yield from _everything(connection, profile)
 
 
-def _check(workers: dict[str, list[str]], worker: str, name: str, *, everything: bool) -> None:
+def _check(workers: dict[str, list[str]], worker: str, base: str, *, everything: bool) -> None:
     for other, (its_slot, _) in workers.items():
-        if (other == worker) != (its_slot == name):
+        if (other == worker) != (its_slot in slot.names(base)):
             raise errors.SlotMismatchError(
-                f'the worker "{other}" reads the slot "{its_slot}": "{worker}" and "{name}" are no pair',
+                f'the worker "{other}" reads the slot "{its_slot}": "{worker}" and "{base}" are no pair',
                 hint="name worker and slot as they were set up, in CDC_WORKER_NAME and CDC_WORKER_SLOT",
             )
     others = ", ".join(sorted(workers.keys() - {worker}))

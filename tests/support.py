@@ -317,6 +317,7 @@ def _template(server: Cluster, directory: Path) -> str:
             crm = make_crm(server, directory)
             crm.setup()
             crm.execute("SELECT pg_drop_replication_slot(%s)", crm.slot)
+            crm.connection.execute(sql.SQL("DROP PUBLICATION {}").format(sql.Identifier(crm.slot)))
             crm.execute("TRUNCATE cdc_worker.checkpoint, cdc_worker.tally, cdc_worker.partition, cdc_worker.excluded")
             names = sql.Identifier(crm.connection.info.dbname), sql.Identifier(PREPARED)
             crm.close()

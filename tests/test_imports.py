@@ -16,7 +16,7 @@ CORE = [
 ]
 
 EDGES = [
-    *("config", "log", "metrics", "postgres", "partitions", "catalog", "ddl", "checkpoint", "slot"),
+    *("config", "log", "metrics", "postgres", "partitions", "catalog", "ddl", "checkpoint", "slot", "publication"),
     *(
         "fence",
         "rows",
@@ -38,6 +38,7 @@ EDGES = [
         "cutover",
         "setup",
         "teardown",
+        "switch_plugin",
         "erasure",
         "status",
         "checks",

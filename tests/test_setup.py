@@ -34,9 +34,12 @@ def test_a_fresh_database_is_set_up_in_one_go(bare_crm: Crm) -> None:
     said = bare_crm.succeed("setup").splitlines()
     begins = bare_crm.value("SELECT lsn::text FROM cdc_worker.checkpoint")
     assert said[:2] == ["schema cdc_worker is made", "010_cdc_worker.sql is applied"]
-    assert said[-4:] == [
+    assert said[-7:] == [
+        f'publication "{bare_crm.slot}" is made',
         "replica identity of public.lead is FULL",
         "replica identity of public.customer is FULL",
+        "public.contact is published",
+        "plugin: wal2json, for the server has and allows it",
         f'slot "{bare_crm.slot}" created at {begins}',
         f'worker "{bare_crm.slot}" begins at {begins}',
     ]
@@ -105,6 +108,8 @@ def state(crm: Crm) -> list[tuple[object, ...]]:
         *crm.execute("SELECT slot_name, plugin, confirmed_flush_lsn FROM pg_replication_slots ORDER BY slot_name"),
         *crm.execute("SELECT * FROM cdc_worker.excluded ORDER BY 1, 2, 4"),
         *crm.execute("SELECT * FROM cdc_worker.replaced ORDER BY 1, 2, 3"),
+        *crm.execute("SELECT pubname, p.xmin::text FROM pg_publication p ORDER BY 1"),
+        *crm.execute("SELECT prrelid::regclass::text, r.xmin::text FROM pg_publication_rel r ORDER BY 1"),
         *crm.execute("SELECT attname, attnum FROM pg_attribute WHERE attrelid = 'activity'::regclass ORDER BY attnum"),
         *crm.execute("SELECT conname FROM pg_constraint WHERE conrelid = 'activity'::regclass ORDER BY conname"),
         *crm.execute("SELECT oid FROM pg_trigger WHERE tgrelid = 'activity'::regclass ORDER BY oid"),
@@ -254,7 +259,7 @@ def test_what_holds_up_the_slot_is_named(bare_crm: Crm) -> None:
         other.execute("INSERT INTO lead (full_name, source, bd_in_charge, type) VALUES ('Ann', 's', 'b', 't')")
         server = postgres.server(connection)
         with pytest.raises(errors.ServerError) as caught:
-            slot.create(connection, bare_crm.slot, server, timeout=0.5)
+            slot.create(connection, bare_crm.slot, "wal2json", server, timeout=0.5)
         assert str(caught.value) == (
             f'slot "{bare_crm.slot}" could not be made within 0.5 s: '
             f"it waits for open transactions (process {other.info.backend_pid})"
@@ -262,7 +267,7 @@ def test_what_holds_up_the_slot_is_named(bare_crm: Crm) -> None:
         assert caught.value.hint == "end them, then again: cdc-worker setup"
         assert slot.read(connection, bare_crm.slot) is None
         other.rollback()
-        assert slot.create(connection, bare_crm.slot, server, timeout=30) > LSN(0)
+        assert slot.create(connection, bare_crm.slot, "wal2json", server, timeout=30) > LSN(0)
 
 
 def test_setup_waits_for_transactions_that_hold_up_the_slot(bare_crm: Crm) -> None:
@@ -293,7 +298,7 @@ def test_what_holds_up_the_slot_is_named_to_an_ordinary_role_too(bare_crm: Crm) 
             other.execute("DELETE FROM lead")
             other.execute("SELECT pg_current_xact_id()")
             with pytest.raises(errors.ServerError, match=rf"\(process {other.info.backend_pid}\)"):
-                slot.create(connection, bare_crm.slot, postgres.server(connection), timeout=0.5)
+                slot.create(connection, bare_crm.slot, "wal2json", postgres.server(connection), timeout=0.5)
     finally:
         bare_crm.connection.execute(sql.SQL("DROP ROLE {}").format(role))
 
@@ -335,8 +340,15 @@ def test_the_owner_of_database_and_tables_can_set_up_with_the_right_to_replicate
         drop(bare_crm, role)
 
 
-def test_what_needs_more_than_ownership_is_printed_for_an_administrator(bare_crm: Crm) -> None:
-    """And accepted when it is done: the worker then runs with the grants that the owner could give."""
+@pytest.mark.parametrize(("setting", "plugin"), [("wal2json", "wal2json"), ("auto", "pgoutput")])
+def test_what_needs_more_than_ownership_is_printed_for_an_administrator(
+    bare_crm: Crm, setting: str, plugin: str
+) -> None:
+    """And accepted when it is done: the worker then runs with the grants that the owner could give.
+
+    Who may not try wal2json can't know whether it is there; pgoutput is.
+    """
+    bare_crm.settings["plugin"] = setting
     role, owner = f"cdc_{bare_crm.slot}", owned(bare_crm)
     try:
         done = bare_crm.command("setup", "--role", role)
@@ -345,7 +357,7 @@ def test_what_needs_more_than_ownership_is_printed_for_an_administrator(bare_crm
         assert first == "error: this needs more than the ownership of database and tables:"
         assert statements == [
             f'  CREATE ROLE "{role}" LOGIN REPLICATION;',
-            f"  SELECT lsn FROM pg_create_logical_replication_slot('{bare_crm.slot}', 'wal2json');",
+            f"  SELECT lsn FROM pg_create_logical_replication_slot('{bare_crm.slot}', '{plugin}');",
         ]
         assert last == "hint: have an administrator do it, then the same again"
         for statement in statements:
@@ -364,6 +376,7 @@ def test_what_needs_more_than_ownership_is_printed_for_an_administrator(bare_crm
 def test_what_a_server_refuses_by_default_is_printed_for_an_administrator_as_well(tmp_path: Path) -> None:
     """An owner may not see what the server allows; what it prints must do in any case."""
     with Cluster(find_binaries(newest=True), allow_plugins=False) as server, crm_on(server, tmp_path) as crm:
+        crm.settings["plugin"] = "wal2json"
         role, owner = f"cdc_{crm.slot}", owned(crm)
         try:
             statements = crm.command("setup", "--role", role).stderr.splitlines()[1:-1]

@@ -54,6 +54,7 @@ def test_tearing_down_drops_slot_and_checkpoint_and_keeps_the_rest(crm: Crm) -> 
     ends = crm.value("SELECT lsn::text FROM cdc_worker.checkpoint")
     assert crm.succeed("teardown", "--yes").splitlines() == [
         f'slot "{crm.slot}" is dropped',
+        f'publication "{crm.slot}" is dropped',
         f'worker "{crm.slot}" ends at {ends}: what was committed after it is not recorded',
     ]
     assert crm.value("SELECT count(*) FROM pg_replication_slots WHERE slot_name = %s", crm.slot) == 0
@@ -160,6 +161,7 @@ def test_a_slot_that_one_may_not_drop_is_an_administrators_to_drop_first(crm: Cr
         )
         assert crm.value("SELECT count(*) FROM cdc_worker.checkpoint") == 1
         crm.execute("SELECT pg_drop_replication_slot(%s)", crm.slot)
+        crm.connection.execute(f"ALTER PUBLICATION {crm.slot} OWNER TO {role}".encode())
         crm.succeed("teardown", "--yes", dsn=psycopg.conninfo.make_conninfo(crm.dsn, user=role))
         assert crm.value("SELECT count(*) FROM cdc_worker.checkpoint") == 0
     finally:
