@@ -75,23 +75,29 @@ def each_server(request: pytest.FixtureRequest) -> Iterator[Cluster]:
 
 
 @pytest.fixture
-def bare_crm(server: Cluster, tmp_path: Path) -> Iterator[Crm]:
+def plugin() -> str:
+    """The output plugin that is set: see `support.either_plugin`. CDC_TEST_PLUGIN gives all tests another one."""
+    return os.environ.get("CDC_TEST_PLUGIN") or "auto"
+
+
+@pytest.fixture
+def bare_crm(server: Cluster, tmp_path: Path, plugin: str) -> Iterator[Crm]:
     """A database with LeadFi's tables, not set up."""
-    with crm_on(server, tmp_path) as crm:
+    with crm_on(server, tmp_path, plugin=plugin) as crm:
         yield crm
 
 
 @pytest.fixture
-def crm(server: Cluster, tmp_path: Path) -> Iterator[Crm]:
+def crm(server: Cluster, tmp_path: Path, plugin: str) -> Iterator[Crm]:
     """A database with LeadFi's tables, set up for the worker."""
-    with crm_on(server, tmp_path, prepared=True) as crm:
+    with crm_on(server, tmp_path, prepared=True, plugin=plugin) as crm:
         yield crm
 
 
 @pytest.fixture
-def new_crm(server: Cluster, tmp_path: Path) -> Iterator[Crm]:
+def new_crm(server: Cluster, tmp_path: Path, plugin: str) -> Iterator[Crm]:
     """A database that is set up but for slot and checkpoint: what is written before `setup` was there already."""
-    with crm_on(server, tmp_path, prepared=True, begun=False) as crm:
+    with crm_on(server, tmp_path, prepared=True, begun=False, plugin=plugin) as crm:
         yield crm
 
 
@@ -103,9 +109,9 @@ def own_server(request: pytest.FixtureRequest) -> Iterator[Cluster]:
 
 
 @pytest.fixture
-def own_crm(own_server: Cluster, tmp_path: Path) -> Iterator[Crm]:
+def own_crm(own_server: Cluster, tmp_path: Path, plugin: str) -> Iterator[Crm]:
     """A database with LeadFi's tables on a server of the test's own, set up for the worker."""
-    crm = make_crm(own_server, tmp_path)
+    crm = make_crm(own_server, tmp_path, plugin=plugin)
     crm.setup()
     try:
         yield crm
