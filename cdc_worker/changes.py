@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from datetime import datetime
 from typing import Final, Literal, NamedTuple
 
@@ -206,6 +206,9 @@ _NO_KEYS: Final[Mapping[tuple[str, str], tuple[str, ...]]] = {}
 RootOf = Callable[[Change, LSN], tuple[str, str] | None]
 """The captured table that a change in the commit at an LSN is of, or None if it is nobody's."""
 
+StoredIn = Callable[[tuple[str, str], int], Collection[tuple[str, str]]]
+"""The partitions that hold a table's rows, but for those that came with a transaction of this number or later."""
+
 
 class _Lost(msgspec.Struct, eq=False):
     """A transaction whose begin couldn't be read: how much came since, and what of it was as unreadable."""
@@ -222,7 +225,7 @@ class Assembler:
 
     Where changes come under the names of partitions, `root_of` tells whose they are. A delete in one partition and, as
     the next change, an insert in another with the same `keys` is an update: a row has moved. What is emptied with its
-    partitions is emptied once.
+    partitions is emptied once; where a plugin names only these, it is emptied with all that it was `stored_in`.
 
     With `keep` transactions have their messages as they were received, or as `line` writes them. What can't be
     decoded again `by_itself` is kept as the change that it is.
@@ -236,6 +239,7 @@ class Assembler:
         start: LSN = INVALID,
         *,
         root_of: RootOf | None = None,
+        stored_in: StoredIn | None = None,
         keys: Mapping[tuple[str, str], tuple[str, ...]] = _NO_KEYS,
         keep: bool = False,
         line: Callable[[Decoded, Payload], Payload] = lambda message, payload: payload,
@@ -249,12 +253,14 @@ class Assembler:
         self._messages: list[tuple[int, Message]] = []
         self._payloads: list[Payload | Change] = []
         self._root_of = root_of
+        self._stored_in = stored_in
         self._keys = keys
         self._received: list[Received] | None = [] if keep else None
         self._line = line
         self._by_itself = by_itself
         self._held: tuple[Change, int] | None = None  # a delete that may turn out to be half an update, and its size
         self._emptied: tuple[str, str] | None = None  # the table of which the last change emptied all or a part
+        self._wholly: set[tuple[str, str]] = set()  # those that were emptied since there was a change of any rows
         self._first = True
         self._index = 0
         self._size = 0
@@ -293,6 +299,7 @@ class Assembler:
                 raise MessageUnreadableError(f"transaction {message.xid} began inside transaction {begin.xid}")
             left_out = None if self._lost is None else self._over(self._lost)
             self._begin, self._first, self._index, self._emptied = message, True, 0, None
+            self._wholly.clear()
             if self._received is not None:
                 self._received = [Received(self._line(message, payload))]
             return left_out
@@ -333,8 +340,7 @@ class Assembler:
             else:
                 self._resolve(message, payload, self._root_of(message, begin.commit_lsn))
         elif type(message) is tuple:
-            for one in message:
-                root = (one.schema, one.table) if self._root_of is None else self._root_of(one, begin.commit_lsn)
+            for one, root in self._truncates(message, begin):
                 self._resolve(one, payload, root)
         elif type(message) is Message and message.transactional:
             if self._held is not None:
@@ -367,6 +373,7 @@ class Assembler:
             if self._held is not None:
                 self._let_go()
             self._emptied = None
+            self._wholly.clear()
             change = unread if instead is None else instead
             self._append(change, line if instead is None else change, len(line))
             if self._received is not None and unread.of != "commit":
@@ -397,6 +404,24 @@ class Assembler:
         received = [Received(first_line), Received(last_line)] if self._received is not None else []
         return Transaction(0, end, end, last.met_at, letters, [], lines, 0, True, True, received)
 
+    def _truncates(self, message: tuple[Change, ...], begin: Begin) -> Iterator[tuple[Change, tuple[str, str] | None]]:
+        """What one statement has emptied, and whose it is."""
+        told = {(change.schema, change.table) for change in message}
+        emptied: set[tuple[str, str] | None] = set()
+        for part in message:
+            own = part.schema, part.table
+            root = own if self._root_of is None else self._root_of(part, begin.commit_lsn)
+            if root in emptied:
+                continue
+            if root is None or root in told or not self._holds_all(told, root, begin):
+                yield part, root
+            else:
+                emptied.add(root)
+                yield Change("truncate", *root, None, None), root
+
+    def _holds_all(self, told: set[tuple[str, str]], root: tuple[str, str], begin: Begin) -> bool:
+        return self._stored_in is not None and told.issuperset(self._stored_in(root, begin.xid))
+
     def _append(self, change: Change, payload: Payload | Change, size: int) -> None:
         self._changes.append(change)
         self._payloads.append(payload)
@@ -420,7 +445,7 @@ class Assembler:
         kept: Payload | Change = payload if self._by_itself else change
         if root != partition:
             kept = change = Change(change.operation, *root, change.old, change.new, change.changed, partition)
-            if change.operation == "truncate" and self._emptied == root:
+            if change.operation == "truncate" and (self._emptied == root or root in self._wholly):
                 return
         if self._held is not None:
             deleted, before = self._held
@@ -433,6 +458,10 @@ class Assembler:
                 return
             self._let_go()
         self._emptied = root if change.operation == "truncate" else None
+        if change.operation != "truncate":
+            self._wholly.clear()
+        elif root == partition:
+            self._wholly.add(root)
         if change.operation == "delete" and change.partition is not None:
             self._held = change, size
         else:

@@ -1,4 +1,4 @@
-"""Whose the changes of partitions are: wal2json sends their names, and never that of the table that they are parts of.
+"""Whose the changes of partitions are: plugins send their names, and not that of the table that they are parts of.
 
 New ones come at any time, in any schema, and may be gone before their changes are read. So everything is asked for but
 what can't become one, what arrives of a table that nobody has seen is looked up, and what was found is kept in the
@@ -70,6 +70,18 @@ SELECT nspname::text, relname::text,
        ARRAY(SELECT attname::text FROM pg_attribute WHERE attrelid = c.oid AND attnum > 0 AND NOT attisdropped)
 FROM up JOIN pg_class c USING (oid) JOIN pg_namespace n ON n.oid = relnamespace
 ORDER BY level DESC
+"""
+
+# The numbers of transactions go round: one of long ago may seem to be yet to come.
+_LEAVES: Final = """
+WITH RECURSIVE part AS (
+    SELECT c.oid FROM pg_class c JOIN pg_namespace n ON n.oid = relnamespace WHERE nspname = %s AND relname = %s
+    UNION ALL
+    SELECT inhrelid FROM part JOIN pg_inherits i ON inhparent = part.oid
+    WHERE coalesce(age(i.xmin) NOT BETWEEN 0 AND age(nullif(%s, '0')::xid), true)
+)
+SELECT nspname::text, relname::text FROM part JOIN pg_class c USING (oid) JOIN pg_namespace n ON n.oid = relnamespace
+WHERE relkind = 'r'
 """
 
 _KNOWN: Final = "SELECT schema_name, table_name, root, until_lsn FROM cdc_worker.partition WHERE worker = %s"
@@ -171,19 +183,18 @@ class Partitions:
 
     def _ask(self, change: Change, commit_lsn: LSN) -> Table | None:
         table = change.schema, change.table
-        if self._connection is None:
-            self._connection = self._connect()
+        connection = self._asking()
         # First: what becomes a partition after we looked has no changes as one before this position.
-        at = _now(self._connection)
-        lineage = self._connection.execute(_ANCESTORS, table).fetchall()
+        at = _now(connection)
+        lineage = connection.execute(_ANCESTORS, table).fetchall()
         root = next(((schema, name) for schema, name, _ in lineage[:-1] if (schema, name) in self._columns), None)
         if root is not None:
-            self._note(self._connection, table, root, FOREVER)
+            self._note(connection, table, root, FOREVER)
             self._log.info("partition_noticed", table=".".join(root), partition=".".join(table))
             return root
         if table in self._kept:
             root, until = self._kept[table]
-            self._note(self._connection, table, root, min(until, at))
+            self._note(connection, table, root, min(until, at))
             if commit_lsn < min(until, at):
                 return root
         self._found[table] = None, at if not lineage or self._like(lineage[-1][2]) else FOREVER
@@ -191,6 +202,15 @@ class Partitions:
         if not lineage and row and (lost := self._like(row)) is not None:
             self._on_lost(table, lost)
         return None
+
+    def stored_in(self, root: Table, xid: int) -> frozenset[Table]:
+        """See `leaves`. Raises psycopg.Error, or what connecting raises, when that can't be found out now."""
+        return leaves(self._asking(), root, xid)
+
+    def _asking(self) -> Connection:
+        if self._connection is None:
+            self._connection = self._connect()
+        return self._connection
 
     def look(self, connection: Connection) -> None:
         """See whether anything has become ours that was not asked for: partitions of a captured table that had none, or
@@ -213,6 +233,11 @@ def roots(connection: Connection, tables: Iterable[Table]) -> dict[Table, Table]
     """Which of these tables each partition is a part of now."""
     found = connection.execute(_PARTITIONS, _pairs(tables))
     return {(schema, name): (root_schema, root) for schema, name, root_schema, root in found}
+
+
+def leaves(connection: Connection, root: Table, xid: int) -> frozenset[Table]:
+    """The partitions that hold a table's rows, but for those that came with a transaction of this number or later."""
+    return frozenset((schema, name) for schema, name in connection.execute(_LEAVES, (*root, str(xid))))
 
 
 def keys(connection: Connection, rules: Rules) -> dict[Table, tuple[str, ...]]:

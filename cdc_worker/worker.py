@@ -718,6 +718,7 @@ class _Stream:
         self._assembler = Assembler(
             sink.position.lsn,
             root_of=partitions.root_of if partitions else None,
+            stored_in=partitions.stored_in if partitions else None,
             keys=partitions.keys,
             keep=recording is not None,
             line=decoder.line,
