@@ -281,9 +281,9 @@ ORDER BY 1, 2
 """.replace("{keyed}", KEYED)
 
 
-def unwritable(connection: Connection, name: str) -> dict[str, bool]:
+def unwritable(connection: Connection, name: str) -> dict[Relation, bool]:
     """The published tables and partitions that the application can't update, and whether they lack an identity."""
-    return {f"{schema}.{relation}": without for schema, relation, without in connection.execute(_UNWRITABLE, (name,))}
+    return {(schema, relation): lacking for schema, relation, lacking in connection.execute(_UNWRITABLE, (name,))}
 
 
 _DROPPABLE: Final = "SELECT obj_description(oid, 'pg_publication') FROM pg_publication WHERE pubname = %s"

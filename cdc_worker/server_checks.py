@@ -12,10 +12,11 @@ from typing import Final
 import psycopg
 from psycopg import sql
 
-from cdc_worker import checkpoint, errors, postgres, setup, wal2json
+from cdc_worker import checkpoint, decoders, errors, pgoutput, postgres, setup, wal2json
 from cdc_worker import replication as replicating
 from cdc_worker import slot as slots
 from cdc_worker.checks import Check, Finding, Look, failed, ok, unknown, warning
+from cdc_worker.decoders import PLUGINS
 from cdc_worker.postgres import fetch_one
 from cdc_worker.slot import Slot
 from cdc_worker.transform import PREFIXES
@@ -219,35 +220,53 @@ def replication(look: Look) -> Iterator[Finding]:
 
 
 def plugin(look: Look) -> Iterator[Finding]:
-    """Whether wal2json is there and allowed, which it is, and whether it can read the slot as the worker does."""
-    name, found = _slot_name(look), _slot(look)
+    """Whether the output plugin is there and allowed, and whether it can read the slot as the worker does."""
+    found = _slot(look)
     if not look.server.may_replicate:
         yield unknown(f'role "{look.server.role}" may not try it', _may_replicate(look))
         return
-    ours = found is not None and (found.plugin, found.database) == (wal2json.PLUGIN, look.server.database)
+    ours = found if found is not None and found.plugin in PLUGINS and found.database == look.server.database else None
+    wished = ours.plugin if ours is not None else look.settings.plugin
     try:
-        if found is not None and ours and found.active_pid is None and found.wal_status != "lost":
-            yield ok(f'wal2json {_tried(look, name)}, which can read the slot "{name}"')
-        else:
-            yield ok(f"wal2json {_tried(look, None)}")
+        yield _tried(look, ours, wal2json.PLUGIN if wished == "auto" else wished)
+    except (errors.PluginMissingError, errors.PluginRefusedError) as error:
+        if wished == "auto":
+            tried = _tried(look, None, pgoutput.PLUGIN)
+            yield tried.model_copy(update={"message": f"{tried.message}, for {error}"})
+            return
+        yield failed(str(error), error.hint or "")
+        if ours is not None and ours.active_pid is None:
+            yield failed(
+                f'nobody can read the slot "{ours.name}" like this, and the server keeps {ours.retained:,} bytes of WAL'
+                " for it, more and more",
+                error.hint or "",
+            )
+
+
+def _tried(look: Look, found: Slot | None, plugin: str) -> Finding:
+    """What comes of reading the worker's slot, or one for that moment. Raises errors of `slot.plugin_error`."""
+    name = found.name if found is not None and found.active_pid is None and found.wal_status != "lost" else None
+    try:
+        said = f"{plugin}{_release(look, name, plugin)}"
+        return ok(said if name is None else f'{said}, which can read the slot "{name}"')
     except (psycopg.errors.QueryCanceled, psycopg.errors.LockNotAvailable):
         # It has been loaded by then.
         held_by = slots.holders(look.connection, 0)
-        yield ok(f"wal2json, of a version not known, for a slot to try it waits for open transactions ({held_by})")
+        return ok(f"{plugin}, of a version not known, for a slot to try it waits for open transactions ({held_by})")
     except psycopg.errors.ObjectInUse:
-        yield ok("wal2json, with which the slot is being read")
+        return ok(f"{plugin}, with which the slot is being read")
     except psycopg.errors.ConfigurationLimitExceeded:
         said = "there is no replication slot to spare with which to try it"
-        yield ok(f"wal2json, of a version not known: {said}") if ours and _running(found) else unknown(said)
+        return ok(f"{plugin}, of a version not known: {said}") if _running(found) else unknown(said)
     except psycopg.Error as error:
-        raise slots.plugin_error(error, look.server) from error
+        raise slots.plugin_error(error, look.server, plugin, slot=found is not None) from error
 
 
-def _tried(look: Look, name: str | None) -> str:
+def _release(look: Look, name: str | None, plugin: str) -> str:
     """The release of the plugin, after it has begun to read a slot with the worker's options; see `slot.peek`."""
-    options = wal2json.options(look.rules, PREFIXES)
-    replicating.offer(options, wal2json.OPTIONAL, lambda accepted: slots.peek(look.connection, name, accepted))
-    return slots.wal2json_release(look.connection, name)
+    options, optional = decoders.options(plugin, look.rules, PREFIXES, publication=look.settings.publication_name)
+    replicating.offer(options, optional, lambda accepted: slots.peek(look.connection, name, accepted, plugin=plugin))
+    return f" {slots.wal2json_release(look.connection, name)}" if plugin == wal2json.PLUGIN else ""
 
 
 def _may_replicate(look: Look) -> str:

@@ -10,12 +10,15 @@ import psycopg
 from psycopg import sql
 
 from cdc_worker import checkpoint as checkpoints
-from cdc_worker import postgres
+from cdc_worker import errors, pgoutput, postgres
+from cdc_worker import publication as publications
 from cdc_worker import slot as slots
 from cdc_worker.checks import Check, Finding, Look, failed, ok, unknown, warning
 from cdc_worker.postgres import fetch_one
+from cdc_worker.publication import Publication
 from cdc_worker.rules import qualified
 from cdc_worker.slot import Slot
+from cdc_worker.target_checks import otherwise
 
 
 def _on_slot(check: Callable[[Look, Slot], Iterator[Finding]]) -> Check:
@@ -36,7 +39,45 @@ def _on_slot(check: Callable[[Look, Slot], Iterator[Finding]]) -> Check:
 def checkpoint(look: Look) -> Iterator[Finding]:
     """Whether checkpoint, slot and cluster speak of the same, and nothing is missing between them."""
     known, found = slots.check_checkpoint(look.connection, look.settings.worker, look.settings.slot)
+    slots.check_plugin(found, look.settings.plugin)
     yield ok(f"at {known.position.lsn}, and the slot at {found.confirmed_flush_lsn}: nothing is missing between them")
+
+
+def publication(look: Look) -> Iterator[Finding]:
+    """Whether pgoutput is sent all changes of captured tables, or would be, and the application can update them."""
+    name, worker = look.settings.publication_name, look.settings.worker
+    own = slots.read(look.connection, slots.own(look.connection, worker, look.settings.slot))
+    if own is None:
+        yield unknown("there is no slot yet for which it would matter (see checkpoint)", "cdc-worker setup")
+        return
+    found = publications.look(look.connection, name, look.rules)
+    healthy = f'"{name}" has {len(found.members)} tables and partitions, and nothing else'
+    yield from otherwise(_misleading(look, found, needed=own.plugin == pgoutput.PLUGIN), healthy)
+
+
+def _misleading(look: Look, found: Publication, *, needed: bool) -> Iterator[Finding]:
+    try:
+        publications.check_owner(found, look.settings.worker)
+        publications.check(look.connection, found.name, look.rules)
+    except errors.PublicationError as error:
+        if needed:
+            yield failed(str(error), error.hint or "")
+        else:
+            yield warning(f"switched to pgoutput, the worker would stop: {error}", error.hint or "")
+    ours = found.is_of(look.settings.worker)
+    others = [*map(".".join, found.others), *(f"all tables of {schema}" for schema in found.schemas)]
+    if ours and others:
+        yield warning(
+            f'the publication "{found.name}" has what nobody captures: {", ".join(others)}', "cdc-worker setup"
+        )
+    for relation, unidentified in publications.unwritable(look.connection, found.name).items():
+        name = ".".join(relation)
+        why = "without a replica identity" if unidentified else "with generated columns that are not"
+        full = f"as its owner: ALTER TABLE {sql.Identifier(*relation).as_string()} REPLICA IDENTITY FULL"
+        yield failed(
+            f'the application can\'t update {name}, which is in the publication "{found.name}" {why}',
+            "cdc-worker setup" if ours else full,
+        )
 
 
 _INACTIVE: Final = """
@@ -132,4 +173,4 @@ def dead_letters(look: Look) -> Iterator[Finding]:
         yield ok("none wait to be seen to")
 
 
-CHECKS: Final[tuple[Check, ...]] = (checkpoint, reader, writing, retained, dead_letters)
+CHECKS: Final[tuple[Check, ...]] = (checkpoint, publication, reader, writing, retained, dead_letters)
