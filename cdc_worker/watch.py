@@ -47,8 +47,8 @@ class Watch:
     def look(self, *, held_up: bool = False, also: Callable[[Connection], None]) -> None:
         """Look, and tally what was written. Raises SlotGivenUpError beyond `retained_limit_bytes`.
 
-        `held_up` says that a batch is being written for long; `also` looks at something else. What keeps it from
-        looking may heal by the next time.
+        `held_up` says that a batch is being written for long; `also` looks at something else, and may raise
+        PublicationError. What keeps it from looking may heal by the next time.
         """
         settings = self._settings
         try:
@@ -61,7 +61,7 @@ class Watch:
                 process.failed(connection, self._own)
                 checkpoint.tally(connection, settings.worker)
                 also(connection)
-        except errors.SlotGivenUpError:
+        except (errors.SlotGivenUpError, errors.PublicationError):
             raise
         except (psycopg.Error, errors.CdcWorkerError) as error:
             if self._sees:

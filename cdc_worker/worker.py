@@ -37,6 +37,7 @@ from cdc_worker import (
     pgoutput,
     postgres,
     process,
+    publication,
     recorder,
     recover,
     setup,
@@ -59,6 +60,7 @@ from cdc_worker.protocol import PrimaryKeepalive
 from cdc_worker.recorder import Recorder
 from cdc_worker.recover import Skips
 from cdc_worker.replication import Replication
+from cdc_worker.rules import Rules
 from cdc_worker.sink import Sink, Writing, Written
 from cdc_worker.transform import PREFIXES, Outcome, Transformer
 from cdc_worker.watch import INTERVAL as WATCH_INTERVAL
@@ -320,8 +322,14 @@ class Worker:
             rules = self._settings.rules(found)
             with closing(self._connect()) as connection:
                 catalog.check(connection, found, rules)
+                self._check_published(connection, rules)
                 setup.check_grants(connection, found, rules, postgres.server(connection).role)
-        except (errors.ProfileError, errors.CatalogMismatchError, errors.TargetUnusableError) as error:
+        except (
+            errors.ProfileError,
+            errors.CatalogMismatchError,
+            errors.PublicationError,
+            errors.TargetUnusableError,
+        ) as error:
             self._log.error("profile_refused", reason=str(error))
         except psycopg.errors.InsufficientPrivilege as error:
             self._log.error("profile_refused", reason=str(postgres.failure(error)))
@@ -448,6 +456,7 @@ class Worker:
             stop=self._stop,
             log=log,
             watch=self._watch,
+            look=self._look,
             partitions=partitions,
             on_unknown=self._warn_of_unknown,
             on_missing=self._warn_of_missing,
@@ -471,13 +480,26 @@ class Worker:
             self._reachable = True
         found, replica = slot.check_checkpoint(connection, settings.worker, settings.slot)
         self._slot, self._plugin = replica.name, replica.plugin
+        slot.check_plugin(replica, settings.plugin)
         self._check_owner(found)
         self._nonce = self._nonce or found.nonce
         # A column that an application renames while we run must not end what is recorded of all the others.
         tell = self._warn_of_misfits if self._started else None
         table = catalog.check(connection, self._profile, self._rules, tell=tell)
+        self._check_published(connection, self._rules)
         setup.check_grants(connection, self._profile, self._rules, server.role)
         return server, found, table
+
+    def _check_published(self, connection: postgres.Connection, rules: Rules) -> None:
+        """Raise PublicationError if the server leaves out changes of captured tables."""
+        if self._plugin == pgoutput.PLUGIN:
+            publication.check(connection, self._settings.publication_name, rules)
+
+    def _look(self, connection: postgres.Connection) -> None:
+        """See whether what is to be recorded is still all asked for."""
+        if self._partitions is not None:
+            self._partitions.look(connection)
+        self._check_published(connection, self._rules)
 
     def _read(
         self, stack: ExitStack, connection: postgres.Connection, found: Checkpoint, server: postgres.Server
@@ -500,9 +522,8 @@ class Worker:
             on_lost=self._warn_of_lost,
         )
         stack.callback(partitions.close)
-        publication = settings.publication_name
         options, optional = decoders.options(
-            self._plugin, self._rules, PREFIXES, publication=publication, without=partitions.others
+            self._plugin, self._rules, PREFIXES, publication=settings.publication_name, without=partitions.others
         )
         try:
             refused = replication.start(
@@ -687,6 +708,7 @@ class _Stream:
         stop: Stop,
         log: Logger,
         watch: Watch,
+        look: Callable[[postgres.Connection], None],
         partitions: Partitions,
         on_unknown: Callable[[Change], None],
         on_missing: Callable[[str, str, str], None],
@@ -714,6 +736,7 @@ class _Stream:
         self._resumed = sink.position
         self._on_unknown = on_unknown
         self._on_missing = on_missing
+        self._look = look
         self._partitions = partitions
         self._assembler = Assembler(
             sink.position.lsn,
@@ -985,7 +1008,7 @@ class _Stream:
         if self._to_look_at and now >= self._looked_at + WATCH_INTERVAL:
             self._looked_until, self._looked_after = self._received, self._totals.batches
             with suppress(Stopped), self._stop.interrupting():
-                self._watch.look(held_up=self._held_up, also=self._partitions.look)
+                self._watch.look(held_up=self._held_up, also=self._look)
             self._looked_at = time.monotonic()
             if overlooked := self._partitions.overlooked:
                 names = sorted(map(".".join, overlooked))
