@@ -174,12 +174,12 @@ LOCKS_AT_ONCE: Final = 4
 """So many relations a step locks at most."""
 
 
-def perform(connection: Connection, step: Step, *, patience: float = PATIENCE) -> list[str]:
+def perform(connection: Connection, step: Step, *, patience: float = PATIENCE, wait: int | None = None) -> list[str]:
     """Do a step, again and again until it gets its locks; returns the statements that were executed.
 
-    Raises ServerError when it doesn't in so many seconds.
+    Raises ServerError when it doesn't in so many seconds. `wait` is what is `brief`, where that is known.
     """
-    wait = brief(connection)
+    wait = brief(connection) if wait is None else wait
 
     def tell(state: RetryCallState) -> None:
         log.get().warning("waiting_for_lock", step=step.title, lock=step.lock, held_by=_holders(connection, step))
@@ -227,10 +227,11 @@ def performing(connection: Connection, steps: Iterable[Step]) -> Iterator[str]:
             warnings.append(f"note: {notice.message_primary}")
 
     connection.add_notice_handler(note)
+    wait = brief(connection)  # once: the server makes a list of all its settings for it
     try:
         for step in steps:
             try:
-                done = perform(connection, step)
+                done = perform(connection, step, wait=wait)
             except psycopg.errors.InsufficientPrivilege as error:
                 if not step.administrator:
                     raise

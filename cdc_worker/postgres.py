@@ -46,6 +46,7 @@ _PINNED: Final = {
     "extra_float_digits": "1",
     "intervalstyle": "postgres",
     "lc_monetary": "C",
+    "quote_all_identifiers": "off",  # in values that are names of relations and the like
     "standard_conforming_strings": "on",
     "statement_timeout": "0",
     "lock_timeout": "0",
@@ -93,10 +94,13 @@ def connect(dsn: str, worker: str, *, name: str | None = None) -> Connection:
     return _unlimited(_connect(dsn, worker, _WRITING, name=name, client_encoding="UTF8"))
 
 
+_LIFT: Final = """
+SELECT set_config(name, '0', false) FROM unnest(%s::text[]) name WHERE current_setting(name, true) IS NOT NULL
+"""
+
+
 def _unlimited(connection: Connection) -> Connection:
-    connection.execute(
-        "SELECT set_config(name, '0', false) FROM pg_settings WHERE name = ANY (%s)", (list(_UNLIMITED),)
-    )
+    connection.execute(_LIFT, (list(_UNLIMITED),))
     return connection
 
 
@@ -371,24 +375,26 @@ class Server:
     output_plugin_libraries: str | None
 
 
+# The server makes a list of all settings each time it is asked for some: it is asked once.
 _SERVER: Final = """
+WITH known AS MATERIALIZED (SELECT name, setting, reset_val, source FROM pg_settings)
 SELECT current_setting('server_version_num')::int, pg_is_in_recovery(),
        current_setting('wal_level'), current_setting('server_encoding'),
        coalesce((SELECT split_part(c, '=', 2)
                  FROM pg_db_role_setting s, unnest(s.setconfig) c
                  WHERE s.setrole = 0 AND c ILIKE 'timezone=%%'
                    AND s.setdatabase = (SELECT oid FROM pg_database WHERE datname = current_database())),
-                (SELECT reset_val FROM pg_settings WHERE name = 'TimeZone')),
+                (SELECT reset_val FROM known WHERE name = 'TimeZone')),
        current_user::text, current_database()::text, current_setting('synchronous_standby_names'),
        ARRAY(SELECT DISTINCT application_name FROM pg_stat_replication
              WHERE pid NOT IN (SELECT active_pid FROM pg_replication_slots
                                WHERE slot_type = 'logical' AND active_pid IS NOT NULL)
                  AND application_name <> 'pg_basebackup'),
        ARRAY(SELECT format('%%s = %%s', name, reset_val)
-             FROM pg_settings JOIN unnest(%s::text[], %s::text[]) AS asked (key, value) ON lower(name) = key
+             FROM known JOIN unnest(%s::text[], %s::text[]) AS asked (key, value) ON lower(name) = key
              WHERE split_part(reset_val, ',', 1) <> value  -- the order of a date's fields is left as it is
              ORDER BY 1),
-       (SELECT source FROM pg_settings WHERE name = 'default_transaction_read_only' AND setting = 'on'),
+       (SELECT source FROM known WHERE name = 'default_transaction_read_only' AND setting = 'on'),
        (SELECT rolreplication OR rolsuper FROM pg_roles WHERE rolname = current_user),
        CASE WHEN pg_has_role('pg_read_all_settings', 'USAGE') THEN current_setting('output_plugin_libraries', true)
             ELSE (SELECT substr(c, strpos(c, '=') + 1)

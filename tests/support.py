@@ -298,7 +298,9 @@ def make_crm(server: Cluster, directory: Path, *, template: str = "template1") -
     number = next(_numbers)
     name = f"crm_{number}"
     with psycopg.connect(server.dsn(), autocommit=True) as connection:
-        create = sql.SQL("CREATE DATABASE {} TEMPLATE {}")
+        # With files in memory it is a third of the work to copy them than to write them to the WAL, as from 15 on.
+        how = "STRATEGY file_copy" if connection.info.server_version >= 150000 else ""
+        create = sql.SQL("CREATE DATABASE {} TEMPLATE {} " + how)
         connection.execute(create.format(sql.Identifier(name), sql.Identifier(template)))
     crm = Crm(server.dsn(name), f"slot_{number}", directory)
     if template == "template1":

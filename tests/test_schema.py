@@ -83,10 +83,11 @@ def apply(crm: Crm, *files: str, user: str = "postgres") -> list[str]:
     """Run the files as setup does; returns the statements that were generated."""
     with postgres.connect(make_conninfo(crm.dsn, user=user), "test") as connection:
         connection.execute("SET search_path = public")
+        wait = ddl.brief(connection)
         return [
             statement
             for step in steps(*files)
-            for statement in ddl.perform(connection, step, patience=30)
+            for statement in ddl.perform(connection, step, patience=30, wait=wait)
             if step.generates
         ]
 
