@@ -33,44 +33,45 @@ if "TMPDIR" not in os.environ and MEMORY.is_dir() and shutil.disk_usage(MEMORY).
     tempfile.tempdir = str(MEMORY)
 
 
-NO_SERVER = "no server "
-
-
 @pytest.fixture(scope="session")
 def binaries() -> Binaries:
     """Server programs with a wal2json that fits them. Raises, and so fails, where there are none to be had."""
     return find_binaries()
 
 
-def _a_server(request: pytest.FixtureRequest) -> Cluster:
-    """A private cluster, or a container where CDC_TEST_SERVER=docker: that needs no server programs on this machine."""
-    match os.environ.get("CDC_TEST_SERVER"):
-        case "docker":
-            return ContainerServer()
-        case None | "":
-            return Cluster(request.getfixturevalue("binaries"))
-        case other:
-            raise ValueError(f'CDC_TEST_SERVER is "{other}": leave it out, or make it docker')
+NAMED = os.environ.get("CDC_TEST_SERVER") or None
 
 
 @pytest.fixture(scope="session")
-def server(request: pytest.FixtureRequest) -> Iterator[Cluster]:
+def server_name() -> str:
+    """Of the server for tests that need no certain one: see servers.py."""
+    return NAMED or "distribution"
+
+
+def _a_server(name: str, request: pytest.FixtureRequest) -> Cluster:
+    """A private cluster, or a container: that needs no server programs on this machine."""
+    match name:
+        case "docker":
+            return ContainerServer()
+        case "distribution":
+            return Cluster(request.getfixturevalue("binaries"))
+        case _ if name in servers.NAMES:
+            return servers.a_server(name)
+        case _:
+            raise ValueError(f'CDC_TEST_SERVER is "{name}": there are docker, {", ".join(servers.NAMES)}')
+
+
+@pytest.fixture(scope="session")
+def server(server_name: str, request: pytest.FixtureRequest) -> Iterator[Cluster]:
     """The server that most tests share: none may restart it or change its settings."""
-    with _a_server(request) as server:
+    with _a_server(server_name, request) as server:
         yield server
 
 
-@pytest.fixture(
-    scope="session",
-    params=[pytest.param(name, marks=() if name in servers.USUAL else pytest.mark.matrix) for name in servers.NAMES],
-)
+@pytest.fixture(scope="session", params=servers.EACH)
 def each_server(request: pytest.FixtureRequest) -> Iterator[Cluster]:
     """A server of each kind that this machine has: of the usual ones in `make test`, of all in `make matrix`."""
-    try:
-        found = servers.find(request.param)
-    except servers.Missing as missing:
-        pytest.skip(f"{NO_SERVER}{request.param}: {missing}")
-    with Cluster(found) as server:
+    with servers.a_server(request.param) as server:
         yield server
 
 
@@ -102,9 +103,9 @@ def new_crm(server: Cluster, tmp_path: Path, plugin: str) -> Iterator[Crm]:
 
 
 @pytest.fixture
-def own_server(request: pytest.FixtureRequest) -> Iterator[Cluster]:
+def own_server(server_name: str, request: pytest.FixtureRequest) -> Iterator[Cluster]:
     """A server that a test may crash, stop and set as it likes."""
-    with _a_server(request) as server:
+    with _a_server(server_name, request) as server:
         yield server
 
 
@@ -127,11 +128,28 @@ def seed() -> int:
     return number
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what holds on every server, for `make matrix`."""
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """What holds with either plugin does so on every server, which `make matrix` tries."""
+    either = any(mark.args[0] == "plugin" for mark in metafunc.definition.iter_markers("parametrize"))
+    if either and "server_name" in metafunc.fixturenames and NAMED is None:
+        first, *others = servers.NAMES
+        params = [first, *(pytest.param(name, marks=pytest.mark.matrix) for name in others)]
+        metafunc.parametrize("server_name", params, scope="session")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Mark what holds on every server, for `make matrix`, and leave out the plugin that a server doesn't have."""
+    kept: list[pytest.Item] = []
+    dropped: list[pytest.Item] = []
     for item in items:
-        if "each_server" in getattr(item, "fixturenames", ()):
+        params = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
+        if "each_server" in getattr(item, "fixturenames", ()) or "server_name" in params:
             item.add_marker("each_server")
+        name = params.get("each_server") or params.get("server_name") or NAMED
+        lacking = name in servers.WITH_PGOUTPUT_ALONE and params.get("plugin") == "wal2json"
+        (dropped if lacking else kept).append(item)
+    config.hook.pytest_deselected(items=dropped)
+    items[:] = kept
 
 
 @pytest.hookimpl(wrapper=True)
@@ -152,7 +170,7 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
     if not ran:
         return
     skipped = [report.longrepr[2] for report in terminalreporter.stats.get("skipped", ())]
-    missing = {reason.partition(NO_SERVER)[2] for reason in skipped if NO_SERVER in reason}
+    missing = {reason.partition(servers.NO_SERVER)[2] for reason in skipped if servers.NO_SERVER in reason}
     terminalreporter.section("servers")
     for origin, tests in sorted(ran.items()):
         terminalreporter.line(f"{tests:6} tests on {origin}")

@@ -1,18 +1,20 @@
 """Servers in containers, made of deploy/postgres.Dockerfile, in place of private clusters (CDC_TEST_SERVER=docker).
 
-The base image is postgres:15, or the one that CDC_TEST_BASE_IMAGE names.
+The base image is postgres:15, or the one that CDC_TEST_BASE_IMAGE names; `make matrix` takes those of each major.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, Final
 
-from docker.errors import DockerException  # type: ignore[import-untyped]  # it ships none
+import docker  # type: ignore[import-untyped]  # it ships none
+from docker.errors import DockerException  # type: ignore[import-untyped]
 from psycopg.pq import PGconn, Ping
 from testcontainers.core.container import DockerContainer
 from testcontainers.core.image import DockerImage
@@ -26,14 +28,26 @@ _HBA: Final = "/etc/pg_hba.conf"
 _SIGNALS: Final[dict[StopMode, str]] = {"smart": "SIGTERM", "fast": "SIGINT", "immediate": "SIGQUIT"}
 
 
+def default_base() -> str:
+    return os.environ.get("CDC_TEST_BASE_IMAGE") or "postgres:15"
+
+
 @cache
-def image() -> str:
+def answers() -> bool:
+    """Whether there is a Docker engine."""
+    try:
+        return bool(docker.from_env(timeout=5).ping())
+    except (DockerException, OSError):
+        return False
+
+
+@cache
+def image(base: str) -> str:
     """The server's image, built once a run. It is left there, for the next run to build from."""
-    base = os.environ.get("CDC_TEST_BASE_IMAGE") or "postgres:15"
     try:
         built = DockerImage(
             path=Path(__file__).parent.parent,
-            tag="cdc-worker-test-server:latest",
+            tag=f"cdc-worker-test-server:{re.sub('[^a-z0-9.]', '-', base)}",
             dockerfile_path="deploy/postgres.Dockerfile",
             buildargs={"POSTGRES_IMAGE": base},
         ).build()
@@ -48,9 +62,10 @@ def image() -> str:
 class ContainerServer(Cluster):
     """One server in a container, on a port of loopback that stays the same. Programs are run on this machine."""
 
-    def __init__(self) -> None:
+    def __init__(self, base: str | None = None, *, settings: Mapping[str, str] | None = None) -> None:
+        self.base = base or default_base()
         self.port = 0
-        self._settings = SETTINGS | {"listen_addresses": "*", "hba_file": _HBA}
+        self._settings = SETTINGS | {"listen_addresses": "*", "hba_file": _HBA} | dict(settings or {})
         self._hba = ["local all all trust", "host all all all trust"]
         self._container: DockerContainer | None = None
 
@@ -61,7 +76,7 @@ class ContainerServer(Cluster):
 
     @property
     def origin(self) -> str:
-        return f"containers of {image()}"
+        return f"containers of {self.base} with wal2json"
 
     @property
     def directory(self) -> Path:
@@ -133,7 +148,7 @@ class ContainerServer(Cluster):
     def _create(self) -> None:
         self.port = _free_port()
         container = DockerContainer(
-            image(),
+            image(self.base),
             command=f"postgres -c config_file={_CONFIG}",
             env={
                 "POSTGRES_HOST_AUTH_METHOD": "trust",

