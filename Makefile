@@ -2,8 +2,8 @@
 
 PYTHON ?= python3
 VENV := .venv
-# Much of the suite waits for servers and processes: three jobs keep two cores busy.
-JOBS ?= 3
+# Much of the suite waits for servers and processes: four jobs keep two cores busy.
+JOBS ?= 4
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test matrix chaos lint types bench format clean
