@@ -18,7 +18,7 @@ test: $(VENV)/.installed-dev ## Run the suite against private PostgreSQL servers
 	@$(VENV)/bin/python -m pytest -n $(JOBS) --dist worksteal $(PYTEST_ARGS)
 
 matrix: $(VENV)/.installed-dev ## Run what must hold on every server on all that this machine has: 14 to 18 (JOBS, PYTEST_ARGS)
-	@$(VENV)/bin/python -m pytest -n $(JOBS) --dist worksteal -m 'each_server and not chaos' $(PYTEST_ARGS)
+	@$(VENV)/bin/python -m pytest -n $(JOBS) --dist worksteal -m 'each_server and not chaos' -rfE $(PYTEST_ARGS)
 
 chaos: $(VENV)/.installed-dev ## Run the storms at their full length: kills, crashes, terminated connections (JOBS, PYTEST_ARGS)
 	@$(VENV)/bin/python -m pytest -n $(JOBS) --dist worksteal -m chaos $(PYTEST_ARGS)

@@ -157,7 +157,8 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
     """Note on which servers a test ran. What a report holds comes from the processes of pytest-xdist as well."""
     report = yield
     if call.when == "call":
-        used = {value.origin for value in getattr(item, "funcargs", {}).values() if isinstance(value, Cluster)}
+        values = [getattr(value, "cluster", value) for value in getattr(item, "funcargs", {}).values()]
+        used = {value.origin for value in values if isinstance(value, Cluster)}
         report.user_properties.extend(("server", origin) for origin in sorted(used))
     return report
 
@@ -170,9 +171,13 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
     if not ran:
         return
     skipped = [report.longrepr[2] for report in terminalreporter.stats.get("skipped", ())]
-    missing = {reason.partition(servers.NO_SERVER)[2] for reason in skipped if servers.NO_SERVER in reason}
+    missing: dict[str, set[str]] = {}
+    for reason in skipped:
+        if servers.NO_SERVER in reason:
+            name, _, why = reason.partition(servers.NO_SERVER)[2].partition(": ")
+            missing.setdefault(why, set()).add(name)
     terminalreporter.section("servers")
     for origin, tests in sorted(ran.items()):
         terminalreporter.line(f"{tests:6} tests on {origin}")
-    for reason in sorted(missing):
-        terminalreporter.line(f"     none on {reason}")
+    for why, names in sorted(missing.items()):
+        terminalreporter.line(f"     none on {', '.join(sorted(names))}: {why}")
