@@ -25,6 +25,7 @@ from psycopg.rows import TupleRow, dict_row
 from cdc_worker import config, profile
 from cdc_worker.cluster import Cluster
 from cdc_worker.ddl import schema
+from cdc_worker.decoders import PLUGINS
 from cdc_worker.setup import setup
 
 T = TypeVar("T")
@@ -45,6 +46,10 @@ def eventually(fact: Callable[[], T], *, what: str = "", patience: float = PATIE
 def storm(rounds: int, *, chaos: int) -> pytest.MarkDecorator:
     """Give a test its `rounds`: so many in `make test`, and so many in `make chaos`."""
     return pytest.mark.parametrize("rounds", [rounds, pytest.param(chaos, marks=pytest.mark.chaos)])
+
+
+either_plugin = pytest.mark.parametrize("plugin", PLUGINS)
+"""Let a test of a worker hold with each output plugin."""
 
 
 _numbers = itertools.count(1)
@@ -293,7 +298,7 @@ def leadfi(connection: psycopg.Connection[TupleRow]) -> None:
     connection.execute(schema("leadfi.sql").encode())
 
 
-def make_crm(server: Cluster, directory: Path, *, template: str = "template1") -> Crm:
+def make_crm(server: Cluster, directory: Path, *, template: str = "template1", plugin: str = "auto") -> Crm:
     """A new database with LeadFi's tables, unless the template has them."""
     number = next(_numbers)
     name = f"crm_{number}"
@@ -303,6 +308,8 @@ def make_crm(server: Cluster, directory: Path, *, template: str = "template1") -
         create = sql.SQL("CREATE DATABASE {} TEMPLATE {} " + how)
         connection.execute(create.format(sql.Identifier(name), sql.Identifier(template)))
     crm = Crm(server.dsn(name), f"slot_{number}", directory)
+    if plugin != "auto":
+        crm.settings["plugin"] = plugin
     if template == "template1":
         leadfi(crm.connection)
     return crm
@@ -328,17 +335,19 @@ def _template(server: Cluster, directory: Path) -> str:
 
 
 @contextmanager
-def crm_on(server: Cluster, directory: Path, *, prepared: bool = False, begun: bool = True) -> Iterator[Crm]:
+def crm_on(
+    server: Cluster, directory: Path, *, prepared: bool = False, begun: bool = True, plugin: str = "auto"
+) -> Iterator[Crm]:
     """A new database with LeadFi's tables, which is dropped afterwards, and its slots with it.
 
     It is set up if `prepared`; but for slot and checkpoint if it has not `begun`.
     """
     if prepared:
-        crm = make_crm(server, directory, template=_template(server, directory))
+        crm = make_crm(server, directory, template=_template(server, directory), plugin=plugin)
         if begun:
             crm.setup()
     else:
-        crm = make_crm(server, directory)
+        crm = make_crm(server, directory, plugin=plugin)
     try:
         yield crm
     finally:

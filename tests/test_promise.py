@@ -14,10 +14,12 @@ from contextlib import contextmanager
 import psycopg
 import pytest
 from psycopg.rows import TupleRow
-from support import Crm, eventually, storm
+from support import Crm, either_plugin, eventually, storm
 
 from cdc_worker import shadow
 from cdc_worker.cluster import Cluster
+
+pytestmark = either_plugin
 
 STATUSES = ("1. lead generated", "2. proposal", "3. negotiation", "6. closed won", "7. lost", None)
 

@@ -7,7 +7,9 @@ import json
 import psycopg
 import pytest
 from psycopg import sql
-from support import Crm, eventually, leadfi
+from support import Crm, either_plugin, eventually, leadfi
+
+pytestmark = either_plugin
 
 
 def test_a_transaction_becomes_activities_in_the_order_of_its_changes(crm: Crm) -> None:

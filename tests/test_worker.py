@@ -7,10 +7,12 @@ from typing import LiteralString
 
 import psycopg
 import pytest
-from support import Crm, eventually
+from support import Crm, either_plugin, eventually
 
 from cdc_worker import shadow
 from cdc_worker.cluster import Cluster
+
+pytestmark = either_plugin
 
 WALSENDER = "SELECT active_pid FROM pg_replication_slots WHERE slot_name = %s"
 UPDATES = "SELECT n_tup_upd FROM pg_stat_user_tables WHERE relname = 'checkpoint'"
@@ -147,7 +149,7 @@ def test_what_is_there_already_is_done_already(crm: Crm) -> None:
     before = crm.activities()
     crm.execute("UPDATE cdc_worker.checkpoint SET lsn = %s::pg_lsn, slot = slot || '_again'", position)
     crm.execute("UPDATE lead SET title = 'CTO'")
-    crm.record(slot=f"{crm.slot}_again", name=crm.slot)
+    crm.record(slot=f"{crm.slot}_again", name=crm.slot, publication=crm.slot)
     assert crm.activities()[: len(before)] == before
     assert crm.types()[len(before) :] == ["lead_updated"] * 300
     assert crm.value("SELECT count(*) FROM cdc_worker.dead_letter") == 0
