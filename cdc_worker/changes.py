@@ -320,6 +320,8 @@ class Assembler:
                 self._let_go()
             if message.end_lsn is not None and message.end_lsn != begin.end_lsn:
                 begin = msgspec.structs.replace(begin, end_lsn=message.end_lsn)
+                if self._first and self._received:
+                    self._received[0] = Received(self._line(begin, self._received[0].payload))
             self.received = max(self.received, begin.end_lsn)
             if dealt_with or (self._first and not self._changes and not self._marked):  # nothing of ours happened in it
                 self._messages = []
