@@ -57,8 +57,8 @@ def test_long_texts_take_little_memory(bare_crm: Crm, tmp_path: Path) -> None:
     tell_texts(crm, tmp_path)
     crm.execute(
         "UPDATE lead SET background = told, notes = reverse(told) FROM"
-        " (SELECT n, string_agg(md5(n || '.' || k), '') AS told"
-        "  FROM generate_series(1, 1000) n, generate_series(1, 640) k GROUP BY n) AS texts WHERE lead_id = n"
+        " (SELECT n, string_agg(encode(sha512((n || '.' || k)::bytea), 'hex'), '') AS told"
+        "  FROM generate_series(1, 1000) n, generate_series(1, 160) k GROUP BY n) AS texts WHERE lead_id = n"
     )
     crm.setup()
     with crm.worker() as worker:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from datetime import date, datetime, time, timedelta
 from typing import Any, LiteralString
 
 import psycopg
 import pytest
 from psycopg import sql
-from support import Crm
+from support import Crm, crm_on
 
 from cdc_worker import ddl, postgres
+from cdc_worker.cluster import Cluster
 
 VIEWS = ("v_manual_activities", "v_system_activities", "v_lead_timeline", "v_customer_timeline")
 
@@ -36,12 +38,16 @@ def apply(crm: Crm, name: str) -> tuple[list[str], list[str | None]]:
     return generated, warnings
 
 
-@pytest.fixture
-def views(crm: Crm) -> Crm:
-    """A database with the views and functions."""
+def with_views(crm: Crm) -> Crm:
     for name in ("040_leadfi_indexes.sql", "060_leadfi_functions.sql", "070_leadfi_views.sql"):
         apply(crm, name)
     return crm
+
+
+@pytest.fixture
+def views(crm: Crm) -> Crm:
+    """A database with the views and functions."""
+    return with_views(crm)
 
 
 def write(crm: Crm, **columns: Any) -> int:
@@ -193,19 +199,23 @@ def test_metadata_may_have_any_shape(views: Crm, metadata: str | None) -> None:
 # What they cost
 
 
-@pytest.fixture
-def filled(views: Crm) -> Crm:
-    """Two years of activities, of 2,000 leads and 500 customers."""
-    views.add_leads(2_000)
-    views.execute("INSERT INTO customer (customer_uid, name) SELECT n, 'Customer ' || n FROM generate_series(1, 500) n")
-    views.execute(
-        "INSERT INTO activity (lead_id, customer_uid, activity_type, activity_category, change_key, date_created)"
-        " SELECT n %% 2000 + 1, CASE WHEN n %% 4 = 0 THEN n %% 500 + 1 END, 'call', categories[n %% 3 + 1],"
-        "        CASE n %% 3 WHEN 1 THEN 'w/' || n END, now()::timestamp - n * interval '20 minutes'"
-        " FROM generate_series(1, 50000) n, (SELECT '{manual, system, automated}'::text[] AS categories) c"
-    )
-    views.execute("VACUUM ANALYZE activity, lead, customer")
-    return views
+@pytest.fixture(scope="module")
+def filled(server: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Crm]:
+    """Two years of activities, of 2,000 leads and 500 customers, to be looked at only."""
+    with crm_on(server, tmp_path_factory.mktemp("filled"), prepared=True) as crm:
+        views = with_views(crm)
+        views.add_leads(2_000)
+        views.execute(
+            "INSERT INTO customer (customer_uid, name) SELECT n, 'Customer ' || n FROM generate_series(1, 500) n"
+        )
+        views.execute(
+            "INSERT INTO activity (lead_id, customer_uid, activity_type, activity_category, change_key, date_created)"
+            " SELECT n %% 2000 + 1, CASE WHEN n %% 4 = 0 THEN n %% 500 + 1 END, 'call', categories[n %% 3 + 1],"
+            "        CASE n %% 3 WHEN 1 THEN 'w/' || n END, now()::timestamp - n * interval '20 minutes'"
+            " FROM generate_series(1, 50000) n, (SELECT '{manual, system, automated}'::text[] AS categories) c"
+        )
+        views.execute("VACUUM ANALYZE activity, lead, customer")
+        yield views
 
 
 @pytest.mark.parametrize(
