@@ -431,6 +431,12 @@ def plugin_error(
     other = next(each for each in PLUGINS if each != plugin)
     way = f"to go on with {other}: cdc-worker switch-plugin" if slot else f"name {other} in CDC_WORKER_PLUGIN"
     install = f"for example: apt-get install postgresql-{server.version // 10000}-wal2json"
+    if error.sqlstate == "58P01" and plugin == pgoutput.PLUGIN:
+        hint = (
+            "as a superuser, with what else stands there: ALTER SYSTEM SET dynamic_library_path = '$libdir';"
+            " SELECT pg_reload_conf()"
+        )
+        return errors.PluginMissingError(f"the server has no output plugin {plugin}", hint=hint)
     if error.sqlstate == "58P01":
         return errors.PluginMissingError(
             f"the server has no output plugin {plugin}", hint=f"{way}; or install {plugin} there, {install}"

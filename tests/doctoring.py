@@ -59,6 +59,8 @@ def mend(crm: Crm, fix: str, *, server: Cluster | None = None) -> None:
             crm.connection.execute(step.encode())
         elif step.startswith("cdc-worker "):
             crm.succeed(*shlex.split(step)[1:], dsn=crm.dsn)
+        elif named := re.fullmatch(r"name (\w+) in CDC_WORKER_(PLUGIN|PUBLICATION)", step):
+            crm.settings[named[2].lower()] = named[1]
         elif named := re.fullmatch(r"name (.+) in CDC_WORKER_DSN", step):
             crm.settings["dsn"] = make_conninfo(crm.settings.get("dsn", crm.dsn), dbname=shlex.split(named[1])[0])
         elif step == "restart the server":

@@ -267,8 +267,9 @@ def without_wal2json(server: Cluster) -> Iterator[None]:
 def test_no_wal2json_on_a_server_that_never_had_it(binaries: Binaries, tmp_path: Path) -> None:
     bare = Cluster(replace(binaries, plugin_dir=None), settings={"dynamic_library_path": "/nowhere"})
     with bare as server, crm_on(server, tmp_path) as crm:
-        said, hint = one_error(crm, ["setup"], 1)
+        said, hint = one_error(crm, ["setup"], 1, plugin="wal2json")
         assert said == "the server has no output plugin wal2json"
+        assert hint.startswith("name pgoutput in CDC_WORKER_PLUGIN; or install wal2json there, ")
         assert hint.endswith(f"apt-get install postgresql-{binaries.version.split('.')[0]}-wal2json")
 
 
@@ -292,7 +293,7 @@ def newest() -> Iterator[Cluster]:
 
 def test_wal2json_is_refused_to_setup(newest: Cluster, tmp_path: Path) -> None:
     with crm_on(newest, tmp_path) as crm, role(crm, "SUPERUSER", granted=False):
-        said, hint = one_error(crm, ["setup"], 1)
+        said, hint = one_error(crm, ["setup"], 1, plugin="wal2json")
         assert said == (
             "the server refuses the output plugin wal2json: output_plugin_libraries is pgoutput, test_decoding"
         )

@@ -24,6 +24,7 @@ from support import GRANTS, Crm, crm_on, eventually, having, leadfi, role
 
 from cdc_worker import binaries as packages
 from cdc_worker import errors, postgres, server_checks
+from cdc_worker.checks import Finding
 from cdc_worker.cluster import Binaries, Cluster, find_binaries
 
 
@@ -209,14 +210,23 @@ def test_the_plugin_is_known_to_be_there_though_a_transaction_holds_up_the_slot(
 
 @pytest.mark.parametrize("installed", [True, False])
 def test_no_plugin(spare: Cluster, spare_crm: Crm, installed: bool) -> None:
+    spare_crm.settings["plugin"] = "wal2json"
     if installed:
         spare_crm.setup()
     with having(spare, dynamic_library_path="/nowhere"):
-        found = ailing(spare_crm, "plugin")
+        found, *unreadable = findings(spare_crm, "plugin")
         assert found.message == "the server has no output plugin wal2json"
         assert found.fix
         assert found.fix.endswith(f"apt-get install postgresql-{spare.binaries.version.split('.')[0]}-wal2json")
+        assert len(unreadable) == installed
     assert healthy(spare_crm, "plugin")
+
+
+def test_a_server_that_does_not_look_where_its_own_plugin_is(spare: Cluster, spare_crm: Crm) -> None:
+    spare_crm.settings["plugin"] = "pgoutput"
+    with having(spare, dynamic_library_path="/nowhere"):
+        found = cure(spare_crm, "plugin")
+    assert found.message == "the server has no output plugin pgoutput"
 
 
 def test_a_plugin_that_is_too_old(spare: Cluster, spare_crm: Crm) -> None:
@@ -227,7 +237,7 @@ def test_a_plugin_that_is_too_old(spare: Cluster, spare_crm: Crm) -> None:
     shutil.copy(spare.binaries.bindir.parent / "lib/test_decoding.so", old / "wal2json.so")
     shutil.chown(spare.directory, "nobody") if os.geteuid() == 0 else None
     with having(spare, dynamic_library_path=str(old)):
-        found = ailing(spare_crm, "plugin")
+        found, _ = findings(spare_crm, "plugin")
         assert found.message.startswith("the server's wal2json is too old, for 2.0 or later is needed: option ")
         done = spare_crm.command("run", "--once")
         assert f"error: {found.message}\nhint: {found.fix}\n" in done.stderr
@@ -242,24 +252,51 @@ def newest() -> Iterator[Cluster]:
         yield server
 
 
-def test_a_plugin_that_is_refused(newest: Cluster, tmp_path: Path) -> None:
+def test_where_wal2json_is_refused_pgoutput_will_do(newest: Cluster, tmp_path: Path) -> None:
+    with crm_on(newest, tmp_path) as crm:
+        assert said(crm, "plugin") == (
+            "pgoutput, for the server refuses the output plugin wal2json:"
+            " output_plugin_libraries is pgoutput, test_decoding"
+        )
+
+
+@pytest.mark.parametrize("way", [0, 1], ids=["pgoutput", "wal2json"])
+def test_a_plugin_that_is_refused(newest: Cluster, tmp_path: Path, way: int) -> None:
     with crm_on(newest, tmp_path) as crm, role(crm, "SUPERUSER", granted=False):
-        found = cure(crm, "plugin")
+        crm.settings["plugin"] = "wal2json"
+        found = ailing(crm, "plugin")
         assert found.message.endswith("output_plugin_libraries is pgoutput, test_decoding")
+        mend(crm, ways(found)[way])
+        assert healthy(crm, "plugin")
 
 
-def test_a_plugin_that_is_refused_to_a_slot_that_is_there(newest: Cluster, tmp_path: Path) -> None:
+def ways(found: Finding) -> list[str]:
+    """The ways out that a fix names."""
+    return (found.fix or "").split("; ")
+
+
+@pytest.mark.parametrize("way", [0, 1], ids=["pgoutput", "wal2json"])
+def test_a_plugin_that_is_refused_to_a_slot_that_is_there(newest: Cluster, tmp_path: Path, way: int) -> None:
     """As after an upgrade of the server. The role may not see the setting."""
     with crm_on(newest, tmp_path) as crm:
         crm.execute("ALTER ROLE postgres SET output_plugin_libraries = pgoutput, wal2json")
         crm.setup()
-        try:
-            with role(crm):
-                found = cure(crm, "plugin")
-                assert found.message.endswith("output_plugin_libraries doesn't name it")
-                assert said(crm, "plugin").endswith(f'which can read the slot "{crm.slot}"')
-        finally:
-            crm.execute("ALTER ROLE postgres RESET output_plugin_libraries")
+        crm.add_leads(1)
+        crm.execute("ALTER ROLE postgres RESET output_plugin_libraries")
+        with role(crm):
+            refused, kept = findings(crm, "plugin")
+            assert refused.message.endswith("output_plugin_libraries doesn't name it")
+            assert re.fullmatch(
+                rf'nobody can read the slot "{crm.slot}" like this, and the server keeps [\d,]+ bytes of WAL for it,'
+                " more and more",
+                kept.message,
+            )
+            assert ways(refused) == ways(kept)
+            mend(crm, ways(refused)[way])
+            slot = crm.value("SELECT slot FROM cdc_worker.checkpoint")
+            assert said(crm, "plugin").endswith(f'which can read the slot "{slot}"')
+            crm.record()
+        assert crm.types() == ["lead_created"]
 
 
 # The role

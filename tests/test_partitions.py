@@ -408,6 +408,7 @@ def test_what_the_plugin_drops_of_others_is_no_alarm(deals: Crm) -> None:
     with deals.worker() as worker:
         worker.wait_for("replication_started")
         deals.execute("CREATE TABLE alone (id int); INSERT INTO alone VALUES (1); UPDATE alone SET id = 2")
+        deals.connection.execute(f"DROP PUBLICATION {deals.slot}".encode())  # which would make the UPDATE fail
         deals.execute("ALTER TABLE deal_north REPLICA IDENTITY NOTHING")
         deals.execute("INSERT INTO deal (id, region) VALUES (1, 'north')")
         deals.execute("UPDATE deal SET amount = 1")
