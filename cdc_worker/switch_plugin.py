@@ -118,6 +118,13 @@ FROM pg_replication_slots, (
 WHERE slot_name = %s
 """
 
+
+def published(connection: Connection, name: str, publication: str) -> bool:
+    """Whether all that a slot has still to read was written after the publication had come to be as it is."""
+    (known,) = fetch_one(connection, _PUBLISHED, publication, publication, name)
+    return bool(known)
+
+
 _DROP: Final = "SELECT pg_drop_replication_slot(%s)"
 
 _COPY: Final = "SELECT lsn FROM pg_copy_logical_replication_slot(%s, %s, %s, %s)"
@@ -155,16 +162,15 @@ class _Switch:
     @property
     def new(self) -> str:
         """The copy's name."""
-        base = self.settings.slot
-        named = dict(zip(decoders.PLUGINS, slot.names(base)[1:], strict=True))
-        return named[self.plugin] if named[self.plugin] != self.old.name else base
+        names = slot.names(self.settings.slot)
+        named = dict(zip(decoders.PLUGINS, names[1:], strict=True))
+        return next(name for name in (named[self.plugin], *names) if name != self.old.name)
 
     def wait_until_published(self, *, wait: bool) -> None:
         """Have the worker come to where all that the slot has still to read is published. Raises PublicationError."""
         connection, name = self.connection, self.old.name
-        publication = self.settings.publication_name
         deadline = time.monotonic() + PATIENCE
-        while fetch_one(connection, _PUBLISHED, publication, publication, name) != (True,):
+        while not published(connection, name, self.settings.publication_name):
             found = slot.read(connection, name)
             running = found is not None and found.active_pid is not None
             if not (wait and running) or time.monotonic() > deadline:

@@ -1,0 +1,522 @@
+"""Switching the plugin, on real servers: nothing is lost or comes twice, wherever it is interrupted."""
+
+from __future__ import annotations
+
+import re
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+
+import psycopg
+import pytest
+import servers
+from doctoring import healthy
+from support import Crm, WorkerProcess, crm_on, eventually, role, stranger
+from test_promise import Writers, recorded_exactly
+
+from cdc_worker import config, errors, profile, shadow, slot
+from cdc_worker.cluster import Binaries, Cluster
+from cdc_worker.switch_plugin import published, spare, switch_plugin
+
+Slots = dict[str, str]
+
+
+def switching(crm: Crm, plugin: str | None = None, *, dry_run: bool = False) -> Iterator[str]:
+    """What the command does, in this process."""
+    settings = config.load(None, {"dsn": crm.dsn, "slot": crm.slot} | crm.settings)
+    return switch_plugin(settings, profile.load(settings.profile), plugin, dry_run=dry_run)
+
+
+def switch(crm: Crm, plugin: str | None = None) -> list[str]:
+    """Switch; returns what is told."""
+    return [*switching(crm, plugin)]
+
+
+def refused(crm: Crm, kind: type[errors.CdcWorkerError], plugin: str | None = None) -> tuple[str, str]:
+    """What is told where it can't be switched, of which nothing is left."""
+    before = slots(crm), state(crm)
+    with pytest.raises(kind) as caught:
+        switch(crm, plugin)
+    assert (slots(crm), state(crm)) == before
+    return str(caught.value), caught.value.hint or ""
+
+
+def slots(crm: Crm) -> Slots:
+    """The slots of the database, with their plugins."""
+    return dict(
+        crm.execute(
+            "SELECT slot_name::text, plugin::text FROM pg_replication_slots WHERE database = current_database()"
+        )
+    )
+
+
+def state(crm: Crm) -> tuple[str | None, ...]:
+    """What the checkpoint says of slots."""
+    (found,) = crm.execute(
+        "SELECT slot, plugin, spare_slot, nonce::text, slot_created_at::text FROM cdc_worker.checkpoint"
+    )
+    return found
+
+
+def settled(crm: Crm, plugin: str) -> None:
+    """Assert that there is one slot, of this plugin, and that it is the worker's."""
+    ((name, found),) = slots(crm).items()
+    assert found == plugin
+    assert state(crm)[:3] == (name, plugin, None)
+
+
+def leads(crm: Crm) -> list[int]:
+    """Whose creation is recorded, in order."""
+    return [activity["lead_id"] for activity in crm.activities() if activity["activity_type"] == "lead_created"]
+
+
+def complete(crm: Crm) -> bool:
+    """Whether the creation of each lead is recorded, once."""
+    return leads(crm) == [lead for (lead,) in crm.execute("SELECT lead_id FROM lead ORDER BY lead_id")]
+
+
+@contextmanager
+def streaming(crm: Crm) -> Iterator[WorkerProcess]:
+    """A worker that runs, and is asked to end."""
+    with crm.worker() as worker:
+        worker.wait_for("replication_started")
+        yield worker
+        assert worker.terminate() == 0, worker.said
+
+
+def running(crm: Crm, *arguments: str) -> WorkerProcess:
+    """Start `cdc-worker switch-plugin`."""
+    return WorkerProcess(["switch-plugin", *arguments], crm.environment(), crm.directory / "switch.log")
+
+
+# Names
+
+
+def test_a_copy_is_named_for_its_plugin() -> None:
+    assert slot.names("crm") == ("crm", "crm_wal2json", "crm_pgoutput")
+    assert slot.names("x" * 63) == ("x" * 63, "x" * 54 + "_wal2json", "x" * 54 + "_pgoutput")
+
+
+def test_every_name_is_of_another_slot_also_where_it_is_cut(crm: Crm) -> None:
+    long = "x" * 54 + "_pgoutput"
+    crm.execute("SELECT pg_drop_replication_slot(%s)", crm.slot)
+    crm.settings["slot"] = long
+    crm.setup()
+    for name, plugin in (("x" * 54 + "_wal2json", "pgoutput"), (long, "wal2json")):
+        switch(crm)
+        assert slots(crm) == {name: plugin}
+
+
+# Under load
+
+
+def test_a_worker_under_load_is_switched_there_and_back_and_goes_on_by_itself(crm: Crm, seed: int) -> None:
+    shadow.install(crm.connection)
+    with streaming(crm) as worker, Writers(crm, seed) as writers:
+        for number, plugin in enumerate(("pgoutput", "wal2json", "pgoutput"), start=2):
+            switch(crm)
+            eventually(lambda: len(worker.events("replication_started")) == number)  # noqa: B023  # at once
+            count = crm.value("SELECT count(*) FROM activity")
+            eventually(lambda: crm.value("SELECT count(*) FROM activity") > count + 20)  # noqa: B023
+            settled(crm, plugin)
+        assert worker.events("connection_lost") == []
+        assert [event["plugin"] for event in worker.events("replication_started")] == [
+            *("wal2json", "pgoutput", "wal2json", "pgoutput")
+        ]
+    assert writers.commits > 50
+    recorded_exactly(crm)
+    settled(crm, "pgoutput")
+
+
+def test_a_quiet_worker_hears_of_it_and_one_that_stands_by_does_when_it_takes_over(crm: Crm) -> None:
+    with crm.worker() as active:
+        active.wait_for("replication_started")
+        with crm.worker() as standby:
+            standby.wait_for("waiting_for_slot")
+            assert switch(crm)[-1] == f'slot "{crm.slot}" is dropped'
+            eventually(lambda: len(active.events("replication_started")) == 2)
+            crm.add_leads(1)
+            eventually(lambda: complete(crm))
+            active.kill()
+            eventually(lambda: standby.events("replication_started"))
+            crm.add_leads(1)
+            eventually(lambda: complete(crm))
+            assert standby.terminate() == 0
+    settled(crm, "pgoutput")
+
+
+def test_a_worker_that_does_not_answer_is_ended_and_goes_on_when_it_wakes_up(
+    crm: Crm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cdc_worker.switch_plugin.FAREWELL", 0.5)
+    with crm.worker() as worker:
+        worker.wait_for("replication_started")
+        worker.process.send_signal(signal.SIGSTOP)
+        try:
+            switch(crm)
+        finally:
+            worker.process.send_signal(signal.SIGCONT)
+        settled(crm, "pgoutput")
+        crm.add_leads(2)
+        eventually(lambda: complete(crm))
+        assert worker.terminate() == 0
+
+
+# Within a commit
+
+MANY = 12_000
+"""So many leads are not written at once."""
+
+
+def within_a_commit(crm: Crm, worker: WorkerProcess) -> None:
+    """Come to where a part of a large commit is written."""
+    crm.add_leads(MANY)
+    eventually(lambda: crm.value("SELECT changes FROM cdc_worker.checkpoint"))
+    worker.process.send_signal(signal.SIGSTOP)
+
+
+def test_within_a_large_commit_it_waits_for_the_end(crm: Crm) -> None:
+    with streaming(crm) as worker:
+        within_a_commit(crm, worker)
+        with running(crm) as switching:
+            eventually(lambda: "waiting: of the commit at" in switching.printed.read_text())
+            assert state(crm)[0] == crm.slot
+            worker.process.send_signal(signal.SIGCONT)
+            assert switching.wait() == 0, switching.said
+        eventually(lambda: complete(crm))
+    settled(crm, "pgoutput")
+
+
+def test_within_a_commit_that_nobody_goes_on_with_it_is_refused(crm: Crm, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cdc_worker.switch_plugin.ABSENCE", 0.5)
+    with crm.worker() as worker:
+        within_a_commit(crm, worker)
+        worker.kill()
+    eventually(lambda: crm.reader() is None)
+    before = slots(crm)
+    with pytest.raises(errors.NotRunningError, match="a part is written, and no worker writes the rest"):
+        switch(crm)
+    assert slots(crm) == before
+    assert state(crm)[2] is None
+    crm.record()
+    switch(crm)
+    crm.record()
+    assert complete(crm)
+
+
+# Interrupted
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3])
+def test_interrupted_after_any_step_it_is_gone_on_with(crm: Crm, steps: int) -> None:
+    for plugin in ("pgoutput", "wal2json"):
+        crm.add_leads(1)
+        generator = switching(crm, plugin)
+        assert len([*islice(generator, steps)]) == steps
+        crm.execute(
+            "SELECT pg_terminate_backend(pid, 10000) FROM pg_locks JOIN pg_database d ON d.oid = database"
+            " WHERE locktype = 'advisory' AND datname = current_database()"
+        )
+        with pytest.raises(psycopg.OperationalError):
+            next(generator)
+        assert len(slots(crm)) == (1 if steps == 3 else 2)
+        crm.add_leads(1)
+        switch(crm, plugin)
+        settled(crm, plugin)
+        crm.add_leads(1)
+        crm.record()
+        assert complete(crm)
+
+
+LOCKS = {
+    "before anything is done": "FOR UPDATE",
+    "before the checkpoint moves": "FOR KEY SHARE",
+}
+
+
+@pytest.mark.parametrize("strength", LOCKS.values(), ids=LOCKS)
+def test_killed_while_it_waits_it_is_gone_on_with(crm: Crm, strength: str) -> None:
+    crm.add_leads(1)
+    with streaming(crm):
+        eventually(lambda: complete(crm))
+        with psycopg.connect(crm.dsn) as locking, running(crm) as killed:
+            locking.execute(f"SELECT 1 FROM cdc_worker.checkpoint {strength}".encode())
+            eventually(
+                lambda: crm.value(
+                    "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock'"
+                    " AND query LIKE '%%cdc_worker.checkpoint%%' AND datname = current_database()"
+                )
+            )
+            killed.kill()
+        assert len(slots(crm)) == (1 if strength == "FOR UPDATE" else 2)
+        assert state(crm)[0] == crm.slot
+        crm.add_leads(1)
+        switch(crm)
+        settled(crm, "pgoutput")
+        crm.add_leads(1)
+        eventually(lambda: complete(crm))
+
+
+def test_killed_before_the_slot_from_before_is_dropped_it_is_gone_on_with(crm: Crm) -> None:
+    with crm.worker() as worker:
+        worker.wait_for("replication_started")
+        worker.process.send_signal(signal.SIGSTOP)
+        with running(crm) as killed:
+            eventually(lambda: state(crm)[0] == f"{crm.slot}_pgoutput")
+            killed.kill()
+        worker.process.send_signal(signal.SIGCONT)
+        assert slots(crm) == {crm.slot: "wal2json", f"{crm.slot}_pgoutput": "pgoutput"}
+        assert spare(crm.connection, crm.slot) == crm.slot
+        crm.add_leads(1)
+        assert switch(crm, "pgoutput") == [
+            f'slot "{crm.slot}" is dropped',
+            f'nothing to do: slot "{crm.slot}_pgoutput" is of pgoutput',
+        ]
+        settled(crm, "pgoutput")
+        eventually(lambda: complete(crm))
+        assert worker.terminate() == 0
+
+
+def test_what_has_become_another_workers_is_not_dropped(crm: Crm) -> None:
+    switch(crm)
+    crm.execute("UPDATE cdc_worker.checkpoint SET spare_slot = %s", crm.slot)  # killed right after it was dropped
+    with_another = crm.settings | {"name": "other"}
+    crm.settings, own = with_another, crm.settings
+    crm.setup()
+    crm.settings = own
+    assert crm.slot in slots(crm)
+    switch(crm)
+    assert slots(crm) == {crm.slot: slots(crm)[crm.slot], f"{crm.slot}_wal2json": "wal2json"}
+
+
+# The publication
+
+
+@pytest.mark.parametrize("statement", ["DROP PUBLICATION {}", "ALTER PUBLICATION {} DROP TABLE lead"])
+def test_what_was_written_before_it_was_published_is_not_left_out(crm: Crm, statement: str) -> None:
+    """The second would go wrong without a word: pgoutput leaves out what wasn't in the publication by then."""
+    crm.connection.execute(statement.format(crm.slot).encode())
+    said, hint = refused(crm, errors.PublicationError)
+    assert said.startswith(f'the publication "{crm.slot}" ')
+    assert hint == "run: cdc-worker setup"
+    crm.add_leads(2)
+    crm.setup()
+    said, hint = refused(crm, errors.PublicationError)
+    assert said == (
+        f'slot "{crm.slot}" has still to read what was written before the publication "{crm.slot}" was as it is:'
+        " pgoutput would leave out changes"
+    )
+    assert hint == "run: cdc-worker run, and beside it the same again"
+    with streaming(crm):
+        switch(crm)
+        crm.add_leads(1)
+        eventually(lambda: complete(crm))
+    settled(crm, "pgoutput")
+
+
+def test_a_transaction_that_began_before_it_was_published_is_not_left_out(crm: Crm) -> None:
+    crm.connection.execute(f"ALTER PUBLICATION {crm.slot} DROP TABLE lead".encode())
+    with streaming(crm), psycopg.connect(crm.dsn) as application:
+        application.execute("INSERT INTO lead (full_name, source, bd_in_charge, type) VALUES ('Ann', 's', 'b', 't')")
+        crm.connection.execute(f"ALTER PUBLICATION {crm.slot} ADD TABLE lead".encode())
+        with running(crm) as switching:
+            time.sleep(1)  # it could be through by then
+            assert switching.process.poll() is None
+            assert state(crm)[0] == crm.slot
+            application.commit()
+            assert switching.wait() == 0, switching.said
+        eventually(lambda: complete(crm))
+    settled(crm, "pgoutput")
+
+
+# Refused
+
+
+def test_what_would_be_done_is_tried_without_a_trace(crm: Crm) -> None:
+    with streaming(crm):
+        before = slots(crm), state(crm)
+        assert [*switching(crm, dry_run=True)] == [
+            f'slot "{crm.slot}" would be copied to "{crm.slot}_pgoutput" with pgoutput',
+            f'worker "{crm.slot}" would go on with that, and slot "{crm.slot}" would be dropped',
+        ]
+        assert (slots(crm), state(crm)) == before
+
+
+def test_a_slot_of_the_copys_name_is_not_touched(crm: Crm) -> None:
+    name = f"{crm.slot}_pgoutput"
+    crm.execute("SELECT pg_create_logical_replication_slot(%s, 'pgoutput')", name)
+    said, hint = refused(crm, errors.SlotMismatchError)
+    assert said == f'slot "{name}" is there, and is not known to be this worker\'s'
+    assert hint == f"see whose it is; if nobody needs it: SELECT pg_drop_replication_slot('{name}')"
+    crm.connection.execute(hint.partition("needs it: ")[2].encode())
+    switch(crm)
+    settled(crm, "pgoutput")
+
+
+def test_settings_that_name_the_other_plugin(crm: Crm) -> None:
+    crm.settings["plugin"] = "wal2json"
+    assert switch(crm) == [f'nothing to do: slot "{crm.slot}" is of wal2json']
+    said, hint = refused(crm, errors.SettingsError, "pgoutput")
+    assert said == 'the settings name the plugin "wal2json": with pgoutput the worker would refuse its slot'
+    assert hint.startswith('leave out CDC_WORKER_PLUGIN, or name "pgoutput" there')
+    crm.settings["plugin"] = "pgoutput"
+    done = crm.command("run", "--once")
+    assert done.returncode == errors.SlotMismatchError.exit_code
+    assert "hint: run: cdc-worker switch-plugin" in done.stderr
+    switch(crm)
+    settled(crm, "pgoutput")
+    crm.record()
+
+
+def test_a_slot_that_a_stranger_reads(server: Cluster, crm: Crm) -> None:
+    with stranger(server, crm):
+        said, _ = refused(crm, errors.SlotTakenError)
+        assert said.startswith(f'slot "{crm.slot}" is read by process ')
+
+
+def test_the_workers_own_role_may_do_it(crm: Crm) -> None:
+    with role(crm), streaming(crm):
+        crm.succeed("switch-plugin")
+        crm.add_leads(1)
+        eventually(lambda: complete(crm))
+        assert crm.succeed("switch-plugin", "--to", "wal2json").splitlines()[-1] == (
+            f'slot "{crm.slot}_pgoutput" is dropped'
+        )
+        crm.add_leads(1)
+        eventually(lambda: complete(crm))
+    settled(crm, "wal2json")
+
+
+# Afterwards
+
+
+def test_every_command_knows_the_slot_by_then(crm: Crm) -> None:
+    switch(crm)
+    name = f"{crm.slot}_pgoutput"
+    crm.setup()
+    settled(crm, "pgoutput")
+    with streaming(crm):
+        crm.add_leads(1)
+        eventually(lambda: complete(crm))
+        assert f"slot:         {name} (pgoutput, reserved)" in crm.succeed("status")
+        for check in ("checkpoint", "reader", "plugin", "replication_slots"):
+            assert healthy(crm, check)
+        crm.succeed("backfill")
+        crm.succeed("verify")
+    crm.succeed("cutover")
+    assert f'slot "{name}" is dropped' in crm.succeed("teardown", "--yes")
+    assert slots(crm) == {}
+
+
+# After an upgrade of the server
+
+
+@pytest.fixture(scope="module")
+def upgraded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Cluster, Crm, Crm, Crm]]:
+    """A server of before and its data with a minor that refuses wal2json: three workers have seen to it."""
+    before, after = (_found(name) for name in ("distribution", "newest"))
+    with Cluster(before) as server:
+        server.binaries = before
+        crms = []
+        for _ in range(3):
+            with_it = crm_on(server, tmp_path_factory.mktemp("upgraded"))
+            crms.append((with_it, with_it.__enter__()))
+        plain, halfway, unpublished = (crm for _, crm in crms)
+        for crm in (plain, halfway, unpublished):
+            crm.setup()
+            crm.add_leads(2)
+            crm.record()
+            with streaming(crm):  # another slot of the server may have held back what is known to be in the past
+                eventually(lambda: _published(crm))  # noqa: B023  # at once
+        with halfway.worker() as worker:
+            within_a_commit(halfway, worker)
+            worker.kill()
+        plain.add_leads(2)
+        unpublished.connection.execute(f"DROP PUBLICATION {unpublished.slot}".encode())
+        unpublished.add_leads(2)
+        for crm in (plain, halfway, unpublished):
+            crm.connection.close()
+        server.stop()
+        server.binaries = after
+        if after.plugin_dir is not None:
+            server.set(dynamic_library_path=f"{after.plugin_dir}:$libdir")
+        server.start()
+        for crm in (plain, halfway, unpublished):
+            crm.reconnect()
+            crm.add_leads(2)
+        yield server, plain, halfway, unpublished
+        for with_it, _ in crms:
+            with_it.__exit__(None, None, None)
+
+
+def _published(crm: Crm) -> bool:
+    crm.execute("CHECKPOINT")
+    crm.add_leads(1)
+    return published(crm.connection, crm.slot, crm.slot)
+
+
+def _found(name: str) -> Binaries:
+    try:
+        return servers.find(name)
+    except servers.Missing as missing:
+        pytest.skip(str(missing))
+
+
+def test_a_slot_whose_plugin_is_refused_is_switched(upgraded: tuple[Cluster, Crm, Crm, Crm]) -> None:
+    _, crm, _, _ = upgraded
+    done = crm.command("run")
+    assert done.returncode == errors.PluginRefusedError.exit_code
+    assert "hint: to go on with pgoutput: cdc-worker switch-plugin" in done.stderr
+    crm.succeed("switch-plugin")
+    crm.record()
+    assert complete(crm)
+    settled(crm, "pgoutput")
+    said, hint = refused(crm, errors.PluginRefusedError)
+    assert said.startswith("the server refuses the output plugin wal2json")
+    assert re.fullmatch('to use wal2json, as a superuser: ALTER ROLE "postgres".*"wal2json"', hint)
+
+
+def test_so_is_one_in_whose_commit_the_worker_was_stopped(
+    upgraded: tuple[Cluster, Crm, Crm, Crm], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is written of it is met again, and known by its keys."""
+    monkeypatch.setattr("cdc_worker.switch_plugin.ABSENCE", 0.5)
+    _, _, crm, _ = upgraded
+    assert not complete(crm)
+    assert switch(crm)[1].startswith("waiting: of the commit at ")
+    crm.record()
+    assert complete(crm)
+    assert crm.value("SELECT count(*) FROM cdc_worker.dead_letter") == 0
+    settled(crm, "pgoutput")
+
+
+def test_what_was_not_published_by_then_takes_the_plugin_for_a_while(upgraded: tuple[Cluster, Crm, Crm, Crm]) -> None:
+    _, _, _, crm = upgraded
+    crm.setup()
+    said, hint = refused(crm, errors.PublicationError)
+    assert said.endswith("pgoutput would leave out changes")
+    match = re.fullmatch("to use wal2json, as a superuser: (ALTER ROLE .*); then: cdc-worker run, and .*", hint)
+    assert match, hint
+    crm.connection.execute(match[1].encode())
+    with streaming(crm):
+        switch(crm)
+        eventually(lambda: complete(crm))
+    settled(crm, "pgoutput")
+
+
+# Of version 17
+
+
+def test_a_failover_slot_stays_one(tmp_path: Path) -> None:
+    with Cluster(_found("17-wal2json")) as server, crm_on(server, tmp_path) as crm:
+        crm.succeed("setup", "--failover")
+        with streaming(crm):
+            for plugin in ("pgoutput", "wal2json"):
+                switch(crm)
+                settled(crm, plugin)
+                assert crm.value("SELECT failover FROM pg_replication_slots")
+                crm.add_leads(1)
+                eventually(lambda: complete(crm))
