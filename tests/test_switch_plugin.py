@@ -6,7 +6,7 @@ import re
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from itertools import islice
 from pathlib import Path
 
@@ -115,7 +115,7 @@ def test_every_name_is_of_another_slot_also_where_it_is_cut(crm: Crm) -> None:
 
 def test_a_worker_under_load_is_switched_there_and_back_and_goes_on_by_itself(crm: Crm, seed: int) -> None:
     shadow.install(crm.connection)
-    with streaming(crm) as worker, Writers(crm, seed) as writers:
+    with streaming(crm) as worker, Writers(crm, seed, sessions=2) as writers:
         for number, plugin in enumerate(("pgoutput", "wal2json", "pgoutput"), start=2):
             switch(crm)
             eventually(lambda: len(worker.events("replication_started")) == number)  # noqa: B023  # at once
@@ -414,104 +414,81 @@ def test_every_command_knows_the_slot_by_then(crm: Crm) -> None:
 # After an upgrade of the server
 
 
-@pytest.fixture(scope="module")
-def upgraded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Cluster, Crm, Crm, Crm]]:
-    """A server of before and its data with a minor that refuses wal2json: three workers have seen to it."""
-    before, after = (_found(name) for name in ("distribution", "newest"))
-    with Cluster(before) as server:
-        server.binaries = before
-        crms = []
-        for _ in range(3):
-            with_it = crm_on(server, tmp_path_factory.mktemp("upgraded"))
-            crms.append((with_it, with_it.__enter__()))
-        plain, halfway, unpublished = (crm for _, crm in crms)
-        for crm in (plain, halfway, unpublished):
-            crm.setup()
-            crm.add_leads(2)
-            crm.record()
+def test_slots_whose_plugin_a_new_minor_refuses_are_switched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of three databases: one in whose commit the worker was stopped, and one that was published too late."""
+    monkeypatch.setattr("cdc_worker.switch_plugin.ABSENCE", 0.5)
+    before, after = found("distribution"), found("newest")
+    with Cluster(before) as server, ExitStack() as stack:
+        crms = [stack.enter_context(crm_on(server, tmp_path, prepared=True)) for _ in range(3)]
+        plain, halfway, unpublished = crms
+        for crm in crms:
             with streaming(crm):  # another slot of the server may have held back what is known to be in the past
-                eventually(lambda: _published(crm))  # noqa: B023  # at once
+                eventually(lambda: in_the_past(crm))  # noqa: B023  # at once
         with halfway.worker() as worker:
             within_a_commit(halfway, worker)
             worker.kill()
-        plain.add_leads(2)
         unpublished.connection.execute(f"DROP PUBLICATION {unpublished.slot}".encode())
-        unpublished.add_leads(2)
-        for crm in (plain, halfway, unpublished):
-            crm.connection.close()
+        for crm in crms:
+            crm.add_leads(2)
+            crm.close()
         server.stop()
         server.binaries = after
         if after.plugin_dir is not None:
             server.set(dynamic_library_path=f"{after.plugin_dir}:$libdir")
         server.start()
-        for crm in (plain, halfway, unpublished):
+        for crm in crms:
             crm.reconnect()
             crm.add_leads(2)
-        yield server, plain, halfway, unpublished
-        for with_it, _ in crms:
-            with_it.__exit__(None, None, None)
+
+        done = plain.command("run")
+        assert done.returncode == errors.PluginRefusedError.exit_code
+        assert "hint: to go on with pgoutput: cdc-worker switch-plugin" in done.stderr
+        plain.succeed("switch-plugin")
+        plain.record()
+        settled(plain, "pgoutput")
+        said, hint = refused(plain, errors.PluginRefusedError)
+        assert said.startswith("the server refuses the output plugin wal2json")
+        assert re.fullmatch('to use wal2json, as a superuser: ALTER ROLE "postgres".*"wal2json"', hint)
+
+        assert not complete(halfway)
+        assert switch(halfway)[1].startswith("waiting: of the commit at ")
+        halfway.record()  # what is written is met again, and known by its keys
+        assert halfway.value("SELECT count(*) FROM cdc_worker.dead_letter") == 0
+        settled(halfway, "pgoutput")
+
+        unpublished.setup()
+        said, hint = refused(unpublished, errors.PublicationError)
+        assert said.endswith("pgoutput would leave out changes")
+        match = re.fullmatch("to use wal2json, as a superuser: (ALTER ROLE .*); then: cdc-worker run, and .*", hint)
+        assert match, hint
+        unpublished.connection.execute(match[1].encode())
+        with streaming(unpublished):
+            switch(unpublished)
+            eventually(lambda: complete(unpublished))
+        settled(unpublished, "pgoutput")
+        assert all(complete(crm) for crm in crms)
 
 
-def _published(crm: Crm) -> bool:
+def in_the_past(crm: Crm) -> bool:
+    """Whether the publication was made before all that the slot has still to read."""
     crm.execute("CHECKPOINT")
     crm.add_leads(1)
     return published(crm.connection, crm.slot, crm.slot)
 
 
-def _found(name: str) -> Binaries:
+def found(name: str) -> Binaries:
+    """A server, if this machine has it."""
     try:
         return servers.find(name)
     except servers.Missing as missing:
         pytest.skip(str(missing))
 
 
-def test_a_slot_whose_plugin_is_refused_is_switched(upgraded: tuple[Cluster, Crm, Crm, Crm]) -> None:
-    _, crm, _, _ = upgraded
-    done = crm.command("run")
-    assert done.returncode == errors.PluginRefusedError.exit_code
-    assert "hint: to go on with pgoutput: cdc-worker switch-plugin" in done.stderr
-    crm.succeed("switch-plugin")
-    crm.record()
-    assert complete(crm)
-    settled(crm, "pgoutput")
-    said, hint = refused(crm, errors.PluginRefusedError)
-    assert said.startswith("the server refuses the output plugin wal2json")
-    assert re.fullmatch('to use wal2json, as a superuser: ALTER ROLE "postgres".*"wal2json"', hint)
-
-
-def test_so_is_one_in_whose_commit_the_worker_was_stopped(
-    upgraded: tuple[Cluster, Crm, Crm, Crm], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """What is written of it is met again, and known by its keys."""
-    monkeypatch.setattr("cdc_worker.switch_plugin.ABSENCE", 0.5)
-    _, _, crm, _ = upgraded
-    assert not complete(crm)
-    assert switch(crm)[1].startswith("waiting: of the commit at ")
-    crm.record()
-    assert complete(crm)
-    assert crm.value("SELECT count(*) FROM cdc_worker.dead_letter") == 0
-    settled(crm, "pgoutput")
-
-
-def test_what_was_not_published_by_then_takes_the_plugin_for_a_while(upgraded: tuple[Cluster, Crm, Crm, Crm]) -> None:
-    _, _, _, crm = upgraded
-    crm.setup()
-    said, hint = refused(crm, errors.PublicationError)
-    assert said.endswith("pgoutput would leave out changes")
-    match = re.fullmatch("to use wal2json, as a superuser: (ALTER ROLE .*); then: cdc-worker run, and .*", hint)
-    assert match, hint
-    crm.connection.execute(match[1].encode())
-    with streaming(crm):
-        switch(crm)
-        eventually(lambda: complete(crm))
-    settled(crm, "pgoutput")
-
-
 # Of version 17
 
 
 def test_a_failover_slot_stays_one(tmp_path: Path) -> None:
-    with Cluster(_found("17-wal2json")) as server, crm_on(server, tmp_path) as crm:
+    with Cluster(found("17-wal2json")) as server, crm_on(server, tmp_path) as crm:
         crm.succeed("setup", "--failover")
         with streaming(crm):
             for plugin in ("pgoutput", "wal2json"):
