@@ -94,6 +94,19 @@ def read(connection: Connection, name: str) -> Slot | None:
     )
 
 
+# Also before setup has given it the column. What has come to be another worker's is no longer ours.
+_SPARE: Final = """
+SELECT to_jsonb(c) ->> 'spare_slot' FROM cdc_worker.checkpoint c
+WHERE worker = %s AND to_jsonb(c) ->> 'spare_slot' NOT IN (SELECT slot FROM cdc_worker.checkpoint)
+"""
+
+
+def spare(connection: Connection, worker: str) -> Slot | None:
+    """What a switch of the plugin that was interrupted has left to be dropped."""
+    rows = checkpoint.fetched(connection, _SPARE, (worker,))
+    return read(connection, rows[0][0]) if rows else None
+
+
 def require(slot: Slot | None, *, name: str, checkpoint: LSN) -> Slot:
     """The slot, if it is there. Raises SlotMissingError."""
     if slot is None:

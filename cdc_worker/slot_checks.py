@@ -146,6 +146,24 @@ def retained(look: Look, found: Slot) -> Iterator[Finding]:
         )
 
 
+@_on_slot
+def spare_slot(look: Look, found: Slot) -> Iterator[Finding]:
+    """Whether a switch of the plugin has left another slot, for which the server keeps WAL as well."""
+    try:
+        left = slots.spare(look.connection, look.settings.worker)
+    except errors.NotSetUpError:
+        yield unknown("there is no checkpoint that would name it (see checkpoint)")
+        return
+    if left is None:
+        yield ok("no switch of the plugin has left a slot")
+    else:
+        yield warning(
+            f'the slot "{left.name}" is left of a switch of the plugin that was interrupted, or goes on:'
+            f" the server keeps {left.retained:,} bytes of WAL for it",
+            f"cdc-worker switch-plugin --to {found.plugin}",
+        )
+
+
 _DEAD_LETTERS: Final = """
 SELECT count(*), max(reason) FILTER (WHERE dead_letter_id = last)
 FROM (SELECT dead_letter_id, reason, max(dead_letter_id) OVER () AS last
@@ -173,4 +191,4 @@ def dead_letters(look: Look) -> Iterator[Finding]:
         yield ok("none wait to be seen to")
 
 
-CHECKS: Final[tuple[Check, ...]] = (checkpoint, publication, reader, writing, retained, dead_letters)
+CHECKS: Final[tuple[Check, ...]] = (checkpoint, publication, reader, writing, retained, spare_slot, dead_letters)

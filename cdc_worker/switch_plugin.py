@@ -51,7 +51,7 @@ def switch_plugin(
     with ddl.connected(settings) as connection:
         if not dry_run:
             ddl.one_at_a_time(connection)
-            yield from tidy(connection, worker)
+            yield from _tidy(connection, worker)
         _, old = slot.check_checkpoint(connection, worker, settings.slot)
         plugin = plugin or _wanted(settings, old)
         _check_settings(settings, plugin)
@@ -81,28 +81,16 @@ def _check_settings(settings: Settings, plugin: str) -> None:
         )
 
 
-# What has come to be another worker's is no longer ours.
-_SPARE: Final = """
-SELECT spare_slot FROM cdc_worker.checkpoint
-WHERE worker = %s AND spare_slot NOT IN (SELECT slot FROM cdc_worker.checkpoint)
-"""
-
 _NOTE: Final = "UPDATE cdc_worker.checkpoint SET spare_slot = %s WHERE worker = %s"
 
 
-def spare(connection: Connection, worker: str) -> str | None:
-    """The slot that a switch has left to be dropped, if it was interrupted."""
-    rows = checkpoint.fetched(connection, _SPARE, (worker,))
-    return rows[0][0] if rows else None
-
-
-def tidy(connection: Connection, worker: str) -> Iterator[str]:
-    """Drop what a switch that was interrupted has left."""
-    name = spare(connection, worker)
-    if name is not None and slot.read(connection, name) is not None:
-        slot.give_up(connection, name, worker)
-        yield f'slot "{name}" is dropped'
-    if name is not None:
+def _tidy(connection: Connection, worker: str) -> Iterator[str]:
+    """Drop what is left, and what an interrupted switch has left."""
+    found = slot.spare(connection, worker)
+    if found is not None:
+        slot.give_up(connection, found.name, worker)
+        yield f'slot "{found.name}" is dropped'
+    with checkpoint.as_set_up():
         connection.execute(_NOTE, (None, worker))
 
 
@@ -243,11 +231,11 @@ class _Switch:
             yield from self._take()
         except BaseException:
             with suppress(psycopg.Error, errors.CdcWorkerError):
-                for _ in tidy(connection, worker):
+                for _ in _tidy(connection, worker):
                     pass
             raise
         self._farewell()
-        yield from tidy(connection, worker)
+        yield from _tidy(connection, worker)
 
     def _check_name(self) -> None:
         """Raise unless the copy's name is free."""

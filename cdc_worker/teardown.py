@@ -65,6 +65,10 @@ def _steps(
             raise slot.taken(found)
         text = sql.SQL("SELECT pg_drop_replication_slot({})").format(name).as_string()
         yield Step(f'slot "{name}" is dropped', text, administrator=True)
+    spare = slot.spare(connection, worker) if installed else None
+    if spare is not None:
+        text = sql.SQL("SELECT pg_drop_replication_slot({})").format(spare.name).as_string()
+        yield Step(f'slot "{spare.name}", which a switch of the plugin has left, is dropped', text, administrator=True)
     # Before replica identities are as they were, without which the application could not update what is published.
     yield from publication.dropping(connection, settings.publication_name, worker)
     if not installed:

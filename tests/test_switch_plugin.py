@@ -13,13 +13,13 @@ from pathlib import Path
 import psycopg
 import pytest
 import servers
-from doctoring import healthy
+from doctoring import ailing, healthy
 from support import Crm, WorkerProcess, crm_on, eventually, role, stranger
 from test_promise import Writers, recorded_exactly
 
 from cdc_worker import config, errors, profile, shadow, slot
 from cdc_worker.cluster import Binaries, Cluster
-from cdc_worker.switch_plugin import published, spare, switch_plugin
+from cdc_worker.switch_plugin import published, switch_plugin
 
 Slots = dict[str, str]
 
@@ -269,12 +269,15 @@ def test_killed_before_the_slot_from_before_is_dropped_it_is_gone_on_with(crm: C
             killed.kill()
         worker.process.send_signal(signal.SIGCONT)
         assert slots(crm) == {crm.slot: "wal2json", f"{crm.slot}_pgoutput": "pgoutput"}
-        assert spare(crm.connection, crm.slot) == crm.slot
+        left = ailing(crm, "spare_slot")
+        assert left.message.startswith(f'the slot "{crm.slot}" is left of a switch of the plugin that was interrupted')
+        assert left.fix == "cdc-worker switch-plugin --to pgoutput"
         crm.add_leads(1)
-        assert switch(crm, "pgoutput") == [
+        assert crm.succeed("switch-plugin", "--to", "pgoutput").splitlines() == [
             f'slot "{crm.slot}" is dropped',
             f'nothing to do: slot "{crm.slot}_pgoutput" is of pgoutput',
         ]
+        assert healthy(crm, "spare_slot")
         settled(crm, "pgoutput")
         eventually(lambda: complete(crm))
         assert worker.terminate() == 0
@@ -407,7 +410,11 @@ def test_every_command_knows_the_slot_by_then(crm: Crm) -> None:
         crm.succeed("backfill")
         crm.succeed("verify")
     crm.succeed("cutover")
-    assert f'slot "{name}" is dropped' in crm.succeed("teardown", "--yes")
+    crm.execute("SELECT pg_copy_logical_replication_slot(%s, %s)", name, crm.slot)
+    crm.execute("UPDATE cdc_worker.checkpoint SET spare_slot = %s", crm.slot)
+    done = crm.succeed("teardown", "--yes")
+    assert f'slot "{name}" is dropped' in done
+    assert f'slot "{crm.slot}", which a switch of the plugin has left, is dropped' in done
     assert slots(crm) == {}
 
 
