@@ -94,10 +94,12 @@ def read(connection: Connection, name: str) -> Slot | None:
     )
 
 
-# Also before setup has given it the column. What has come to be another worker's is no longer ours.
+# Also before setup has given it the column. In a copy of the database it is not ours, nor once it is another worker's.
 _SPARE: Final = """
-SELECT to_jsonb(c) ->> 'spare_slot' FROM cdc_worker.checkpoint c
-WHERE worker = %s AND to_jsonb(c) ->> 'spare_slot' NOT IN (SELECT slot FROM cdc_worker.checkpoint)
+SELECT slot_name::text
+FROM cdc_worker.checkpoint c JOIN pg_replication_slots s ON slot_name = to_jsonb(c) ->> 'spare_slot'
+WHERE worker = %s AND s.database = current_database() AND slot_name NOT IN (SELECT slot FROM cdc_worker.checkpoint)
+    AND system_identifier = (SELECT system_identifier::text FROM pg_control_system())
 """
 
 

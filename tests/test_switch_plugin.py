@@ -295,6 +295,20 @@ def test_what_has_become_another_workers_is_not_dropped(crm: Crm) -> None:
     assert slots(crm) == {crm.slot: slots(crm)[crm.slot], f"{crm.slot}_wal2json": "wal2json"}
 
 
+def test_in_a_copy_of_the_database_nothing_is_dropped(crm: Crm, server: Cluster) -> None:
+    switch(crm)
+    crm.execute("SELECT pg_copy_logical_replication_slot(%s, %s)", f"{crm.slot}_pgoutput", crm.slot)
+    crm.execute("UPDATE cdc_worker.checkpoint SET spare_slot = %s", crm.slot)
+    assert slot.spare(crm.connection, crm.slot) is not None
+    name = crm.connection.info.dbname
+    crm.close()
+    server.createdb(f"{name}_copy", template=name)
+    crm.reconnect()
+    with psycopg.connect(server.dsn(f"{name}_copy")) as connection:
+        assert slot.spare(connection, crm.slot) is None
+    server.run("dropdb", f"{name}_copy")
+
+
 # The publication
 
 
