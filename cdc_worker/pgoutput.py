@@ -10,7 +10,8 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from datetime import timedelta
-from typing import Any, Final, Literal, cast
+from functools import partial
+from typing import Any, Final, Literal, Protocol, cast
 
 import msgspec
 
@@ -39,6 +40,13 @@ class _Unsent:
 _UNSENT: Final = _Unsent()
 
 _Texts = list[str | _Unsent | None]
+
+
+class _Text(Protocol):
+    """Reads bytes of the server's encoding. Raises UnicodeDecodeError, unless it is to replace `errors`."""
+
+    def __call__(self, data: bytes, /, *, errors: str = "strict") -> str: ...
+
 
 _BEGIN: Final = struct.Struct(">xQqI")
 _COMMIT: Final = struct.Struct(">xBQQq")
@@ -142,11 +150,12 @@ class Decoder:
     ) -> None:
         """Changes of other `tables`, and messages with other `prefixes`, are passed over; None stands for all.
 
-        `encoding` is Python's name of the server's: in it messages come, where all else is in UTF-8.
+        `encoding` is Python's name of the server's, in which all texts are.
         """
         self._tables = None if tables is None else frozenset(tables)
         self._prefixes = None if prefixes is None else frozenset(prefixes)
         self._encoding = encoding
+        self._text: _Text = bytes.decode if encoding == "utf-8" else partial(_recoded, encoding)
         self._relations: dict[int, _Relation] = {}
 
     def decode(self, payload: Payload) -> Decoded | None:
@@ -192,7 +201,7 @@ class Decoder:
         if not relation.wanted:
             return None
         _expect(data, 5, b"N")
-        row, end = _tuple(data, 6, relation)
+        row, end = _tuple(data, 6, relation, self._text)
         _expect_end(data, end)
         return Change("insert", *relation.name, None, _Row(relation, row))
 
@@ -203,9 +212,9 @@ class Decoder:
         old, place = None, 5
         kind = data[5:6]
         if kind != b"N":
-            old, place = _old(data, 5, relation)
+            old, place = _old(data, 5, relation, self._text)
         _expect(data, place, b"N")
-        new, end = _tuple(data, place + 1, relation)
+        new, end = _tuple(data, place + 1, relation, self._text)
         _expect_end(data, end)
         if old is None:
             old = _only(relation.key, new) if not relation.full else _only([], new)
@@ -224,7 +233,7 @@ class Decoder:
         relation = self._relation(data)
         if not relation.wanted:
             return None
-        row, end = _old(data, 5, relation)
+        row, end = _old(data, 5, relation, self._text)
         _expect_end(data, end)
         return Change("delete", *relation.name, _Row(relation, row), None)
 
@@ -243,15 +252,15 @@ class Decoder:
 
     def _learn(self, data: bytes) -> None:
         (number,) = _NUMBER(data, 1)
-        schema, place = _string(data, 5)
-        table, place = _string(data, place)
+        schema, place = _string(data, 5, self._text)
+        table, place = _string(data, place, self._text)
         identity = data[place]
         (count,) = _COUNT(data, place + 1)
         place += 3
         columns = []
         for _ in range(count):
             flags = data[place]
-            column, place = _string(data, place + 1)
+            column, place = _string(data, place + 1, self._text)
             typeoid, _modifier = _COLUMN.unpack_from(data, place)
             place += _COLUMN.size
             columns.append((column, typeoid, bool(flags & _KEY)))
@@ -267,13 +276,13 @@ class Decoder:
 
     def _message(self, data: bytes) -> Message | None:
         flags, _lsn = _MESSAGE.unpack_from(data)
-        prefix, place = _string(data, _MESSAGE.size)
+        prefix, place = _string(data, _MESSAGE.size, self._text)
         (size,) = _NUMBER(data, place)
         _expect_end(data, place + 4 + size)
         if self._prefixes is not None and prefix not in self._prefixes:
             return None
         # As wal2json has it: up to the first NUL. What isn't text must not stop anybody, for everyone may send it.
-        content = data[place + 4 :].partition(b"\0")[0].decode(self._encoding, "replace")
+        content = self._text(data[place + 4 :].partition(b"\0")[0], errors="replace")
         return Message(prefix, content, transactional=bool(flags & _TRANSACTIONAL))
 
     def line(self, message: Decoded, payload: Payload) -> bytes:
@@ -314,21 +323,29 @@ class Decoder:
         return b"B" + _BEGIN.pack(commit_lsn, at, 0)[1:]
 
     def raw(self, payload: Payload) -> bytes:
-        """All that it takes to read it later: what is said of its table stands before it."""
+        """All that it takes to read it later: what is said of its table stands before it, and the encoding before that.
+
+        UTF-8 goes without saying.
+        """
         data = bytes(payload)
         if self.table_of(data) is None:
             return data
-        return self._relations[_NUMBER(data, 1)[0]].payload + data
+        encoding = b"" if self._encoding == "utf-8" else self._encoding.encode() + b"\0"
+        return encoding + self._relations[_NUMBER(data, 1)[0]].payload + data
 
 
 def read_again(raw: bytes) -> Change | None:
     """The change of a message that couldn't be read, as `Decoder.raw` has kept it, if it can be read by now."""
-    decoder = Decoder()
+    encoding = "utf-8"
+    if raw[:1] != b"R":
+        name, _, raw = raw.partition(b"\0")
+        encoding = name.decode("ascii", "replace")
+    decoder = Decoder(encoding=encoding)
     try:
         place = _end_of_relation(raw)
         decoder.decode(raw[:place])
         change = decoder.decode(raw[place:])
-    except (MessageUnreadableError, ValueError, IndexError, struct.error):
+    except (MessageUnreadableError, ValueError, LookupError, struct.error):
         return None
     return change if isinstance(change, Change) else None
 
@@ -362,7 +379,7 @@ def _told(change: Change) -> dict[str, Any]:
 
 def _reason(error: Exception) -> str:
     # What isn't text is shown by its error: the bytes may be a person's.
-    return "it isn't text in UTF-8" if isinstance(error, UnicodeDecodeError) else str(error)
+    return "it isn't text in the server's encoding" if isinstance(error, UnicodeDecodeError) else str(error)
 
 
 def _expect(data: bytes, place: int, kind: bytes) -> None:
@@ -385,12 +402,17 @@ def _commit(data: bytes) -> Commit:
     return Commit(LSN(end_lsn))
 
 
-def _string(data: bytes, place: int) -> tuple[str, int]:
+def _recoded(encoding: str, data: bytes, *, errors: str = "strict") -> str:
+    """A text in another encoding, as `Replication.receive` has it: what is in none may still be in UTF-8."""
+    return data.decode(encoding, "surrogateescape").encode("utf-8", "surrogateescape").decode("utf-8", errors)
+
+
+def _string(data: bytes, place: int, text: _Text) -> tuple[str, int]:
     end = data.index(b"\0", place)
-    return data[place:end].decode(), end + 1
+    return text(data[place:end]), end + 1
 
 
-def _tuple(data: bytes, place: int, relation: _Relation) -> tuple[_Texts, int]:
+def _tuple(data: bytes, place: int, relation: _Relation, text: _Text) -> tuple[_Texts, int]:
     """The texts of a tuple, and where it ends."""
     (count,) = _COUNT(data, place)
     if count != len(relation.columns):
@@ -415,7 +437,7 @@ def _tuple(data: bytes, place: int, relation: _Relation) -> tuple[_Texts, int]:
         else:
             raise ValueError(f"a value of the kind {chr(kind)!r} stands at byte {place}")
     # Postgres has no text with a NUL: all of them are decoded at once.
-    found = cast(_Texts, b"\0".join(texts).decode().split("\0")) if count else []
+    found = cast(_Texts, text(b"\0".join(texts)).split("\0")) if count else []
     if len(found) != count:
         raise ValueError("a value has a NUL in it")
     for index, other in others:
@@ -423,12 +445,12 @@ def _tuple(data: bytes, place: int, relation: _Relation) -> tuple[_Texts, int]:
     return found, place
 
 
-def _old(data: bytes, place: int, relation: _Relation) -> tuple[_Texts, int]:
+def _old(data: bytes, place: int, relation: _Relation, text: _Text) -> tuple[_Texts, int]:
     """What was sent of an old row: all of it, or its key."""
     kind = data[place : place + 1]
     if kind not in (b"K", b"O"):
         raise ValueError(f"{kind!r} stands at byte {place}, and no old row")
-    row, end = _tuple(data, place + 1, relation)
+    row, end = _tuple(data, place + 1, relation, text)
     return (row if kind == b"O" else _only(relation.key, row)), end
 
 

@@ -22,8 +22,6 @@ from cdc_worker.protocol import PrimaryKeepalive
 # Names are in quotes there, and quotes within them as they are.
 _DROPPED: Final = re.compile(r'no tuple identifier for (UPDATE|DELETE) in table "(.*?)"\."(.*)"')
 
-_ENCODING: Final = sql.SQL("SET client_encoding = {}")
-
 
 def offer(
     options: Mapping[str, str], optional: Collection[str], begin: Callable[[Mapping[str, str]], object]
@@ -92,27 +90,28 @@ class Replication:
         *,
         encoding: str,
         optional: Collection[str] = (),
-        converted: bool = False,
+        text: bool = True,
     ) -> list[str]:
         """START_REPLICATION, without those of the `optional` options that the plugin doesn't know; returns these.
 
-        `encoding` is the server's, whose name in Python is then in `self.encoding`. The plugin's output is in it,
-        unless it is `converted` to the client's.
+        `encoding` is the server's, whose name in Python is then in `self.encoding`. The plugin's output is in it, and
+        if that is `text` it is received in UTF-8. The server isn't let to convert it: what it can't ends a stream.
         """
         if encoding != "UTF8":
-            self._connection.execute(_ENCODING.format(sql.Literal(encoding)))
+            set_encoding = sql.SQL("SET client_encoding = {}")
+            self._connection.execute(set_encoding.format(sql.Literal(encoding)))
             self.encoding = self._connection.info.encoding
-            if converted:
-                self._connection.execute(_ENCODING.format(sql.Literal("UTF8")))
-            else:
-                self._recode = self.encoding
+            self._recode = self.encoding if text else None
 
         def begin(accepted: Mapping[str, str]) -> None:
             pairs = sql.SQL(", ").join(
                 sql.SQL("{} {}").format(sql.Identifier(name), _literal(value)) for name, value in accepted.items()
             )
-            command = sql.SQL("START_REPLICATION SLOT {} LOGICAL {} ({})")
-            self._connection.execute(command.format(sql.Identifier(slot), sql.SQL(str(position)), pairs))
+            command = sql.SQL("START_REPLICATION SLOT {} LOGICAL {} ({})").format(
+                sql.Identifier(slot), sql.SQL(str(position)), pairs
+            )
+            # Where anything goes, names beyond ASCII are most likely in UTF-8.
+            self._connection.execute(command.as_string().encode("utf-8" if encoding == "SQL_ASCII" else self.encoding))
 
         refused = offer(options, optional, begin)
         self._pgconn.nonblocking = 1

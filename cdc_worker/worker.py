@@ -532,7 +532,7 @@ class Worker:
                 options,
                 encoding=server.encoding,
                 optional=optional,
-                converted=self._plugin == pgoutput.PLUGIN,
+                text=self._plugin != pgoutput.PLUGIN,
             )
         except psycopg.errors.ObjectInUse:
             replication.close()

@@ -26,6 +26,7 @@ from psycopg.conninfo import make_conninfo
 from cdc_worker import decoders, partitions, pgoutput, postgres, wal2json
 from cdc_worker.changes import Assembler, Begin, Change, Commit, Decoded, Message, Payload, Row, Transaction
 from cdc_worker.cluster import Cluster
+from cdc_worker.errors import MessageUnreadableError
 from cdc_worker.lsn import LSN
 from cdc_worker.protocol import PrimaryKeepalive
 from cdc_worker.replication import Replication
@@ -217,7 +218,12 @@ class _Listener:
         return self.told.setdefault(self._name, Told())
 
     def hear(self, payload: Payload) -> None:
-        message = self._decoder.decode(payload)
+        try:
+            message = self._decoder.decode(payload)
+        except MessageUnreadableError:
+            assert self._open is not None
+            self._open.append(_line("unreadable", *(self._decoder.table_of(payload) or ())))
+            return
         if message is None:
             return
         self._follow(message, payload)
@@ -346,7 +352,7 @@ class _Database:
                 options,
                 encoding=self.encoding,
                 optional=optional,
-                converted=plugin == pgoutput.PLUGIN,
+                text=plugin != pgoutput.PLUGIN,
             )
             decoder = decoders.decoder(plugin, None, PREFIXES, encoding=replication.encoding)
             listener = _Listener(decoder, self, connection)

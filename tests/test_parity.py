@@ -74,7 +74,8 @@ def test_what_is_recorded_of_a_script_says_what_was_told(server: Server, script:
         pytest.skip(f"PostgreSQL {server.major} doesn't know what the script does")
     for plugin in server.plugins:
         told = server.told(script, plugin)
-        assert sorted(told.recorded) == sorted(line for line in told.lines if line.startswith("["))
+        readable = [line for line in told.lines if line.startswith("[") and not line.startswith('["unreadable"')]
+        assert sorted(told.recorded) == sorted(readable)
 
 
 def test_what_is_emptied_by_its_partitions_is_emptied_alike() -> None:

@@ -129,9 +129,15 @@ def test_what_is_not_wanted_is_not_even_looked_at() -> None:
     ]
 
 
-def test_messages_are_in_the_encoding_of_the_server() -> None:
-    """All else is converted by it."""
+def test_all_texts_are_in_the_encoding_of_the_server() -> None:
     latin = Decoder(encoding="iso8859-1")
+    table = relation(("größe", TEXT, True), table="straße")
+    for name in ("größe", "straße"):
+        table = table.replace(name.encode(), name.encode("latin-1"))
+    assert latin.decode(table) is None
+    payload = b"I" + (16384).to_bytes(4) + b"N\0\1t\0\0\0\1\xfc"
+    assert latin.decode(payload) == read_again(latin.raw(payload))
+    assert latin.decode(payload) == Change("insert", "public", "straße", None, {"größe": "ü"})
     assert latin.decode(message("p", b"J\xfcrgen\0more")) == Message("p", "Jürgen", transactional=True)
     assert Decoder().decode(message("p", b"J\xfcrgen", transactional=False)) == Message(
         "p", "J\ufffdrgen", transactional=False
@@ -177,7 +183,7 @@ def test_a_row_outlives_the_decoder_and_becomes_a_plain_one() -> None:
         (insert("1", "a", None) + b"n", "it should be of 21 bytes"),
         (insert("1", "a", None)[:-1] + b"b", "a value of the kind 'b' stands at byte 20"),
         (insert("1", "a", "22")[:-1], "it should be of"),
-        (insert("1", b"\xff", None), "it isn't text in UTF-8"),
+        (insert("1", b"\xff", None), "it isn't text in the server's encoding"),
         (insert("1", b"a\0b", None), "a value has a NUL in it"),
         (delete(key=["1", None, None]).replace(b"K", b"N"), "b'N' stands at byte 5, and no old row"),
         (relation(("a", 23), ("a", 23)), "two columns have one name"),
