@@ -37,10 +37,11 @@ def _bytea(text: str) -> Value:
 
 def _number(text: str) -> Value:
     """An integer is an int, be it of a numeric: in JSON there is no difference."""
-    try:
-        return integer(text)
-    except (ValueError, InvalidOperation):
-        pass
+    if len(text) < _INTEGER_DIGITS:
+        try:
+            return int(text)
+        except ValueError:
+            pass
     try:
         number = Decimal(text)
     except InvalidOperation:
@@ -50,10 +51,11 @@ def _number(text: str) -> Value:
 
 def _float(text: str) -> Value:
     number = _number(text)
-    return _inexact(number) if type(number) is Decimal else number
+    return inexact(number) if type(number) is Decimal else number
 
 
-def _inexact(number: Decimal) -> Value:
+def inexact(number: Decimal) -> Value:
+    """A number of a type that is no exact one."""
     found = float(number)
     return found if abs(found) < float("inf") else str(number)
 

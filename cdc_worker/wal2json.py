@@ -146,24 +146,29 @@ _COMMIT: Final = Commit()
 _FLOATS: Final = frozenset(("real", "double precision"))
 
 
-def _number(column: Column) -> Value:
-    value: Decimal | str = column.value
+_AS_TOLD: Final = frozenset((str, bool))
+
+
+def _value(column: Column) -> Value:
+    value = column.value
     if isinstance(value, str):  # with numeric-data-types-as-string
         return values.value(column.typeoid, value)
+    if isinstance(value, bool):
+        return value
+    if not isinstance(value, Decimal):
+        raise ValueError("a value is an array or an object")
     # float4 and float8 print an exponent where numeric prints every digit: a float prints it as Postgres does.
     if abs(value.adjusted()) > MAX_DIGITS:
         raise ValueError("a number has more digits than a numeric can have")
-    return float(value) if column.typeoid in FLOATS or column.type in _FLOATS else value
+    return values.inexact(value) if column.typeoid in FLOATS or column.type in _FLOATS else value
 
 
 def row_of(columns: Iterable[Column]) -> Row:
     """The values of columns by their names. Raises ValueError."""
     return {
         c.name: c.value
-        if (c.typeoid not in NUMBERS or type(c.value) is int) and type(c.value) is not Decimal
-        else _number(c)
-        if c.value is not None
-        else None
+        if c.value is None or type(c.value) is int or (c.typeoid not in NUMBERS and type(c.value) in _AS_TOLD)
+        else _value(c)
         for c in columns
     }
 
@@ -305,7 +310,7 @@ def said(payload: Payload) -> Said:
             None if line.nextlsn is None else LSN.parse(line.nextlsn),
             None if line.timestamp is None else datetime.fromisoformat(line.timestamp),
         )
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise MessageUnreadableError(f"the beginning or the end of a transaction can't be read: {error}") from error
 
 
@@ -318,12 +323,15 @@ def masked(payload: Payload, mask: Callable[[Row], Row], *, moved: Sequence[str]
     if not isinstance(change, Change):
         return bytes(payload)
     document = document_of(payload)
-    for row in ("columns", "identity"):
-        columns = document.get(row, [])
-        seen = row_of(msgspec.convert(columns, list[Column]))
-        for column, before, after in zip(columns, seen.values(), mask(seen).values(), strict=True):
-            if after is not before:
-                column["value"] = after
-    if change.operation == "update" or moved:
-        document["changed"] = moved or change.changed
-    return _encode(document)
+    try:
+        for row in ("columns", "identity"):
+            columns = document.get(row, [])
+            seen = row_of(msgspec.convert(columns, list[Column]))
+            for column, before, after in zip(columns, seen.values(), mask(seen).values(), strict=True):
+                if after is not before:
+                    column["value"] = after
+        if change.operation == "update" or moved:
+            document["changed"] = moved or change.changed
+        return _encode(document)
+    except (ValueError, ArithmeticError) as error:  # a column that is told twice; what nobody would look at
+        raise MessageUnreadableError(f"a line of {len(payload)} bytes can't be masked: {error}") from error

@@ -305,6 +305,7 @@ def test_the_options_say_what_decode_reads() -> None:
         "include-xids": "1",
         "include-types": "0",
         "include-type-oids": "1",
+        "numeric-data-types-as-string": "1",
         "add-tables": "public.lead,crm.customer",
         "add-msg-prefixes": "cdc_worker.context,other",
     }
