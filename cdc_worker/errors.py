@@ -7,11 +7,11 @@ CdcWorkerError
 ├── AuthenticationError      5   the server refuses role, password or host, or isn't trusted: mend the one or the other
 ├── DatabaseMissingError     6   no such database: mend the DSN
 ├── WalLevelError            7   wal_level is not logical: change it and restart the server
-├── PluginMissingError       8   the server has no wal2json, or one that is too old: install it
-├── PluginRefusedError       9   the server doesn't allow wal2json: allow it
+├── PluginMissingError       8   the server has no wal2json, or one that is too old: install it, or switch the plugin
+├── PluginRefusedError       9   the server doesn't allow wal2json: allow it, or switch the plugin
 ├── NotSetUpError           10   tables of the worker are missing: run setup
 ├── SlotMissingError        11   the slot isn't there: run setup, or find out who dropped it
-├── SlotMismatchError       12   the slot belongs to another plugin or database: name another slot
+├── SlotMismatchError       12   the slot belongs to another plugin or database: name another slot, or switch it
 ├── SlotTakenError          13   another process reads the slot, with --no-wait: stop it, or name another slot
 ├── SlotLostError           14   the server discarded WAL that the slot needed: a gap
 ├── SlotAheadError          15   the slot was moved or made anew behind our back: a gap
