@@ -15,6 +15,7 @@ import pytest
 import servers
 from doctoring import ailing, healthy
 from support import Crm, WorkerProcess, crm_on, eventually, role, stranger
+from test_docs import shown, varying
 from test_promise import Writers, recorded_exactly
 
 from cdc_worker import config, errors, profile, shadow, slot
@@ -430,6 +431,19 @@ def test_every_command_knows_the_slot_by_then(crm: Crm) -> None:
     assert f'slot "{name}" is dropped' in done
     assert f'slot "{crm.slot}", which a switch of the plugin has left, is dropped' in done
     assert slots(crm) == {}
+
+
+def test_operating_shows_what_is_printed(bare_crm: Crm) -> None:
+    crm = bare_crm
+    crm.slot = crm.settings["slot"] = "cdc_worker"
+    crm.setup()
+    for verb in ("DROP", "ADD"):
+        crm.connection.execute(f"ALTER PUBLICATION cdc_worker {verb} TABLE lead".encode())
+    done = crm.command("switch-plugin")
+    assert shown("docs/operating.md", 'error: slot "cdc_worker" has still to read') == [done.stderr]
+    with streaming(crm):
+        (page,) = shown("docs/operating.md", 'slot "cdc_worker" is copied')
+        assert varying(crm.succeed("switch-plugin")) == varying(page)
 
 
 # After an upgrade of the server
