@@ -49,6 +49,13 @@ def switch_plugin(
     """
     worker, rules = settings.worker, settings.rules(profile)
     with ddl.connected(settings) as connection:
+        server = postgres.server(connection)
+        if not server.may_replicate:
+            raise errors.ServerError(
+                f'role "{server.role}" lacks REPLICATION: it may not copy a slot',
+                hint="name the worker's role in CDC_WORKER_DSN, or "
+                + postgres.MAY_REPLICATE.format(user=sql.Identifier(server.role).as_string()),
+            )
         if not dry_run:
             ddl.one_at_a_time(connection)
             yield from _tidy(connection, worker)
@@ -60,7 +67,7 @@ def switch_plugin(
             return
         if old.active_pid is not None and not old.held_by_worker:
             raise slot.taken(old)
-        switch = _Switch(connection, settings, rules, postgres.server(connection), old, plugin)
+        switch = _Switch(connection, settings, rules, server, old, plugin)
         if plugin == pgoutput.PLUGIN:
             publication.check(connection, settings.publication_name, rules)
             switch.wait_until_published(wait=not dry_run)

@@ -60,6 +60,14 @@ class Interleaving:
             fill(self._crm)
             worker.terminate()
 
+    def _switch(self) -> None:
+        """The worker goes on with the other output plugin."""
+        with self._crm.worker() as worker:
+            worker.wait_for("replication_started")
+            self._workload.run(self._random.randint(1, 10), many=self._random.random() < 0.2)
+            self._crm.succeed("switch-plugin")
+            worker.terminate()
+
     def _replay(self) -> None:
         replayed(self._crm)
 
@@ -87,7 +95,7 @@ class Interleaving:
         """Somebody deletes activities."""
         lose(self._crm, f"hashtext(change_key) % 7 = {self._random.randrange(7)}")
 
-    _steps = (_write, _write, _write, _record, _kill, _fill, _replay, _retry, _verify, _refuse, _lose)
+    _steps = (_write, _write, _write, _record, _kill, _switch, _fill, _replay, _retry, _verify, _refuse, _lose)
 
 
 def true(crm: Crm) -> list[Verified]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import random
 import re
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -14,7 +16,7 @@ import psycopg
 import pytest
 import servers
 from doctoring import ailing, healthy
-from support import Crm, WorkerProcess, crm_on, eventually, role, stranger
+from support import Crm, WorkerProcess, crm_on, eventually, role, storm, stranger
 from test_docs import shown, varying
 from test_promise import Writers, recorded_exactly
 
@@ -23,6 +25,14 @@ from cdc_worker.cluster import Binaries, Cluster
 from cdc_worker.switch_plugin import published, switch_plugin
 
 Slots = dict[str, str]
+
+
+@pytest.fixture
+def plugin(server: Cluster) -> str:
+    """They begin with wal2json, whatever all others do."""
+    if "wal2json" not in servers.plugins(server):
+        pytest.skip("the server has no wal2json")
+    return "auto"
 
 
 def switching(crm: Crm, plugin: str | None = None, *, dry_run: bool = False) -> Iterator[str]:
@@ -36,7 +46,9 @@ def switch(crm: Crm, plugin: str | None = None) -> list[str]:
     return [*switching(crm, plugin)]
 
 
-def refused(crm: Crm, kind: type[errors.CdcWorkerError], plugin: str | None = None) -> tuple[str, str]:
+def refused(
+    crm: Crm, kind: type[errors.CdcWorkerError] | tuple[type[errors.CdcWorkerError], ...], plugin: str | None = None
+) -> tuple[str, str]:
     """What is told where it can't be switched, of which nothing is left."""
     before = slots(crm), state(crm)
     with pytest.raises(kind) as caught:
@@ -164,6 +176,21 @@ def test_a_worker_that_does_not_answer_is_ended_and_goes_on_when_it_wakes_up(
         crm.add_leads(2)
         eventually(lambda: complete(crm))
         assert worker.terminate() == 0
+
+
+@storm(3, chaos=40)
+def test_random_kills_of_worker_and_switch_lose_and_double_nothing(crm: Crm, seed: int, rounds: int) -> None:
+    dice = random.Random(seed)
+    shadow.install(crm.connection)
+    with Writers(crm, seed, sessions=2):
+        for _ in range(rounds):
+            with crm.worker() as worker, running(crm):
+                worker.wait_for("replication_started")
+                threading.Event().wait(dice.random() ** 2)
+    with streaming(crm):
+        switch(crm, "pgoutput")
+    recorded_exactly(crm)
+    settled(crm, "pgoutput")
 
 
 # Within a commit
@@ -395,6 +422,13 @@ def test_a_slot_that_a_stranger_reads(server: Cluster, crm: Crm) -> None:
         assert said.startswith(f'slot "{crm.slot}" is read by process ')
 
 
+def test_a_role_that_may_not_replicate(crm: Crm) -> None:
+    with role(crm, granted=False):
+        said, hint = refused(crm, errors.ServerError)
+    assert said == 'role "cdc" lacks REPLICATION: it may not copy a slot'
+    assert hint == 'name the worker\'s role in CDC_WORKER_DSN, or as a superuser: ALTER ROLE "cdc" REPLICATION'
+
+
 def test_the_workers_own_role_may_do_it(crm: Crm) -> None:
     with role(crm), streaming(crm):
         crm.succeed("switch-plugin")
@@ -446,7 +480,27 @@ def test_operating_shows_what_is_printed(bare_crm: Crm) -> None:
         assert varying(crm.succeed("switch-plugin")) == varying(page)
 
 
-# After an upgrade of the server
+# On other servers
+
+
+def test_on_each_server_there_and_back(each_server: Cluster, tmp_path: Path) -> None:
+    """Where there are failover slots it stays one."""
+    plugins = servers.plugins(each_server)
+    with crm_on(each_server, tmp_path, prepared=True, begun=False) as crm:
+        failover = crm.connection.info.server_version >= 170000
+        crm.succeed("setup", *(["--failover"] if failover else []))
+        settled(crm, plugins[0])
+        if "wal2json" not in plugins:
+            said, _ = refused(crm, (errors.PluginMissingError, errors.PluginRefusedError))
+            assert "the output plugin wal2json" in said or "no output plugin wal2json" in said
+            return
+        with streaming(crm):
+            for plugin in reversed(plugins):
+                switch(crm)
+                settled(crm, plugin)
+                assert not failover or crm.value("SELECT failover FROM pg_replication_slots")
+                crm.add_leads(1)
+                eventually(lambda: complete(crm))
 
 
 def test_slots_whose_plugin_a_new_minor_refuses_are_switched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -517,18 +571,3 @@ def found(name: str) -> Binaries:
         return servers.find(name)
     except servers.Missing as missing:
         pytest.skip(str(missing))
-
-
-# Of version 17
-
-
-def test_a_failover_slot_stays_one(tmp_path: Path) -> None:
-    with Cluster(found("17-wal2json")) as server, crm_on(server, tmp_path) as crm:
-        crm.succeed("setup", "--failover")
-        with streaming(crm):
-            for plugin in ("pgoutput", "wal2json"):
-                switch(crm)
-                settled(crm, plugin)
-                assert crm.value("SELECT failover FROM pg_replication_slots")
-                crm.add_leads(1)
-                eventually(lambda: complete(crm))
