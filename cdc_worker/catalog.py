@@ -10,7 +10,7 @@ from typing import Final, Literal
 import psycopg
 from psycopg import sql
 
-from cdc_worker import errors, values
+from cdc_worker import errors, values, wal2json
 from cdc_worker.config import known_time_zone
 from cdc_worker.errors import Place
 from cdc_worker.postgres import Connection, fetch_one
@@ -37,7 +37,7 @@ SELECT schema, relation.name, attname::text, a.atttypid::regtype::text, t.oid::r
        atthasdef OR attidentity <> '' OR EXISTS (
            SELECT FROM base d JOIN pg_type USING (oid)
            WHERE (d.attrelid, d.attnum) = (a.attrelid, a.attnum) AND typdefault IS NOT NULL),
-       attidentity::text, attgenerated <> '', ARRAY(SELECT enumlabel::text FROM pg_enum WHERE enumtypid = t.oid)
+       attidentity::text, attgenerated::text, ARRAY(SELECT enumlabel::text FROM pg_enum WHERE enumtypid = t.oid)
 FROM base JOIN pg_type t USING (oid) JOIN pg_attribute a USING (attrelid, attnum)
 JOIN relation ON relation.oid = attrelid
 WHERE t.typtype <> 'd'
@@ -50,7 +50,7 @@ class Column:
     """A column as the catalog has it. `type` is its type, `base` the one below domains, `declared` has its modifier.
 
     `category` is that of `base`, as in pg_type; `labels` it has if it is an enum. It is `filled` if who leaves it out
-    gets more than a NULL; its `identity` is as in pg_attribute, and a `generated` one has an expression.
+    gets more than a NULL; its `identity` is as in pg_attribute, and so is how it is `generated`, if it is.
     """
 
     name: str
@@ -61,7 +61,7 @@ class Column:
     required: bool
     filled: bool
     identity: str
-    generated: bool
+    generated: str
     labels: list[str]
 
 
@@ -234,14 +234,19 @@ def target_table(connection: Connection, target: Target) -> TargetTable:
 
 
 def check(
-    connection: Connection, profile: Profile, rules: Rules, *, tell: Callable[[list[str]], None] | None = None
+    connection: Connection,
+    profile: Profile,
+    rules: Rules,
+    *,
+    plugin: str | None = None,
+    tell: Callable[[list[str]], None] | None = None,
 ) -> TargetTable:
-    """Hold a profile against the database; returns what there is to know of its target.
+    """Hold a profile against the database, and the plugin; returns what there is to know of its target.
 
     CatalogMismatchError has every fault with which a table, or a rule, would come to nothing. Where those of captured
     tables are no reason to stop, `tell` hears of them.
     """
-    certain = [fault for fault in faults(connection, profile, rules) if fault.certain]
+    certain = [fault for fault in faults(connection, profile, rules, plugin=plugin) if fault.certain]
     if tell is not None:
         tell([fault.message for fault in certain if fault.captured])
         certain = [fault for fault in certain if not fault.captured]
@@ -258,8 +263,8 @@ def check(
 class Fault:
     """Where a profile and the database disagree, and what mends it. If it isn't `certain`, some rows would do.
 
-    `missing` are columns that the table doesn't have. It is about a `captured` table, or about the target; `place` is
-    where in the profile.
+    `missing` are columns that the table, or the stream, doesn't have. It is about a `captured` table, or about the
+    target; `place` is where in the profile.
     """
 
     message: str
@@ -270,8 +275,8 @@ class Fault:
     place: Place = ("target",)
 
 
-def faults(connection: Connection, profile: Profile, rules: Rules) -> Iterator[Fault]:
-    """Where a profile and the database disagree."""
+def faults(connection: Connection, profile: Profile, rules: Rules, *, plugin: str | None = None) -> Iterator[Fault]:
+    """Where a profile and the database disagree, and what the plugin doesn't send. None stands for either of them."""
     captured = columns(connection, *rules)
     for table in rules.values():
         name = ".".join(table.name)
@@ -287,10 +292,44 @@ def faults(connection: Connection, profile: Profile, rules: Rules) -> Iterator[F
         for whole, part, fate, fix in connection.execute(_UNDECODED, table.name).fetchall():
             described = f"captured table {name}" if whole else f"partition {part} of captured table {name}"
             yield Fault(f"{described} is {fate}", fix, certain=whole, captured=True, place=place)
+    yield from _never_sent(connection, profile, rules, captured, plugin)
     yield from _never_told(connection, profile, captured)
     yield from _never_found(connection, profile, captured)
     yield from _half_seen(connection, profile, rules, captured)
     yield from _target_faults(connection, profile, captured)
+
+
+_STORED_SENT: Final = 180000
+"""From this version on pgoutput sends stored generated columns."""
+
+
+def _never_sent(
+    connection: Connection, profile: Profile, rules: Rules, captured: Columns, plugin: str | None
+) -> Iterator[Fault]:
+    """Generated columns that rules name, and whose values don't come."""
+    for table in rules.values():
+        name, found = ".".join(table.name), captured[table.name]
+        used = [found[column] for column in sorted((table.columns - table.ignored) & found.keys())]
+        fix, place = "name the columns that it is made of in its place", _place(profile, table.name)
+        if virtual := tuple(column.name for column in used if column.generated == "v"):
+            yield Fault(
+                f"captured table {name} has {', '.join(virtual)} as a virtual generated column, which no plugin sends",
+                fix,
+                missing=virtual,
+                captured=True,
+                place=place,
+            )
+        stored = tuple(column.name for column in used if column.generated == "s")
+        if stored and connection.info.server_version < _STORED_SENT and plugin != wal2json.PLUGIN:
+            yield Fault(
+                f"captured table {name} has {', '.join(stored)} as a generated column, which pgoutput doesn't send"
+                " before PostgreSQL 18",
+                fix,
+                certain=plugin is not None,
+                missing=stored,
+                captured=True,
+                place=place,
+            )
 
 
 def _half_seen(connection: Connection, profile: Profile, rules: Rules, captured: Columns) -> Iterator[Fault]:

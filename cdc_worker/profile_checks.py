@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Final, Literal
 
-from cdc_worker import catalog, postgres, profile, target_checks
+from cdc_worker import catalog, pgoutput, postgres, profile, target_checks
 from cdc_worker.checks import Check, Finding, Look, examine
 from cdc_worker.config import Settings
 from cdc_worker.doctor import CHECK_TIMEOUTS
@@ -93,7 +93,10 @@ def _misfits(look: Look, places: Places, *, target: bool) -> Iterator[Told]:
     for check in _CHECKS if target else ():
         for finding in examine(check, look):
             yield from _told(finding, places.line(("target",)))
-    for fault in (*catalog.faults(look.connection, look.profile, look.rules), *backfill_faults(look)):
+    # A profile is for either plugin, unless one is named: which it will be may change with an upgrade of the server.
+    plugin = pgoutput.PLUGIN if look.settings.plugin == "auto" else look.settings.plugin
+    faults = catalog.faults(look.connection, look.profile, look.rules, plugin=plugin)
+    for fault in (*faults, *backfill_faults(look)):
         if fault.captured or target:
             at = places.mention(fault.place, fault.missing) if fault.captured else places.line(fault.place)
             yield from _told(misfit(look, fault), at)

@@ -57,7 +57,7 @@ def setup(settings: Settings, profile: Profile, wishes: Wishes = _PLAIN) -> Iter
             if not ddl.exists(connection, "cdc_worker.checkpoint"):
                 raise
         rules = settings.rules(profile)
-        catalog.check(connection, profile, rules)
+        catalog.check(connection, profile, rules, plugin=plugin)
         yield from _kept_keys(connection, profile)
         unpublished = yield from _unpublished(connection, settings, rules, plugin)
         refused += unpublished

@@ -9,7 +9,7 @@ from typing import Final
 import psycopg
 from psycopg import sql
 
-from cdc_worker import catalog, checkpoint, cutover, errors, target_checks, written
+from cdc_worker import catalog, checkpoint, cutover, errors, slot, target_checks, written
 from cdc_worker import profile as profiles
 from cdc_worker.activities import OpenEnds, key_prefix
 from cdc_worker.catalog import Fault, quoted, section
@@ -28,7 +28,7 @@ def profile(look: Look) -> Iterator[Finding]:
 
 
 def _misfits(look: Look) -> Iterator[Finding]:
-    for fault in catalog.faults(look.connection, look.profile, look.rules):
+    for fault in catalog.faults(look.connection, look.profile, look.rules, plugin=_plugin(look)):
         yield misfit(look, fault)
     for fault in backfill_faults(look):
         yield misfit(look, replace(fault, certain=False))  # the worker doesn't mind
@@ -36,6 +36,14 @@ def _misfits(look: Look) -> Iterator[Finding]:
         look.settings.zone(look.profile, look.server.time_zone)
     except errors.SettingsError as error:
         yield failed(str(error), error.hint or "")
+
+
+def _plugin(look: Look) -> str | None:
+    """The plugin that is read with, or will be; None if that is still open."""
+    found = slot.read(look.connection, slot.own(look.connection, look.settings.worker, look.settings.slot))
+    if found is not None:
+        return found.plugin
+    return None if look.settings.plugin == "auto" else look.settings.plugin
 
 
 def backfill_faults(look: Look) -> Iterator[Fault]:

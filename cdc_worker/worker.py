@@ -321,7 +321,7 @@ class Worker:
             found = load_profile(self._settings.profile)
             rules = self._settings.rules(found)
             with closing(self._connect()) as connection:
-                catalog.check(connection, found, rules)
+                catalog.check(connection, found, rules, plugin=self._plugin)
                 self._check_published(connection, rules)
                 setup.check_grants(connection, found, rules, postgres.server(connection).role)
         except (
@@ -485,7 +485,7 @@ class Worker:
         self._nonce = self._nonce or found.nonce
         # A column that an application renames while we run must not end what is recorded of all the others.
         tell = self._warn_of_misfits if self._started else None
-        table = catalog.check(connection, self._profile, self._rules, tell=tell)
+        table = catalog.check(connection, self._profile, self._rules, plugin=self._plugin, tell=tell)
         self._check_published(connection, self._rules)
         setup.check_grants(connection, self._profile, self._rules, server.role)
         return server, found, table

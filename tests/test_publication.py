@@ -11,6 +11,7 @@ import pytest
 from doctoring import ailing, cure, findings, healthy, mend
 from psycopg import sql
 from psycopg.conninfo import make_conninfo
+from servers import plugins
 from support import Crm, WorkerProcess, crm_on, role
 
 from cdc_worker import config, errors, postgres, publication
@@ -351,6 +352,35 @@ def test_generated_columns_do_not_keep_the_application_from_updating(each_server
         crm.setup()
         write(crm, "whole", ids="VALUES (31)")
         assert healthy(crm, "publication")
+
+
+def test_rules_on_generated_columns_that_do_not_come_are_refused(each_server: Cluster, tmp_path: Path) -> None:
+    with crm_on(each_server, tmp_path, prepared=True, begun=False) as crm:
+        make(
+            crm, "pgoutput", ddl="CREATE TABLE sum (id int PRIMARY KEY, double int GENERATED ALWAYS AS (id * 2) STORED)"
+        )
+        path = crm.directory / "published.toml"
+        path.write_text(TARGET + INSERTS.format("sum").replace("{new.id}", "{new.double}"))
+        newer = crm.connection.info.server_version >= 180000
+        refused = "captured table public.sum has double as a generated column, which pgoutput doesn't send before"
+        checked = crm.command("profile", "check", str(path), plugin="auto")
+        assert (checked.returncode, refused in checked.stdout) == ((0, False) if newer else (1, True))
+        if not newer:
+            with pytest.raises(errors.CatalogMismatchError, match=refused):
+                crm.setup()
+            if "wal2json" not in plugins(each_server):
+                return
+            crm.settings["plugin"] = "wal2json"
+        crm.setup()
+        crm.execute("INSERT INTO sum VALUES (4)")
+        crm.record()
+        assert [activity["description"] for activity in crm.activities()] == ["sum 8"]
+        if newer:
+            crm.execute("ALTER TABLE sum DROP double, ADD double int GENERATED ALWAYS AS (id * 2) VIRTUAL")
+            with pytest.raises(
+                errors.CatalogMismatchError, match="as a virtual generated column, which no plugin sends"
+            ):
+                crm.setup()
 
 
 # Whose it is
