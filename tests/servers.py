@@ -55,8 +55,9 @@ wal2json, and the embedded one."""
 
 WITH_PGOUTPUT_ALONE: Final = ("18", "14", "16", "17")
 
-CONTAINERS: Final = {f"docker-{major}": f"postgres:{major}" for major in range(14, 19)}
-"""Of these official images, with a wal2json."""
+_IMAGES: Final = os.environ.get("CDC_TEST_IMAGES") or "postgres"
+CONTAINERS: Final = {f"docker-{major}": f"{_IMAGES}:{major}" for major in range(14, 19)}
+"""Of these images, with a wal2json."""
 
 NAMES: Final = (*USUAL, "18-wal2json", "14", "16", "17", *CONTAINERS)
 

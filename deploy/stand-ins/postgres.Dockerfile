@@ -1,7 +1,9 @@
-# What deploy/ uses of the official image postgres:15.
-FROM cdc-test/debian:bookworm
+# What deploy/ uses of the official image postgres:15, and the tests of others.
+ARG BASE=cdc-test/debian:bookworm
+FROM ${BASE}
 
-ENV PG_MAJOR=15 PGDATA=/var/lib/postgresql/data LANG=C.UTF-8
+ARG PG_MAJOR=15
+ENV PG_MAJOR=$PG_MAJOR PGDATA=/var/lib/postgresql/data LANG=C.UTF-8
 ENV PATH=$PATH:/usr/lib/postgresql/$PG_MAJOR/bin
 ARG RELEASE=bookworm-security
 
