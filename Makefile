@@ -4,9 +4,11 @@ PYTHON ?= python3
 VENV := .venv
 # Much of the suite waits for servers and processes: four jobs keep two cores busy.
 JOBS ?= 4
+# Of each of three targets.
+FUZZ_SECONDS ?= 120
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test matrix chaos lint types bench format clean
+.PHONY: help demo test matrix chaos fuzz lint types bench format clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST)
@@ -23,6 +25,9 @@ matrix: $(VENV)/.installed-dev ## Run what must hold on every server on all that
 chaos: $(VENV)/.installed-dev ## Run the storms at their full length: kills, crashes, terminated connections (JOBS, PYTEST_ARGS)
 	@$(VENV)/bin/python -m pytest -n $(JOBS) --dist worksteal -m chaos $(PYTEST_ARGS)
 
+fuzz: $(VENV)/.installed-fuzz ## Give the decoders whatever may reach more of their code (FUZZ_SECONDS)
+	@$(VENV)/bin/python -m fuzz --seconds $(FUZZ_SECONDS)
+
 lint: $(VENV)/.installed-dev ## Check style and format
 	@$(VENV)/bin/ruff check .
 	@$(VENV)/bin/ruff format --check .
@@ -38,7 +43,7 @@ format: $(VENV)/.installed-dev ## Mend what can be mended of style and format
 	@$(VENV)/bin/ruff format .
 
 clean: ## Remove .venv and the tools' caches
-	@rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist
+	@rm -rf $(VENV) .fuzz .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/.installed: pyproject.toml
@@ -47,4 +52,8 @@ $(VENV)/.installed: pyproject.toml
 
 $(VENV)/.installed-dev: pyproject.toml
 	@PYTHON='$(PYTHON)' scripts/venv $(VENV) '.[dev]' '.[demo]'
+	@touch $@
+
+$(VENV)/.installed-fuzz: $(VENV)/.installed-dev
+	@PYTHON='$(PYTHON)' scripts/venv $(VENV) '.[fuzz]'
 	@touch $@

@@ -55,6 +55,8 @@ _NUMBER: Final = struct.Struct(">I").unpack_from
 _COUNT: Final = struct.Struct(">H").unpack_from
 _COLUMN: Final = struct.Struct(">Ii")
 
+_LAST: Final = (1 << 64) - 1
+
 _TEXT, _NULL, _UNCHANGED = b"tnu"
 
 _TRANSACTIONAL: Final = 1
@@ -394,6 +396,8 @@ def _expect_end(data: bytes, place: int) -> None:
 
 def _begin(data: bytes) -> Begin:
     commit_lsn, at, xid = _BEGIN.unpack(data)
+    if commit_lsn == _LAST:
+        raise ValueError("nothing comes after where it was committed")
     return Begin(xid, LSN(commit_lsn), LSN(commit_lsn + 1), EPOCH + timedelta(microseconds=at))
 
 

@@ -322,8 +322,8 @@ def masked(payload: Payload, mask: Callable[[Row], Row], *, moved: Sequence[str]
     change = decode(payload)
     if not isinstance(change, Change):
         return bytes(payload)
-    document = document_of(payload)
     try:
+        document = document_of(payload)
         for row in ("columns", "identity"):
             columns = document.get(row, [])
             seen = row_of(msgspec.convert(columns, list[Column]))
@@ -333,5 +333,5 @@ def masked(payload: Payload, mask: Callable[[Row], Row], *, moved: Sequence[str]
         if change.operation == "update" or moved:
             document["changed"] = moved or change.changed
         return _encode(document)
-    except (ValueError, ArithmeticError) as error:  # a column that is told twice; what nobody would look at
+    except (ValueError, ArithmeticError, RecursionError) as error:  # in what nobody else looks at, or told twice
         raise MessageUnreadableError(f"a line of {len(payload)} bytes can't be masked: {error}") from error

@@ -14,7 +14,7 @@ import pytest
 from fuzzing import TARGETS, decoded, decoded_by_pgoutput, decoded_by_wal2json, framed, look_at
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from pgoutput_messages import Column, insert, relation, truncate
+from pgoutput_messages import Column, begin, insert, relation, truncate
 from support import Crm, crm_on
 
 from cdc_worker import decoders, pgoutput, values, wal2json
@@ -286,3 +286,16 @@ def test_a_line_that_has_a_column_twice_can_not_be_masked() -> None:
     twice = b'{"action":"I","schema":"s","table":"t","columns":[{"name":"a","value":1},{"name":"a","value":2}]}'
     with pytest.raises(MessageUnreadableError, match="can't be masked"):
         wal2json.masked(twice, lambda row: row)
+
+
+def test_a_line_is_not_masked_if_what_nobody_looks_at_can_not_be_read() -> None:
+    line = b'{"action":"D","timestamp":"\xcf\xcb","schema":"s","table":"t","identity":[]}'
+    assert wal2json.decode(line) == Change("delete", "s", "t", {}, None)
+    with pytest.raises(MessageUnreadableError, match="can't be masked"):
+        wal2json.masked(line, lambda row: row)
+
+
+def test_no_transaction_is_committed_at_the_end_of_all_wal() -> None:
+    """The position after it stands for its end, and would be none."""
+    with pytest.raises(MessageUnreadableError, match="nothing comes after"):
+        pgoutput.Decoder().decode(begin((1 << 64) - 1))

@@ -1,0 +1,1 @@
+"""The coverage-guided fuzzer of `make fuzz`."""
