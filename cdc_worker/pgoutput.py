@@ -396,9 +396,10 @@ def _expect_end(data: bytes, place: int) -> None:
 
 def _begin(data: bytes) -> Begin:
     commit_lsn, at, xid = _BEGIN.unpack(data)
+    committed_at = EPOCH + timedelta(microseconds=at)
     if commit_lsn == _LAST:
         raise ValueError("nothing comes after where it was committed")
-    return Begin(xid, LSN(commit_lsn), LSN(commit_lsn + 1), EPOCH + timedelta(microseconds=at))
+    return Begin(xid, LSN(commit_lsn), LSN(commit_lsn + 1), committed_at)
 
 
 def _commit(data: bytes) -> Commit:
