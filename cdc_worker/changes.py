@@ -313,23 +313,10 @@ class Assembler:
                 lost.count += 1
                 return None
             raise MessageUnreadableError(f"a {type(message).__name__.lower()} came outside a transaction")
-        dealt_with = begin.end_lsn <= self._start
         if type(message) is Commit:
-            self._begin = None
-            if self._held is not None:
-                self._let_go()
-            if message.end_lsn is not None and message.end_lsn != begin.end_lsn:
-                begin = msgspec.structs.replace(begin, end_lsn=message.end_lsn)
-                if self._first and self._received:
-                    self._received[0] = Received(self._line(begin, self._received[0].payload))
-            self.received = max(self.received, begin.end_lsn)
-            if dealt_with or (self._first and not self._changes and not self._marked):  # nothing of ours happened in it
-                self._messages = []
-                return None
-            if self._received is not None:
-                self._received.append(Received(self._line(message, payload)))
-            return self._cut(begin, last=True)
-        if dealt_with:
+            line = payload if self._received is None else self._line(message, payload)
+            return self._complete(begin, message.end_lsn, line)
+        if begin.end_lsn <= self._start:
             return None
         if type(message) is Change:
             if self._root_of is None:
@@ -353,6 +340,24 @@ class Assembler:
                 self._received.append(Received(self._line(message, payload)))
         full = self._size >= self.MAX_BYTES or len(self._changes) + len(self._messages) >= self.MAX_CHANGES
         return self._cut(begin, last=False) if full else None
+
+    def _complete(self, begin: Begin, end_lsn: LSN | None, line: Payload) -> Transaction | None:
+        """The transaction has ended, with this line in a recording."""
+        dealt_with = begin.end_lsn <= self._start
+        self._begin = None
+        if self._held is not None:
+            self._let_go()
+        if end_lsn is not None and end_lsn != begin.end_lsn:
+            begin = msgspec.structs.replace(begin, end_lsn=end_lsn)
+            if self._first and self._received:
+                self._received[0] = Received(self._line(begin, self._received[0].payload))
+        self.received = max(self.received, begin.end_lsn)
+        if dealt_with or (self._first and not self._changes and not self._marked):  # nothing of ours happened in it
+            self._messages = []
+            return None
+        if self._received is not None:
+            self._received.append(Received(line))
+        return self._cut(begin, last=True)
 
     def pass_over(self, unread: Unread, line: Payload, *, instead: Change | None = None) -> Transaction | None:
         """Take a message that can't be read, and the line that stands for it in a recording, be it as the commit.
@@ -380,7 +385,7 @@ class Assembler:
             self._append(change, line if instead is None else change, len(line))
             if self._received is not None and unread.of != "commit":
                 self._received.append(Received(line))
-        return self.feed(Commit(unread.position), line) if unread.of == "commit" else None
+        return self._complete(begin, unread.position, line) if unread.of == "commit" else None
 
     def _over(self, lost: _Lost) -> Transaction | None:
         """A transaction has ended of which neither begin nor commit can be read: all of it is left out.

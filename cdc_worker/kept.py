@@ -55,9 +55,9 @@ def encoded_change(change: Change) -> str:
 
 
 def _document(change: Change) -> dict[str, Any]:
-    rows = {"old": change.old, "new": change.new}
+    rows = {name: row if row is None else dict(row) for name, row in (("old", change.old), ("new", change.new))}
     columns = [*dict.fromkeys([*(change.new or ()), *(change.old or ())])]
-    return {**msgspec.structs.asdict(change), "columns": columns, **_floats(rows)}
+    return {**msgspec.structs.asdict(change), **rows, "columns": columns, **_floats(rows)}
 
 
 def _said(context: Context) -> dict[str, Any]:

@@ -81,10 +81,32 @@ def _end(*sockets: socket.socket) -> None:
 
 
 def tail(*found: bytes) -> Spoil:
-    """Spoil the end of messages that have one of these in them: how they begin can be read."""
-    return lambda payload: payload[:-1] + b"\x01" if any(part in payload for part in found) else payload
+    """Spoil messages that have one of these in them behind their beginning, which can be read."""
+
+    def spoil(payload: bytes) -> bytes:
+        if not any(part in payload for part in found):
+            return payload
+        # Of pgoutput how many values there are in the first tuple.
+        return payload[:-1] + b"\x01" if payload.startswith(b"{") else payload[:6] + b"\xff\xff" + payload[8:]
+
+    return spoil
 
 
 def head(*found: bytes) -> Spoil:
     """Spoil the beginning of messages that have one of these in them."""
     return lambda payload: b"!" + payload[1:] if any(part in payload for part in found) else payload
+
+
+def ends(actions: bytes, xid: int) -> Spoil:
+    """Spoil the beginning of a transaction's begin (B), of its commit (C), or of both."""
+    lines = tuple(b'{"action":"%c","xid":%d,' % (action, xid) for action in actions)
+    commits: set[bytes] = set()  # of pgoutput the position tells which commit it is
+
+    def spoil(payload: bytes) -> bytes:
+        if payload[:1] == b"B" and payload[-4:] == xid.to_bytes(4):
+            commits.add(payload[1:9])
+        ours = payload[1:9] if payload[:1] == b"B" else payload[2:10] if payload[:1] == b"C" else b""
+        found = payload.startswith(lines) or (ours in commits and payload[:1] in actions)
+        return b"!" + payload[1:] if found else payload
+
+    return spoil

@@ -309,7 +309,7 @@ def make_crm(server: Cluster, directory: Path, *, template: str = "template1", p
         connection.execute(create.format(sql.Identifier(name), sql.Identifier(template)))
     crm = Crm(server.dsn(name), f"slot_{number}", directory)
     if plugin != "auto":
-        crm.settings["plugin"] = plugin
+        crm.settings |= {"plugin": plugin, "publication": crm.slot}  # which slots with other names are read by as well
     if template == "template1":
         leadfi(crm.connection)
     return crm
