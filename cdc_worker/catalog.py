@@ -10,7 +10,7 @@ from typing import Final, Literal
 import psycopg
 from psycopg import sql
 
-from cdc_worker import errors, values, wal2json
+from cdc_worker import errors, pgoutput, values, wal2json
 from cdc_worker.config import known_time_zone
 from cdc_worker.errors import Place
 from cdc_worker.postgres import Connection, fetch_one
@@ -330,6 +330,18 @@ def _never_sent(
                 captured=True,
                 place=place,
             )
+
+
+def as_told(connection: Connection, profile: Profile, rules: Rules, plugin: str | None) -> Profile:
+    """A profile that ignores what a plugin doesn't tell: changes of generated columns. Rules name none of them."""
+    if plugin != pgoutput.PLUGIN or connection.info.server_version >= _STORED_SENT:
+        return profile
+    captured, tables = columns(connection, *rules), dict(profile.tables)
+    for name, table in profile.tables.items():
+        found = captured[qualified(name)]
+        untold = {column for column in found if found[column].generated} - rules[qualified(name)].columns
+        tables[name] = table.model_copy(update={"ignored": [*table.ignored, *sorted(untold)]})
+    return profile.model_copy(update={"tables": tables})
 
 
 def _half_seen(connection: Connection, profile: Profile, rules: Rules, captured: Columns) -> Iterator[Fault]:

@@ -41,7 +41,7 @@ from psycopg import sql
 from psycopg.types.json import set_json_loads
 from pydantic import BaseModel, Field
 
-from cdc_worker import catalog, checkpoint, errors, postgres, reconcile, rows
+from cdc_worker import catalog, checkpoint, errors, postgres, reconcile, rows, slot
 from cdc_worker.activities import Activity, Batch, DeadLetter, Place, Position, Scope, parsed_key
 from cdc_worker.changes import STREAM, Row, Transaction
 from cdc_worker.config import Settings
@@ -299,7 +299,7 @@ class _Edges:
 
     def __init__(self, stack: ExitStack, settings: Settings, given: Profile, log: Logger) -> None:
         self._stack, self._dsn, self.worker = stack, settings.dsn.get_secret_value(), settings.worker
-        self.settings, self.profile, self.log = settings, given, log
+        self.settings, self.log = settings, log
         self.rules = settings.rules(given)
         # To it values print as they do in the stream; and a float would lose digits.
         self.control = self.opened(postgres.connect_reading(self._dsn, self.worker))
@@ -307,6 +307,8 @@ class _Edges:
         self.checkpoint = checkpoint.read(self.control, self.worker)
         self.cluster = self.checkpoint.system_identifier
         self.target = catalog.check(self.control, given, self.rules)
+        read = slot.read(self.control, self.checkpoint.slot)
+        self.profile = catalog.as_told(self.control, given, self.rules, None if read is None else read.plugin)
         self.reading = self.opened(rows.connect(settings))
         self.fence = Fence(self.opened(postgres.connect(self._dsn, self.worker)), settings, log)
         self.time_zone = settings.zone(given, postgres.server(self.control).time_zone)

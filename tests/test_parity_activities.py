@@ -164,3 +164,22 @@ def test_partitions(pair: Pair) -> None:
     for statement in statements:
         one.connection.execute(statement)
     assert_alike(pair, UNDATED, at_least=14)
+
+
+def test_what_pgoutput_does_not_tell_is_not_missed_in_the_log(server: Cluster, new_crm: Crm) -> None:
+    """Before PostgreSQL 18 that is a generated column, of which wal2json has told."""
+    if "wal2json" not in servers.plugins(server):
+        pytest.skip("the server has no wal2json")
+    new_crm.execute("ALTER TABLE lead ADD COLUMN letters int GENERATED ALWAYS AS (length(full_name)) STORED")
+    new_crm.settings["plugin"] = "wal2json"
+    new_crm.setup()
+    new_crm.add_leads(1)
+    new_crm.execute("UPDATE lead SET full_name = 'Ann'")
+    new_crm.record()
+    assert new_crm.activities()[-1]["description"] == 'Lead "Ann" updated: full_name, letters'
+    new_crm.settings["plugin"] = "auto"
+    new_crm.succeed("switch-plugin")
+    new_crm.execute("UPDATE lead SET full_name = 'Beatrice'")
+    with new_crm.worker() as worker:
+        worker.wait_for("replication_started")
+        assert "1 rows, 1 agree, 0 disagree" in new_crm.succeed("verify", "lead")
