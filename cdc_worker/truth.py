@@ -15,7 +15,7 @@ from cdc_worker.history import Event
 from cdc_worker.lsn import LSN
 from cdc_worker.profile import Match, Matcher, Profile
 from cdc_worker.templates import Expression, number, parse, text
-from cdc_worker.values import Value
+from cdc_worker.values import INFINITE, Value
 
 AFTER_ALL: Final = 1 << 62
 """In place of an ordinal: after all changes of a commit."""
@@ -51,7 +51,8 @@ class Told(NamedTuple):
         if type(ours) is type(theirs) and ours == theirs:  # as nearly all are
             return True
         if ours is None or theirs is None:
-            return ours is theirs
+            # To a wal2json before 2.6 what is no finite number is null.
+            return ours is theirs or ours in INFINITE or theirs in INFINITE
         if isinstance(ours, bool) or isinstance(theirs, bool):
             return text(ours) == text(theirs)
         if not (isinstance(ours, str) and isinstance(theirs, str)) and (one := number(ours)) is not None:

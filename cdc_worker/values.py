@@ -21,6 +21,9 @@ What is no finite number is text as well: NaN, Infinity, -Infinity.
 # Manual: "Object Identifier Types"; the numbers are in src/include/catalog/pg_type.dat.
 BOOLEAN, BYTEA, BIGINT, SMALLINT, INTEGER, OID, REAL, DOUBLE, NUMERIC = 16, 17, 20, 21, 23, 26, 700, 701, 1700
 
+INFINITE: Final = ("NaN", "Infinity", "-Infinity")
+"""Values of numeric columns that are no finite numbers."""
+
 
 def integer(digits: str) -> int | Decimal:
     """An integer of however many digits. Raises ValueError."""
