@@ -3,7 +3,7 @@
 One loop: transactions of the slot are transformed into a batch, the sink writes the batch with its checkpoint in one
 database transaction, and only then the server is told that it may forget.
 
-    socket ─bytes─▶ protocol ─payload─▶ wal2json ─Begin|Change|Message|Commit─▶ Assembler ─Transaction─▶ Transformer
+    socket ─bytes─▶ protocol ─payload─▶ Decoder  ─Begin|Change|Message|Commit─▶ Assembler ─Transaction─▶ Transformer
        ▲                                                                                                   │ Activity |
        └── standby status update ◀── position ◀── Sink ◀───────────────────── Batch ◀──────────────────────┘ DeadLetter
 
@@ -11,10 +11,13 @@ In reading order. The core takes values and returns values:
 
     errors      every way to fail, and what it asks of the operator
     lsn         a position in the WAL
+    values      what columns hold, from how Postgres prints it
     protocol    the messages inside COPY BOTH
     changes     what happened in the database, and the transactions it adds up to
-    wal2json    the decoder
+    wal2json    a decoder
     documents   what the same plugin writes in format 1
+    pgoutput    the other decoder
+    decoders    what the two have in common
     context     who did it, as applications say it
     activities  what it meant: activities, dead letters, skipped rows, batches, positions, keys
     profile     what a CRM's tables mean, as read from TOML
@@ -79,7 +82,7 @@ The edges each know one thing outside:
 And for a look without a CRM: binaries and cluster (a private PostgreSQL), shadow (a second witness), sales_day,
 timeline and demo.
 
-As a library: `wal2json.decode`, `protocol` and `replication.Replication` are a wal2json client of their own.
+As a library: `replication.Replication` and the decoders are a client of logical replication of their own.
 """
 
 __version__ = "0.1.0"

@@ -7,9 +7,11 @@ A recording consists of frames, each of them what was written at once. A frame b
 
 So it holds all commits that were consumed of those that end after `after` and at or before `until`. What is `within` a
 transaction goes on with the one that the frame before, by its `number` in the file, has not ended. Lines of the plugin
-follow, as `pg_recvlogical -o format-version=2 -o include-lsn=1 -o include-timestamp=1` writes them, and before the
-changes that they are about two kinds of our own: a row that was looked up (of change 3 of the transaction, counted from
-0, by the lookup `owner`; `columns` is null for one that isn't there), and a table that is a partition:
+follow, as `pg_recvlogical -o format-version=2 -o include-lsn=1 -o include-timestamp=1` writes them (what comes by
+pgoutput is written in lines that say the same; of a commit that is not whole in a frame, only its end says where it
+ends), and before the changes that they are about two kinds of our own: a row that was looked up (of change 3 of the
+transaction, counted from 0, by the lookup `owner`; `columns` is null for one that isn't there), and a table that is a
+partition:
 
     {"action":"L","change":3,"lookup":"owner","schema":"public","table":"core_user",
      "where":[{"name":"id","value":7}],"columns":[{"name":"organization_id","value":1}]}
