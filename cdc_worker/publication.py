@@ -154,22 +154,25 @@ EXISTS (SELECT FROM pg_index WHERE indrelid = c.oid AND indisvalid AND indimmedi
 
 _VIRTUAL: Final = "EXISTS (SELECT FROM pg_attribute WHERE attrelid = c.oid AND attgenerated = 'v' AND NOT attisdropped)"
 
+# The worker asks, and waits for no lock: pg_partition_tree would.
 _MEMBERS: Final = """
-WITH captured AS (
+WITH RECURSIVE captured AS (
     SELECT c.oid, needs, relkind = 'p' AND relpersistence = 'p' AND relreplident <> 'n' AND EXISTS (
                SELECT FROM pg_index WHERE indrelid = c.oid AND indisprimary AND indimmediate) AS itself
     FROM unnest(%(tables)s::text[], %(needs)s::bool[]) AS it (name, needs) JOIN pg_class c ON c.oid = to_regclass(name)
     WHERE relkind IN ('r', 'p')
-), leaf AS (
-    SELECT captured.oid AS root, coalesce(relid::oid, captured.oid) AS oid, needs, itself
-    FROM captured LEFT JOIN LATERAL pg_partition_tree(captured.oid) ON isleaf
+), part AS (
+    SELECT oid AS root, oid, needs, itself FROM captured
+    UNION ALL
+    SELECT root, inhrelid, needs, itself
+    FROM part JOIN pg_partitioned_table ON partrelid = oid JOIN pg_inherits ON inhparent = oid
 ), member AS (
-    SELECT DISTINCT ON (1) CASE WHEN itself THEN root ELSE leaf.oid END AS oid, root,
+    SELECT DISTINCT ON (1) CASE WHEN itself THEN root ELSE part.oid END AS oid, root,
            bool_or(relkind = 'r' AND {virtual} AND (needs OR relreplident = 'f' OR NOT {keyed})) AS withheld
-    FROM leaf JOIN pg_class c USING (oid)
+    FROM part JOIN pg_class c USING (oid)
     WHERE itself OR (relkind = 'r' AND relpersistence = 'p')
     GROUP BY 1, 2
-    ORDER BY 1, root <> CASE WHEN itself THEN root ELSE leaf.oid END
+    ORDER BY 1, root <> CASE WHEN itself THEN root ELSE part.oid END
 )
 SELECT n.nspname::text, c.relname::text, rn.nspname::text, r.relname::text, withheld, pg_has_role(c.relowner, 'USAGE'),
        published.oid IS NOT NULL,

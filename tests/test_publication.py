@@ -89,9 +89,10 @@ def published(crm: Crm) -> list[str]:
 
 
 def check(crm: Crm) -> None:
-    """What the worker asks at its start."""
+    """What the worker asks at its start, without waiting for a lock."""
     settings = config.load(None, {"dsn": crm.dsn, "slot": crm.slot} | crm.settings)
     with postgres.connect(crm.dsn, crm.slot) as connection:
+        connection.execute("SET lock_timeout = '100ms'")
         publication.check(connection, settings.publication_name, settings.rules(load(settings.profile)))
 
 
@@ -205,6 +206,15 @@ def test_nobody_waits_for_long_while_a_table_is_published(new_crm: Crm) -> None:
             other.commit()
             assert process.wait() == 0
     assert published(crm) == ["plain"]
+
+
+def test_the_worker_asks_though_a_table_is_locked(new_crm: Crm) -> None:
+    """As it is while its structure is changed: a worker that waited then could not write what it has."""
+    crm = make(new_crm, "pgoutput", "rooted", "plain")
+    crm.setup()
+    with psycopg.connect(crm.dsn) as other:
+        other.execute("LOCK TABLE rooted, plain")
+        check(crm)
 
 
 # What others do to it
