@@ -8,6 +8,7 @@ from typing import LiteralString
 
 import psycopg
 import pytest
+import structlog
 from doctoring import ailing, cure, findings, healthy, mend
 from psycopg import sql
 from psycopg.conninfo import make_conninfo
@@ -16,7 +17,9 @@ from support import Crm, WorkerProcess, crm_on, role
 
 from cdc_worker import config, errors, postgres, publication
 from cdc_worker.cluster import Cluster
+from cdc_worker.process import Process
 from cdc_worker.profile import load
+from cdc_worker.watch import Watch
 
 TARGET = """
 name = "published"
@@ -267,6 +270,22 @@ def test_the_worker_ends_where_changes_would_be_lost_and_has_not_confirmed_them(
     crm.setup()
     crm.record()
     assert crm.types() == ["lead_created"]
+
+
+def test_a_worker_that_runs_notices_as_well(pgoutput_crm: Crm) -> None:
+    crm = pgoutput_crm
+    settings = config.load(None, {"dsn": crm.dsn, "slot": crm.slot} | crm.settings)
+    watch = Watch(settings, Process(crm.slot), structlog.get_logger())
+    rules = settings.rules(load(settings.profile))
+
+    def look(connection: postgres.Connection) -> None:
+        publication.check(connection, settings.publication_name, rules)
+
+    watch.look(also=look)
+    crm.connection.execute(f"ALTER PUBLICATION {crm.slot} DROP TABLE contact".encode())
+    with pytest.raises(errors.PublicationError):
+        watch.look(also=look)
+    crm.setup()
 
 
 def test_where_wal2json_is_read_it_matters_once_the_slot_is_switched(crm: Crm) -> None:
