@@ -492,6 +492,20 @@ def test_on_a_server_that_refuses_the_plugin_setup_allows_it_to_the_role(tmp_pat
         assert names(crm) == ["Lead 1"]
 
 
+def test_where_the_plugin_is_refused_the_role_needs_no_more_for_the_other_one(tmp_path: Path) -> None:
+    with Cluster(find_binaries(newest=True), allow_plugins=False) as server, crm_on(server, tmp_path) as crm:
+        said = crm.succeed("setup", "--role", "cdc")
+        assert (
+            "plugin: pgoutput, for the server refuses the output plugin wal2json:"
+            " output_plugin_libraries is pgoutput, test_decoding\n"
+        ) in said
+        assert "role cdc may use" not in said
+        crm.settings["dsn"] = psycopg.conninfo.make_conninfo(crm.dsn, user="cdc")
+        crm.add_leads(1)
+        crm.record()
+        assert names(crm) == ["Lead 1"]
+
+
 def test_a_failover_slot_wants_a_server_that_has_them(bare_crm: Crm) -> None:
     version = bare_crm.value("SELECT current_setting('server_version_num')::int")
     done = bare_crm.command("setup", "--failover")
