@@ -1,9 +1,12 @@
 """`make bench`: how fast a backlog drains beside pg_recvlogical, how late an activity is, how fast a recording of it is
 replayed, and what a backfill costs.
 
-Drain: two copies of one slot before the same backlog, in turn written to a file by pg_recvlogical with the worker's own
-options, and drained into `activity` by `cdc-worker run --once` with all guarantees on; the latter without a recording
-and with one, on the file system of the system's temporary directory. Times are of whole processes.
+Decode (alone: `--part decode`): what a change costs by itself, in time of the processor, with the decoder of either
+plugin, on what both send of the same updates: decoded only, and up to what the rules tell.
+
+Drain: copies of one slot before the same backlog, with each plugin in turn, written to a file by pg_recvlogical with
+the worker's own options, and drained into `activity` by `cdc-worker run --once` with all guarantees on; the latter
+without a recording and with one, on the file system of the system's temporary directory. Times are of whole processes.
 Connections are by TCP, as a worker in a container or on another machine has them; `--socket` takes a Unix socket, by
 which the server sends a row in half the time.
 
@@ -38,7 +41,8 @@ from pathlib import Path
 import click
 import psycopg
 
-from cdc_worker import context, profile, wal2json
+from bench.decode import measured, supported
+from cdc_worker import context, decoders, profile, wal2json
 from cdc_worker.binaries import find_binaries
 from cdc_worker.cluster import Cluster
 from cdc_worker.ddl import schema
@@ -115,6 +119,9 @@ class Bench:
         return os.environ | {
             "CDC_WORKER_DSN": self.dsn,
             "CDC_WORKER_SLOT": slot,
+            # One publication from before the backlog, and so one worker: whatever copy of the slot it reads.
+            "CDC_WORKER_NAME": "base",
+            "CDC_WORKER_PUBLICATION": "base",
             "CDC_WORKER_LOG_LEVEL": "error",
             **{f"CDC_WORKER_{name.upper()}": value for name, value in settings.items()},
         }
@@ -152,16 +159,19 @@ class Bench:
         self.connection.execute("SELECT pg_reload_conf()")
         self.connection.execute("CHECKPOINT")
 
-    def copy_slot(self, name: str) -> None:
-        self.connection.execute("SELECT pg_copy_logical_replication_slot('base', %s)", (name,))
+    def copy_slot(self, name: str, plugin: str = wal2json.PLUGIN) -> None:
+        self.connection.execute("SELECT pg_copy_logical_replication_slot('base', %s, false, %s)", (name, plugin))
 
     def drop_slot(self, name: str) -> None:
         self.connection.execute("SELECT pg_drop_replication_slot(%s)", (name,))
 
-    def recvlogical(self, number: int) -> float:
+    def recvlogical(self, number: int, plugin: str) -> float:
         """Seconds that pg_recvlogical takes to write the backlog to a file."""
-        self.copy_slot(slot := f"recvlogical_{number}")
-        options = wal2json.options(compile_rules(profile.load("leadfi")), (context.PREFIX,))
+        self.copy_slot(slot := f"recvlogical_{number}", plugin)
+        tables = compile_rules(profile.load("leadfi"))
+        options, _ = decoders.options(plugin, tables, (context.PREFIX,), publication="base")
+        if plugin == wal2json.PLUGIN:
+            options = supported(self.connection, slot, options)
         ((end,),) = self.connection.execute("SELECT pg_current_wal_flush_lsn()").fetchall()
         arguments = ["--start", "--slot", slot, "--dbname", self.dsn, "--endpos", end, "--no-loop"]
         arguments += [part for name, value in options.items() for part in ("--option", f"{name}={value}")]
@@ -173,17 +183,22 @@ class Bench:
         self.drop_slot(slot)
         return seconds
 
-    def recording(self, number: int, count: int) -> tuple[float, int]:
+    def recording(self, number: int, count: int, plugin: str) -> tuple[float, int]:
         """Seconds that the worker takes when it records as well, and how many bytes it has recorded."""
         with tempfile.TemporaryDirectory() as directory:
-            seconds = self.worker(number, count, recording_directory=directory)
+            seconds = self.worker(number, count, plugin, recording_directory=directory)
             return seconds, sum(path.stat().st_size for path in Path(directory).iterdir())
 
-    def worker(self, number: int, count: int, **settings: str) -> float:
-        """Seconds that the worker takes to write the backlog to `activity`, whose rows are then checked."""
-        self.copy_slot(slot := f"worker_{number}")
+    def begin(self, slot: str, plugin: str) -> None:
+        """Let the worker begin where the base slot is, with a copy of it and an empty target."""
+        self.copy_slot(slot, plugin)
         self.connection.execute("TRUNCATE activity")
+        self.connection.execute("DELETE FROM cdc_worker.checkpoint")
         self.cdc("setup", slot=slot)
+
+    def worker(self, number: int, count: int, plugin: str, **settings: str) -> float:
+        """Seconds that the worker takes to write the backlog to `activity`, whose rows are then checked."""
+        self.begin(slot := f"worker_{number}", plugin)
         started = time.perf_counter()
         self.cdc("run", "--once", slot=slot, **settings)
         seconds = time.perf_counter() - started
@@ -191,7 +206,6 @@ class Bench:
         if not intact:
             raise click.ClickException("the worker's activities are not what they should be")
         self.drop_slot(slot)
-        self.connection.execute("DELETE FROM cdc_worker.checkpoint WHERE worker = %s", (slot,))
         return seconds
 
     @contextmanager
@@ -209,11 +223,9 @@ class Bench:
             process.terminate()
             process.wait()
 
-    def latencies(self, rate: int, seconds: int) -> list[float]:
+    def latencies(self, rate: int, seconds: int, plugin: str) -> list[float]:
         """Milliseconds from commit to visible activity, at so many transactions a second."""
-        self.copy_slot(slot := "latency")
-        self.connection.execute("TRUNCATE activity")
-        self.cdc("setup", slot=slot)
+        self.begin(slot := f"latency_{plugin}", plugin)
         self.cdc("run", "--once", slot=slot)
         script = self.directory / "update.sql"
         found: list[float] = []
@@ -223,7 +235,7 @@ class Bench:
         ((before,),) = self.connection.execute(newest).fetchall()
         with self.daemon(slot):
             # The server reads its WAL from where the slot was copied, before it has anything to send.
-            self.connection.execute("UPDATE lead SET status = 'started' WHERE lead_id = 1")
+            self.connection.execute("UPDATE lead SET status = %s WHERE lead_id = 1", (f"started with {plugin}",))
             while (last := self.connection.execute(newest).fetchall()[0][0]) == before:
                 time.sleep(0.01)
             load = subprocess.Popen(
@@ -245,9 +257,7 @@ class Bench:
 
     def shutdown(self, number: int, *, behind: bool = False, locked: bool = False) -> float:
         """Seconds that a fast shutdown takes while the worker runs, has the backlog before it, or waits for a lock."""
-        self.copy_slot(slot := f"shutdown_{number}")
-        self.connection.execute("TRUNCATE activity")
-        self.cdc("setup", slot=slot)
+        self.begin(slot := f"shutdown_{number}", wal2json.PLUGIN)
         if not behind:
             self.cdc("run", "--once", slot=slot)
         with self.daemon(slot), closing(psycopg.connect(self.cluster.socket_dsn())) as other:
@@ -344,23 +354,31 @@ def stream(bench: Bench, sizes: Sizes) -> None:
     bench.fill(LEADS)
     bench.updates(count)
     lines: list[Sequence[object]] = [
-        ("round", "pg_recvlogical /s", "worker /s", "ratio", "recording /s", "to worker", "bytes each")
+        ("round", "plugin", "pg_recvlogical /s", "worker /s", "ratio", "recording /s", "to worker", "bytes each")
     ]
-    ratios, kept = [], []
+    ratios: dict[str, list[float]] = {plugin: [] for plugin in decoders.PLUGINS}
+    kept: dict[str, list[float]] = {plugin: [] for plugin in decoders.PLUGINS}
+    faster = []
     for number in range(1, sizes.rounds + 1):
-        peer = bench.recvlogical(number)
-        if number % 2:  # what comes later may find more in the caches
-            ours, (recorded, size) = bench.worker(number, count), bench.recording(number, count)
-        else:
-            (recorded, size), ours = bench.recording(number, count), bench.worker(number, count)
-        ratios.append(peer / ours)
-        kept.append(ours / recorded)
-        rates = [f"{count / seconds:,.0f}" for seconds in (peer, ours, recorded)]
-        lines.append(
-            (number, *rates[:2], f"{peer / ours:.2f}", rates[2], f"{ours / recorded:.2f}", f"{size / count:.0f}")
-        )
-    lines.append(("median", "", "", f"{statistics.median(ratios):.2f}", "", f"{statistics.median(kept):.2f}", ""))
+        taken = {}
+        for plugin in sorted(decoders.PLUGINS, reverse=bool(number % 2)):  # what comes later may find more in caches
+            peer = bench.recvlogical(number, plugin)
+            if number // 2 % 2:
+                ours, (recorded, size) = bench.worker(number, count, plugin), bench.recording(number, count, plugin)
+            else:
+                (recorded, size), ours = bench.recording(number, count, plugin), bench.worker(number, count, plugin)
+            taken[plugin] = ours
+            ratios[plugin].append(peer / ours)
+            kept[plugin].append(ours / recorded)
+            rates = [f"{count / seconds:,.0f}" for seconds in (peer, ours, recorded)]
+            ratio, recording = f"{peer / ours:.2f}", f"{ours / recorded:.2f}"
+            lines.append((number, plugin, *rates[:2], ratio, rates[2], recording, f"{size / count:.0f}"))
+        faster.append(taken["wal2json"] / taken["pgoutput"])
+    for plugin in decoders.PLUGINS:
+        ratio, recording = f"{statistics.median(ratios[plugin]):.2f}", f"{statistics.median(kept[plugin]):.2f}"
+        lines.append(("median", plugin, "", "", ratio, "", recording, ""))
     table(f"Drain of {count:,} single-row transactions, rows checked", lines)
+    click.echo(f"  the worker with pgoutput, of what it does with wal2json: {statistics.median(faster):.2f}")
     shutdowns = [
         ("caught up", bench.shutdown(1)),
         ("backlog", bench.shutdown(2, behind=True)),
@@ -370,14 +388,20 @@ def stream(bench: Bench, sizes: Sizes) -> None:
     table("Seconds of a fast shutdown", [*zip(*((name, f"{taken:.2f}") for name, taken in shutdowns), strict=True)])
     bench.cluster.start()
     bench.connect()
-    found = bench.latencies(rate, sizes.seconds)
-    table(
-        f"Milliseconds from commit to visible activity at {rate} transactions a second",
-        [
-            ("activities", "p50", "p95", "p99", "max"),
-            (f"{len(found):,}", *(f"{value:.1f}" for value in (*percentiles(found), max(found)))),
-        ],
-    )
+    late: list[Sequence[object]] = [("plugin", "activities", "p50", "p95", "p99", "max")]
+    for plugin in decoders.PLUGINS:
+        found = bench.latencies(rate, sizes.seconds, plugin)
+        late.append((plugin, f"{len(found):,}", *(f"{value:.1f}" for value in (*percentiles(found), max(found)))))
+    table(f"Milliseconds from commit to visible activity at {rate} transactions a second", late)
+
+
+def decode(bench: Bench, sizes: Sizes) -> None:
+    """What a change costs by itself, with either decoder."""
+    count = sizes.count // 10
+    lines: list[Sequence[object]] = [("columns", "", "wal2json", "pgoutput", "ratio", "of rounds")]
+    for columns in (6, 40):
+        lines += measured(bench.connection, columns, count, sizes.rounds)
+    table(f"Microseconds a change, in {sizes.rounds} rounds of {count:,} updates with a full old row", lines)
 
 
 def replay(bench: Bench, sizes: Sizes) -> None:
@@ -445,7 +469,7 @@ def backfill(bench: Bench, sizes: Sizes) -> None:
     )
 
 
-PARTS = {"stream": stream, "replay": replay, "backfill": backfill}
+PARTS = {"decode": decode, "stream": stream, "replay": replay, "backfill": backfill}
 
 
 @click.command()
