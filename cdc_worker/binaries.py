@@ -106,17 +106,16 @@ def find_binaries(*, report: Report = to_stderr, newest: bool = False, plugin: P
         if found is None:
             raise ClusterError("no PostgreSQL server found", hint=_hint())
         return found
-    found = _with_wal2json()
-    if found is None:
-        try:
-            _fetch(report)
-            found = _with_wal2json()
-        except ClusterError:
-            found = _with_pgoutput() if plugin is None else None
-            if found is None:
-                raise
-    if found is None:
-        raise ClusterError("no PostgreSQL server with wal2json found", hint=_hint())
+    if (found := _with_wal2json()) is not None:
+        return found
+    try:
+        _fetch(report)
+        if (found := _with_wal2json()) is None:
+            raise ClusterError("no PostgreSQL server with wal2json found", hint=_hint())
+    except ClusterError:
+        found = _with_pgoutput() if plugin is None else None
+        if found is None:
+            raise
     return found
 
 

@@ -1,5 +1,7 @@
 """A PostgreSQL with wal2json for the whole run, and a CRM's database for each test that wants one.
 
+Where wal2json can't be had, CDC_TEST_SERVER=18 gives the tests the embedded server: those that are about wal2json fail.
+
 Hypothesis prints what reproduces a failure; `--hypothesis-seed` gives a run its seed. Storms print theirs, and take it
 from CDC_TEST_SEED.
 """
@@ -36,7 +38,7 @@ if "TMPDIR" not in os.environ and MEMORY.is_dir() and shutil.disk_usage(MEMORY).
 @pytest.fixture(scope="session")
 def binaries() -> Binaries:
     """Server programs with a wal2json that fits them. Raises, and so fails, where there are none to be had."""
-    return find_binaries()
+    return find_binaries(plugin="wal2json")
 
 
 NAMED = os.environ.get("CDC_TEST_SERVER") or None

@@ -143,7 +143,7 @@ def _find(name: str) -> Binaries | Missing:
     try:
         match name:
             case "distribution":
-                return find_binaries()
+                return find_binaries(plugin="wal2json")
             case "newest":
                 return _newest()
             case "18":
@@ -164,7 +164,7 @@ def _find(name: str) -> Binaries | Missing:
 
 def _newest() -> Binaries:
     found = find_binaries(newest=True)
-    if found == find_binaries():
+    if found == find_binaries(plugin="wal2json"):
         raise Missing(f"{found.version} is installed and the newest of the distribution")
     return found
 
