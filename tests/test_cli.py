@@ -115,7 +115,9 @@ def test_a_settings_file_is_enough(crm: Crm, tmp_path: Path) -> None:
 
 def test_logs_are_for_people_where_they_are_asked_for(crm: Crm) -> None:
     done = crm.command("run", "--once", log_format="console")
-    assert re.search(r"\[info +\] replication_started +lsn=\S+ plugin=wal2json slot=\S+ time_zone=\S+\n", done.stderr)
+    assert re.search(
+        r"\[info +\] replication_started +lsn=\S+ options=\[.+\] plugin=wal2json slot=\S+ time_zone=\S+\n", done.stderr
+    )
 
 
 # Exit codes
