@@ -214,14 +214,16 @@ class Settings(BaseSettings):
 def load(config: Path | None = None, flags: dict[str, Any] | None = None) -> Settings:
     """The settings in force; `flags` that are None don't count. Raises SettingsError naming every wrong one."""
     given = {name: value for name, value in (flags or {}).items() if value is not None}
+    kind = Settings
     if config:
         _check_file(config)
 
-    class FromFile(Settings):
-        model_config = SettingsConfigDict(toml_file=config)
+        class FromFile(Settings):
+            model_config = SettingsConfigDict(toml_file=config)
 
+        kind = FromFile  # to make it takes longer than to load them: only where there is a file
     try:
-        settings = FromFile(**given)
+        settings = kind(**given)
     except ValidationError as error:
         faults = [_fault(fault, given, config) for fault in error.errors()]
         raise SettingsError("wrong settings:\n" + "\n".join(faults), hint="see: cdc-worker run --help") from None
