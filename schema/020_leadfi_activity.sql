@@ -24,6 +24,7 @@ SELECT format('ALTER TABLE activity ADD COLUMN %s integer REFERENCES %s', name, 
 FROM (VALUES ('lead_id', 'lead (lead_id)'), ('customer_uid', 'customer (customer_uid) ON DELETE CASCADE'))
     AS link (name, key)
 WHERE NOT EXISTS (SELECT FROM pg_attribute WHERE attrelid = to_regclass('activity') AND attname = name)
+ORDER BY name DESC
 \gexec
 
 -- Activities have the enhanced columns, with their defaults. Constant defaults rewrite nothing: old rows are manual and
