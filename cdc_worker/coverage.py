@@ -53,10 +53,10 @@ class Coverage:
 
 
 class Seen:
-    """Ends of single commits, as they came. The first ones are forgotten when there are too many."""
+    """What single commits are known by, as they came. The first ones are forgotten when there are too many."""
 
     CHUNK: Final = 1 << 14
-    CHUNKS: Final = 64
+    CHUNKS: Final = 128
 
     def __init__(self) -> None:
         self._chunks: deque[array[int]] = deque([array("Q")], maxlen=self.CHUNKS)

@@ -97,7 +97,7 @@ _UNREAD: Final = frozenset((_At.PASSING, _At.LOST))
 
 
 class _Open:
-    """The transaction that is being read. `end` is where it ends, if that is known."""
+    """The transaction that is being read. `end` is where it ends, if that is known by now."""
 
     def __init__(self, begin: Begin | None, *, has_lsn: bool, has_time: bool, end: LSN | None) -> None:
         self.begin = begin
@@ -110,6 +110,15 @@ class _Open:
         self.looked: list[Looked] = []
         self.kept = 0
         self.begun = self.left_out = self.elsewhere = False
+
+    @property
+    def known_by(self) -> LSN | None:
+        """What it is known by when it comes again: the first position at which it may end.
+
+        Of a large commit that came by pgoutput the begin says no more. Where it isn't known where it was committed, it
+        is its end.
+        """
+        return self.end if self.begin is None or not self.has_lsn else LSN(self.begin.commit_lsn + 1)
 
 
 class FileReader:
@@ -178,7 +187,7 @@ class FileReader:
             self._line = number
             if not line or line.isspace():
                 continue
-            if self._at in _UNREAD and line.startswith(_ACTION) and line[len(_ACTION)] not in _STRUCTURE:
+            if self._at in _UNREAD and line.startswith(_ACTION) and line[len(_ACTION) :][:1] not in _STRUCTURE:
                 continue
             try:
                 if line.startswith(_LINE):
@@ -320,7 +329,8 @@ class FileReader:
                 if self._whole_from is None:
                     self._whole_from = commit_lsn
         begin = Begin(said.xid, commit_lsn, end_lsn, said.committed_at or _UNKNOWN)
-        self._open = _Open(begin, has_lsn=has_lsn, has_time=has_time, end=said.end_lsn)
+        known = None if end_lsn == commit_lsn + 1 and has_lsn else said.end_lsn
+        self._open = _Open(begin, has_lsn=has_lsn, has_time=has_time, end=known)
         self._open.document = document
         self._at = _At.PASSING
         wanted = self._wanted
@@ -333,7 +343,7 @@ class FileReader:
         if self._frame is not None and tables and self._later(self._place, tables, end_lsn):
             self._open.elsewhere = True
             self._ledger.repeated += 1
-            self._reach(LSN(end_lsn - 1))
+            self._reach(commit_lsn)
             self._claim()
             return
         self._at = _At.INSIDE
@@ -341,10 +351,10 @@ class FileReader:
 
     def _is_known(self, table: Table) -> bool:
         of = self._open
-        if of is None or of.end is None:
+        if of is None or of.known_by is None:
             return False
         if table not in of.known:
-            of.known[table] = self._ledger.known(self._place, table, of.end)
+            of.known[table] = self._ledger.known(self._place, table, of.known_by)
         return of.known[table]
 
     def _commit(self, said: Said, line: bytes) -> Recorded | None:
@@ -359,14 +369,15 @@ class FileReader:
         if self._at is _At.INSIDE:
             recorded = self._put(self._assembler.feed(Commit(said.end_lsn), line))
             self._ledger.repeated += of.left_out and not of.begun
-        self._end(of.end if of.end is None or said.end_lsn is None else said.end_lsn)
+        self._end(of.end if of.begin is None or said.end_lsn is None else said.end_lsn)
         return recorded
 
     def _end(self, end: LSN | None) -> None:
         """The transaction has been read."""
         if end is not None:
             if not self._verified and self._open is not None:
-                self._ledger.see(self._place, self._open.tables, end)
+                for known_by in filter(None, (self._open.known_by, end)):
+                    self._ledger.see(self._place, self._open.tables, known_by)
             self._reach(end)
             if self._open is not None and self._open.elsewhere:
                 self._whole_from = end

@@ -7,7 +7,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -82,6 +82,12 @@ def transaction(end: int, *changes: int | Mapping[str, Any], without: Container[
     of = [change(one) if isinstance(one, int) else one for one in changes or (end,)]
     lines = [begin(end), *of, begin(end) | {"action": "C"}]
     return [msgspec.json.encode({key: of for key, of in line.items() if key not in without}) for line in lines]
+
+
+def by_pgoutput(lines: Sequence[bytes]) -> list[bytes]:
+    """The same commit, of which the begin doesn't say yet where it ends."""
+    first = json.loads(lines[0])
+    return [msgspec.json.encode(first | {"nextlsn": lsn(LSN.parse(first["lsn"]) + 1)}), *lines[1:]]
 
 
 def header(after: int, until: int, *, within: bool = False, **more: Any) -> bytes:
@@ -166,6 +172,31 @@ def test_a_commit_in_several_files_is_read_once(tmp_path: Path) -> None:
     assert of.missing == []
 
 
+@pytest.mark.parametrize("plain", [(True, True), (True, False), (False, True), (False, False)])
+@pytest.mark.parametrize("by", [(by_pgoutput, by_pgoutput), (by_pgoutput, list), (list, by_pgoutput)])
+def test_a_commit_of_which_a_begin_does_not_say_where_it_ends_is_read_once(
+    tmp_path: Path, plain: Sequence[bool], by: Sequence[Callable[[list[bytes]], list[bytes]]]
+) -> None:
+    """As of a large one that came by pgoutput, also where the slot was wal2json's before."""
+    paths = []
+    for number, (is_plain, made) in enumerate(zip(plain, by, strict=True)):
+        lines = [header(100, 160), *transaction(120), *made(transaction(140, *range(2_000))), *transaction(160)]
+        data = text(lines)
+        paths.append(tmp_path / f"{number}.jsonl{'' if is_plain else '.zst'}")
+        paths[-1].write_bytes(data if is_plain else compress(data))
+        os.utime(paths[-1], (number, number))
+    of = source(*paths)
+    assert numbers([*of]) == [120, *range(2_000), 160]
+    assert (of.transactions, of.repeated, of.missing) == (3, 3, [])
+
+
+def test_a_commit_without_frames_is_read_once_whoever_sent_it(tmp_path: Path) -> None:
+    lines = transaction(140, *range(2_000))
+    for name, of in {"a": lines, "b": by_pgoutput(lines), "c": lines}.items():
+        (tmp_path / f"{name}.jsonl").write_bytes(text(of))
+    assert read(tmp_path) == ([*range(2_000)], [])
+
+
 def test_a_damaged_frame_is_left_out_and_named(tmp_path: Path) -> None:
     frames = [segment(100, 120), segment(120, 140), segment(140, 160)]
     frames[1] = frames[1][:-1] + bytes([frames[1][-1] ^ 1])
@@ -230,6 +261,19 @@ def test_a_commit_is_given_up_where_a_frame_of_it_is_gone(tmp_path: Path) -> Non
     assert (found, missing.after, missing.until) == ([120, 160], "0/84", "0/8C")
 
 
+def test_where_a_commit_ends_is_not_said_to_be_known_if_it_breaks_off_and_came_by_pgoutput(tmp_path: Path) -> None:
+    lines = by_pgoutput(transaction(140, 1, 2, 3))
+    found, (missing,) = read(written(tmp_path, a=frame(100, 120, *transaction(120), *lines[:2])))
+    assert (found, missing.after, missing.until) == ([120], "0/84", None)
+
+
+def test_a_file_may_be_cut_anywhere_in_what_nobody_asked_for(tmp_path: Path) -> None:
+    lines = text([*transaction(120), *transaction(140)])
+    for size in range(len(lines)):
+        (tmp_path / "a").write_bytes(lines[:size])
+        assert read(tmp_path / "a", since=LSN(200))[0] == []
+
+
 def test_plain_and_gzip_are_read_alike(tmp_path: Path) -> None:
     lines = text([*transaction(120), *transaction(140)])
     for name, data in {"a": lines, "b": gzip.compress(lines), "c": compress(lines)}.items():
@@ -250,13 +294,16 @@ class Segment:
         return b"".join(self.frames)
 
 
-def framed(commits: Sequence[tuple[int, Sequence[int]]], cuts: Container[int], after: int = 0) -> Segment:
+def framed(
+    commits: Sequence[tuple[int, Sequence[int]]], cuts: Container[int], after: int = 0, *, pgoutput: bool = False
+) -> Segment:
     """Commits, by their ends, in frames that are cut after lines with these numbers."""
+    made_by = by_pgoutput if pgoutput else list[bytes]
     made = Segment([], [], {end: [*rows] for end, rows in commits})
     held: list[bytes] = []
     of: set[int] = set()
     within, until = False, after
-    lines = [(end, line) for end, rows in commits for line in transaction(end, *rows)]
+    lines = [(end, line) for end, rows in commits for line in made_by(transaction(end, *rows))]
     for number, (end, line) in enumerate(lines):
         held.append(line)
         of.add(end)
@@ -276,7 +323,7 @@ def segments(draw: st.DrawFn, first: int = 0) -> Segment:
     commits = [(20 * (n + 1), [100 * n + k for k in range(size)]) for n, size in enumerate(sizes)]
     begins = draw(st.integers(0, first))
     commits = commits[begins : begins + draw(st.integers(1, 8))] if first else commits
-    return framed(commits, draw(st.sets(st.integers(0, 40), max_size=12)), 20 * begins)
+    return framed(commits, draw(st.sets(st.integers(0, 40), max_size=12)), 20 * begins, pgoutput=draw(st.booleans()))
 
 
 def whole(recorded: Sequence[Recorded]) -> dict[int, list[Any]]:
