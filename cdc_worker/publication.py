@@ -7,13 +7,13 @@ that; of another one those partitions are published that there are.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Final
 
 from psycopg import sql
 
-from cdc_worker import ddl, errors
+from cdc_worker import checkpoint, ddl, errors
 from cdc_worker.ddl import Step
 from cdc_worker.postgres import Connection, fetch_one
 from cdc_worker.rules import Rules
@@ -26,14 +26,17 @@ class Member:
     """A relation that is to be published for the captured table that it is, or stores rows of.
 
     It is `published`, and `whole` with all rows and columns. It is `withheld` if the application could not update it.
+    Whenever it is published anew, it has another `mark`.
     """
 
+    oid: int
     relation: Relation
     table: Relation
     withheld: bool
     owned: bool
     published: bool
     whole: bool
+    mark: str
 
     @property
     def complete(self) -> bool:
@@ -76,6 +79,15 @@ class Publication:
     def narrowed(self) -> list[str]:
         """The relations of whose changes it has a part."""
         return [".".join(member.relation) for member in self.members if member.published and not member.whole]
+
+    def changed(self, noted: Collection[str]) -> list[str]:
+        """The relations that others have published anew, or no longer publish, since it was noted how they were."""
+        known = {mark.partition(" ")[0] for mark in noted}
+        return [
+            ".".join(member.relation)
+            for member in self.members
+            if (member.mark not in noted if member.published else str(member.oid) in known)
+        ]
 
     @property
     def allowed(self) -> bool:
@@ -154,8 +166,12 @@ EXISTS (SELECT FROM pg_index WHERE indrelid = c.oid AND indisvalid AND indimmedi
 
 _VIRTUAL: Final = "EXISTS (SELECT FROM pg_attribute WHERE attrelid = c.oid AND attgenerated = 'v' AND NOT attisdropped)"
 
+# Rows of these catalogs have another xmin after whatever is done to them.
+_MARK: Final = "concat_ws(' ', prrelid, p.oid, p.xmin, published.oid, published.xmin)"
+
 # The worker asks, and waits for no lock: pg_partition_tree would.
-_MEMBERS: Final = """
+_MEMBERS: Final = (
+    """
 WITH RECURSIVE captured AS (
     SELECT c.oid, needs, relkind = 'p' AND relpersistence = 'p' AND relreplident <> 'n' AND EXISTS (
                SELECT FROM pg_index WHERE indrelid = c.oid AND indisprimary AND indimmediate) AS itself
@@ -174,15 +190,18 @@ WITH RECURSIVE captured AS (
     GROUP BY 1, 2
     ORDER BY 1, root <> CASE WHEN itself THEN root ELSE part.oid END
 )
-SELECT n.nspname::text, c.relname::text, rn.nspname::text, r.relname::text, withheld, pg_has_role(c.relowner, 'USAGE'),
-       published.oid IS NOT NULL,
-       to_jsonb(published) ->> 'prqual' IS NULL AND to_jsonb(published) ->> 'prattrs' IS NULL
+SELECT c.oid, n.nspname::text, c.relname::text, rn.nspname::text, r.relname::text, withheld,
+       pg_has_role(c.relowner, 'USAGE'), published.oid IS NOT NULL,
+       to_jsonb(published) ->> 'prqual' IS NULL AND to_jsonb(published) ->> 'prattrs' IS NULL, {mark}
 FROM member JOIN pg_class c USING (oid) JOIN pg_namespace n ON n.oid = c.relnamespace
 JOIN pg_class r ON r.oid = root JOIN pg_namespace rn ON rn.oid = r.relnamespace
-LEFT JOIN pg_publication_rel published
-    ON prrelid = c.oid AND prpubid = (SELECT oid FROM pg_publication WHERE pubname = %(name)s)
-ORDER BY 1, 2
-""".replace("{virtual}", _VIRTUAL).replace("{keyed}", KEYED)
+LEFT JOIN (pg_publication_rel published JOIN pg_publication p ON p.oid = prpubid AND pubname = %(name)s)
+    ON prrelid = c.oid
+ORDER BY 2, 3
+""".replace("{virtual}", _VIRTUAL)
+    .replace("{keyed}", KEYED)
+    .replace("{mark}", _MARK)
+)
 
 _PUBLICATION: Final = """
 SELECT pg_has_role(pubowner, 'USAGE'), obj_description(p.oid, 'pg_publication'), puballtables,
@@ -214,8 +233,8 @@ def look(connection: Connection, name: str, rules: Rules) -> Publication:
     tables = [sql.Identifier(*table).as_string() for table in rules]
     needs = [table.needs_old_rows for table in rules.values()]
     members = [
-        Member((schema, relation), (table_schema, table), *rest)
-        for schema, relation, table_schema, table, *rest in connection.execute(
+        Member(oid, (schema, relation), (table_schema, table), *rest)
+        for oid, schema, relation, table_schema, table, *rest in connection.execute(
             _MEMBERS, {"tables": tables, "needs": needs, "name": name}
         )
     ]
@@ -238,8 +257,32 @@ def missing(connection: Connection, name: str, rules: Rules) -> list[str]:
     return look(connection, name, rules).missing
 
 
-def check(connection: Connection, name: str, rules: Rules) -> None:
-    """Raise PublicationError unless all changes of the captured tables are published, as they are to be."""
+# Also before setup has made the column.
+_NOTED: Final = "SELECT to_jsonb(c) -> 'published' FROM cdc_worker.checkpoint c WHERE worker = %s"
+
+_NOTE: Final = """\
+UPDATE cdc_worker.checkpoint
+SET published = ARRAY(SELECT {mark} FROM pg_publication p JOIN pg_publication_rel published ON prpubid = p.oid
+                      WHERE pubname = {name})
+WHERE worker = {worker}""".replace("{mark}", _MARK)
+
+
+def noted(connection: Connection, worker: str) -> list[str] | None:
+    """How relations were published when that was noted; None if it wasn't. Raises NotSetUpError."""
+    rows = checkpoint.fetched(connection, _NOTED, (worker,))
+    return rows[0][0] if rows else None
+
+
+def note(name: str, worker: str) -> str:
+    """The statement that notes how a publication is, so that it is found out if others change it, and back."""
+    return sql.SQL(_NOTE).format(name=name, worker=worker).as_string()
+
+
+def check(connection: Connection, name: str, rules: Rules, *, noted: Collection[str] | None = None) -> None:
+    """Raise PublicationError unless all changes of the captured tables are published, as they are to be.
+
+    Also if they weren't for a while, of all that came since it was `noted` how they are.
+    """
     found = look(connection, name, rules)
     said = f'the publication "{name}"'
     if not found.exists:
@@ -257,6 +300,12 @@ def check(connection: Connection, name: str, rules: Rules) -> None:
             + ", ".join([*found.leaves_out, *(f"rows or columns of {relation}" for relation in found.narrowed)])
             + ": changes are lost",
             hint="run: cdc-worker setup",
+        )
+    if noted is not None and (changed := found.changed(noted)):
+        raise errors.PublicationError(
+            f"{said} was changed by others: what was meanwhile written to {', '.join(changed)} is lost",
+            hint="where there is wal2json, it still has what was not read yet: cdc-worker switch-plugin --to wal2json;"
+            " to go on without: cdc-worker setup",
         )
 
 

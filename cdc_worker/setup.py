@@ -46,7 +46,9 @@ def setup(settings: Settings, profile: Profile, wishes: Wishes = _PLAIN) -> Iter
     """
     with ddl.connected(settings) as connection:
         ddl.one_at_a_time(connection)
+        rules = settings.rules(profile)
         plugin, why = _plugin(connection, settings)
+        changed = _changed(connection, settings, rules) if plugin == pgoutput.PLUGIN else []
         steps = _steps(connection, settings, profile, wishes, plugin)
         refused: list[str] = []
         try:
@@ -56,7 +58,6 @@ def setup(settings: Settings, profile: Profile, wishes: Wishes = _PLAIN) -> Iter
             refused = [*error.statements, *(s.text for s in steps if s.administrator and not s.generates)]
             if not ddl.exists(connection, "cdc_worker.checkpoint"):
                 raise
-        rules = settings.rules(profile)
         catalog.check(connection, profile, rules, plugin=plugin)
         yield from _kept_keys(connection, profile)
         unpublished = yield from _unpublished(connection, settings, rules, plugin)
@@ -70,6 +71,14 @@ def setup(settings: Settings, profile: Profile, wishes: Wishes = _PLAIN) -> Iter
             if plugin == pgoutput.PLUGIN:
                 publication.check(connection, settings.publication_name, rules)
             yield from _slot(connection, settings, wishes, plugin, why)
+            if plugin == pgoutput.PLUGIN:
+                connection.execute(_noting(settings).encode())
+        if changed:
+            yield (
+                f'note: the publication "{settings.publication_name}" was changed by others: what was meanwhile written'
+                f" to {', '.join(changed)} is lost; wal2json, where it is, still has what was not read yet, before the"
+                " worker runs: cdc-worker switch-plugin --to wal2json; what is missing is found by: cdc-worker verify"
+            )
         if refused:
             raise ddl.AdministratorError(refused)
         trackers = cutover.trackers(connection, profile, rules)
@@ -100,6 +109,8 @@ def plan(settings: Settings, profile: Profile, wishes: Wishes = _PLAIN) -> Itera
             yield ddl.script(connection, replace(step, title=f"{step.title} with {plugin}: {why}"))
         if _checkpoint(connection, worker) is None:
             yield ddl.script(connection, checkpoint.create(worker, name))
+            if plugin == pgoutput.PLUGIN:
+                yield ddl.script(connection, Step("it is noted how tables are published", _noting(settings)))
         if wishes.cutover:
             left = {*cutover.given_back(connection, worker), *cutover.marked_tables(connection, worker)}
             for step in cutover.forward(connection, worker, cutover.trackers(connection, profile, rules), but=left):
@@ -116,6 +127,19 @@ def _plugin(connection: Connection, settings: Settings) -> tuple[str, str]:
 
 def _slot_name(connection: Connection, settings: Settings) -> str:
     return slot.own(connection, settings.worker, settings.slot)
+
+
+def _changed(connection: Connection, settings: Settings, rules: Rules) -> list[str]:
+    """The relations of which pgoutput may leave out changes, for what others have done."""
+    try:
+        noted = publication.noted(connection, settings.worker)
+    except errors.NotSetUpError:
+        return []
+    return [] if noted is None else publication.look(connection, settings.publication_name, rules).changed(noted)
+
+
+def _noting(settings: Settings) -> str:
+    return publication.note(settings.publication_name, settings.worker)
 
 
 def _steps(connection: Connection, settings: Settings, profile: Profile, wishes: Wishes, plugin: str) -> Iterator[Step]:
@@ -141,6 +165,7 @@ def _steps(connection: Connection, settings: Settings, profile: Profile, wishes:
             tracked=table.name in tracked,
             marked=marked,
             published=published.adding(table.name) if publishing else {},
+            noting=_noting(settings),
             keyed=publishing or plugin == pgoutput.PLUGIN,
             sent=plugin == pgoutput.PLUGIN,
         )
@@ -249,6 +274,7 @@ def _table(
     tracked: bool,
     marked: bool,
     published: dict[tuple[str, str], list[str]],
+    noting: str,
     keyed: bool,
     sent: bool,
 ) -> Iterator[Step]:
@@ -260,7 +286,8 @@ def _table(
     it by nonce and marker. If it is `marked`, only what follows a context message is recorded from there on.
 
     `published` are the statements that publish what stores its rows. For that these must be `keyed`: whatever rules
-    need, old rows have a key at least. If the worker is `sent` only what is published, nothing before that is its own.
+    need, old rows have a key at least. If the worker is `sent` only what is published, nothing before that is its own,
+    and by `noting` that it hears what it is sent from then on.
     """
     relation = sql.Identifier(*table.name).as_string()
     recorded = any(table.rules.values())
@@ -297,6 +324,8 @@ def _table(
             yield Step(
                 f"{schema}.{relname} is published", ddl.transaction(*adding), f"SHARE UPDATE EXCLUSIVE on {added}"
             )
+    if published and late:
+        statements.append(noting)
     if begins:
         at = "pg_current_wal_insert_lsn()" if late or (unready and table.needs_old_rows) else "'0/1'"
         until = "NULL" if tracked else at

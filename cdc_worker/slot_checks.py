@@ -58,7 +58,8 @@ def publication(look: Look) -> Iterator[Finding]:
 def _misleading(look: Look, found: Publication, *, needed: bool) -> Iterator[Finding]:
     try:
         publications.check_owner(found, look.settings.worker)
-        publications.check(look.connection, found.name, look.rules)
+        noted = publications.noted(look.connection, look.settings.worker) if needed else None
+        publications.check(look.connection, found.name, look.rules, noted=noted)
     except errors.PublicationError as error:
         if needed:
             yield failed(str(error), error.hint or "")

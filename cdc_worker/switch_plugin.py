@@ -314,6 +314,7 @@ class _Switch:
             copy = slot.read(connection, self.new)
             slot.check(copy, name=self.new, database=connection.info.dbname, checkpoint=position)
             connection.execute(_TAKE, {"new": self.new, "plugin": self.plugin, "old": self.old.name, "worker": worker})
+            connection.execute(publication.note(self.settings.publication_name, worker).encode())
             fence.mark(connection)
         return None
 

@@ -493,13 +493,23 @@ class Worker:
     def _check_published(self, connection: postgres.Connection, rules: Rules) -> None:
         """Raise PublicationError if the server leaves out changes of captured tables."""
         if self._plugin == pgoutput.PLUGIN:
-            publication.check(connection, self._settings.publication_name, rules)
+            noted = publication.noted(connection, self._settings.worker)
+            publication.check(connection, self._settings.publication_name, rules, noted=noted)
 
     def _look(self, connection: postgres.Connection) -> None:
         """See whether what is to be recorded is still all asked for."""
         if self._partitions is not None:
             self._partitions.look(connection)
-        self._check_published(connection, self._rules)
+        try:
+            self._check_published(connection, self._rules)
+        except errors.PublicationError as error:
+            # What setup no longer publishes may be gone from a profile that we have not read yet.
+            try:
+                rules = self._settings.rules(load_profile(self._settings.profile))
+            except errors.CdcWorkerError:
+                raise error from None
+            self._check_published(connection, rules)
+            self._stop.reload_requested = True
 
     def _read(
         self, stack: ExitStack, connection: postgres.Connection, found: Checkpoint, server: postgres.Server
@@ -1037,9 +1047,11 @@ class _Stream:
     @property
     def _to_look_at(self) -> bool:
         """Whether anything has happened that the watch is about. A truly idle server is left alone."""
+        # What pgoutput was not sent for, it doesn't tell of: that may be all that happens.
+        moved = 0 if self._decoder.plugin == pgoutput.PLUGIN else MOVED
         return (
             self._totals.batches > self._looked_after
-            or self._received - self._looked_until > MOVED
+            or self._received - self._looked_until > moved
             or self._writing is not None
             or self._fetching is not None
             or self._watch.pending

@@ -34,7 +34,8 @@ ALTER TABLE cdc_worker.checkpoint
     ADD COLUMN IF NOT EXISTS tables text[],
     ADD COLUMN IF NOT EXISTS activities bigint NOT NULL DEFAULT 0,
     ADD COLUMN IF NOT EXISTS dead_letters bigint NOT NULL DEFAULT 0,
-    ADD COLUMN IF NOT EXISTS spare_slot text;
+    ADD COLUMN IF NOT EXISTS spare_slot text,
+    ADD COLUMN IF NOT EXISTS published text[];
 
 COMMENT ON TABLE cdc_worker.checkpoint IS 'How far each worker has written, one row a worker';
 COMMENT ON COLUMN cdc_worker.checkpoint.worker IS 'Name of the worker, part of every change_key';
@@ -52,6 +53,8 @@ COMMENT ON COLUMN cdc_worker.checkpoint.tables IS
 
 COMMENT ON COLUMN cdc_worker.checkpoint.spare_slot IS
     'A slot that is switch-plugin''s to drop: a copy that isn''t taken yet, or what was read before it';
+COMMENT ON COLUMN cdc_worker.checkpoint.published IS
+    'The relations that were published as the worker was set up, each with what changes if it is published anew';
 COMMENT ON COLUMN cdc_worker.checkpoint.activities IS 'How many activities were written, with the checkpoint itself';
 COMMENT ON COLUMN cdc_worker.checkpoint.dead_letters IS 'How many changes became dead letters, likewise';
 

@@ -13,7 +13,7 @@ from doctoring import ailing, cure, findings, healthy, mend
 from psycopg import sql
 from psycopg.conninfo import make_conninfo
 from servers import plugins
-from support import Crm, WorkerProcess, crm_on, role
+from support import Crm, WorkerProcess, crm_on, eventually, role
 
 from cdc_worker import config, errors, postgres, publication
 from cdc_worker.cluster import Cluster
@@ -158,6 +158,24 @@ def test_setup_again_changes_nothing_of_it(crm: Crm) -> None:
     assert crm.execute(rows) == before
 
 
+def test_a_worker_that_runs_goes_on_while_tables_come_to_the_profile_and_go(new_crm: Crm) -> None:
+    """On a quiet server, where it learns of nothing but by looking."""
+    crm = make(new_crm, "pgoutput", "whole", "plain")
+    crm.setup()
+    with crm.worker() as worker:
+        worker.wait_for("replication_started")
+        profile(crm, "whole", "rooted")
+        crm.setup()
+        crm.execute("INSERT INTO rooted VALUES (1)")
+        eventually(crm.activities)
+        profile(crm, "rooted")
+        crm.setup()
+        eventually(lambda: len(worker.events("profile_reloaded")) == 2)
+        crm.connection.execute(f"ALTER PUBLICATION {crm.slot} DROP TABLE rooted".encode())
+        assert worker.wait() == errors.PublicationError.exit_code
+    assert [activity["description"] for activity in crm.activities()] == ["rooted 1"]
+
+
 @pytest.mark.parametrize("plugin", ["wal2json", "pgoutput"])
 def test_a_table_is_published_when_it_comes_to_the_profile_and_no_longer_when_it_has_gone(
     new_crm: Crm, plugin: str
@@ -286,6 +304,43 @@ def test_a_worker_that_runs_notices_as_well(pgoutput_crm: Crm) -> None:
     with pytest.raises(errors.PublicationError):
         watch.look(also=look)
     crm.setup()
+
+
+AND_BACK: dict[LiteralString, LiteralString] = {
+    "ALTER PUBLICATION {} DROP TABLE lead": "ALTER PUBLICATION {} ADD TABLE lead",
+    "ALTER PUBLICATION {} SET (publish = 'update')": (
+        "ALTER PUBLICATION {} SET (publish = 'insert, update, delete, truncate')"
+    ),
+}
+
+
+@pytest.mark.parametrize("statement", AND_BACK)
+def test_what_others_took_out_for_a_while_is_not_lost_without_a_word(new_crm: Crm, statement: LiteralString) -> None:
+    """Of what was written meanwhile pgoutput tells nothing. wal2json does, from the same position."""
+    crm = new_crm
+    crm.settings |= {"plugin": "pgoutput", "publication": crm.slot}
+    crm.setup()
+    crm.add_leads(1)
+    crm.record()
+    for change in (statement, AND_BACK[statement]):
+        crm.connection.execute(sql.SQL(change).format(sql.Identifier(crm.slot)))
+        crm.add_leads(1)
+    found = ailing(crm, "publication")
+    assert found.outcome == "failed"
+    assert found.message.startswith(
+        f'the publication "{crm.slot}" was changed by others: what was meanwhile written to '
+    )
+    done = crm.command("run", "--once")
+    assert done.returncode == errors.PublicationError.exit_code
+    assert f"error: {found.message}\nhint: {found.fix}\n" in done.stderr
+    del crm.settings["plugin"]
+    noted = crm.succeed("setup")
+    assert f'note: the publication "{crm.slot}" was changed by others: what was meanwhile written to public.' in noted
+    assert "note: " not in crm.succeed("setup")
+    assert healthy(crm, "publication")
+    crm.succeed("switch-plugin", "--to", "wal2json")
+    crm.record()
+    assert crm.types() == ["lead_created"] * 3
 
 
 def test_where_wal2json_is_read_it_matters_once_the_slot_is_switched(crm: Crm) -> None:
