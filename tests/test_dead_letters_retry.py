@@ -188,7 +188,7 @@ class Twice:
             crm.execute("DELETE FROM activity WHERE change_key IS NOT NULL")
             crm.execute("DELETE FROM cdc_worker.dead_letter")
             crm.execute("UPDATE cdc_worker.checkpoint SET lsn = %s::pg_lsn, slot = %s", self._lsn, slot)
-        record(crm, slot=slot, name=crm.slot)
+        record(crm, slot=slot, name=crm.slot, publication=crm.slot)
         assert waiting(crm) == 0
         return rows(crm)
 
