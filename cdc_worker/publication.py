@@ -283,6 +283,8 @@ def check(connection: Connection, name: str, rules: Rules, *, noted: Collection[
 
     Also if they weren't for a while, of all that came since it was `noted` how they are.
     """
+    if noted is not None:
+        check_name(connection, name, noted)
     found = look(connection, name, rules)
     said = f'the publication "{name}"'
     if not found.exists:
@@ -306,6 +308,19 @@ def check(connection: Connection, name: str, rules: Rules, *, noted: Collection[
             f"{said} was changed by others: what was meanwhile written to {', '.join(changed)} is lost",
             hint="where there is wal2json, it still has what was not read yet: cdc-worker switch-plugin --to wal2json;"
             " to go on without: cdc-worker setup",
+        )
+
+
+_BY_OID: Final = "SELECT pubname::text FROM pg_publication WHERE oid::text = ANY (%s)"
+
+
+def check_name(connection: Connection, name: str, noted: Collection[str]) -> None:
+    """Raise PublicationError if what was noted is another publication: one that is made now lacks what came before."""
+    found = connection.execute(_BY_OID, ([mark.split(" ")[1] for mark in noted],)).fetchone()
+    if found is not None and found[0] != name:
+        raise errors.PublicationError(
+            f'the worker reads by the publication "{found[0]}", not "{name}"',
+            hint=f"name {found[0]} in CDC_WORKER_PUBLICATION",
         )
 
 

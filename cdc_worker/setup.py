@@ -130,12 +130,15 @@ def _slot_name(connection: Connection, settings: Settings) -> str:
 
 
 def _changed(connection: Connection, settings: Settings, rules: Rules) -> list[str]:
-    """The relations of which pgoutput may leave out changes, for what others have done."""
+    """The relations of which pgoutput may leave out changes, for what others have done. Raises PublicationError."""
     try:
         noted = publication.noted(connection, settings.worker)
     except errors.NotSetUpError:
         return []
-    return [] if noted is None else publication.look(connection, settings.publication_name, rules).changed(noted)
+    if noted is None:
+        return []
+    publication.check_name(connection, settings.publication_name, noted)
+    return publication.look(connection, settings.publication_name, rules).changed(noted)
 
 
 def _noting(settings: Settings) -> str:
