@@ -5,9 +5,11 @@ from __future__ import annotations
 import pickle
 from datetime import UTC, datetime
 from decimal import Decimal
+from functools import partial
 from typing import Any
 
 import pytest
+from factories import rules
 from hypothesis import given
 from hypothesis import strategies as st
 from pgoutput_messages import (
@@ -22,11 +24,13 @@ from pgoutput_messages import (
     update,
 )
 
-from cdc_worker import decoders, values, wal2json
+from cdc_worker import decoders, pgoutput, values, wal2json
+from cdc_worker.activities import Activity
 from cdc_worker.changes import Assembler, Begin, Change, Commit, Decoded, Message, Unread
 from cdc_worker.errors import MessageUnreadableError
 from cdc_worker.lsn import LSN
 from cdc_worker.pgoutput import Decoder, options, read_again
+from cdc_worker.transform import transform
 
 TEXT, JSON = 25, 114
 LEAD = relation(("lead_id", values.INTEGER, True), ("name", TEXT), ("value", values.NUMERIC))
@@ -117,6 +121,37 @@ def test_one_truncate_of_two_tables_is_two_changes() -> None:
     (transaction,) = filter(None, fed)
     assert (transaction.changes, transaction.payloads) == ([*found], [*found])
     assert [wal2json.decode(of.payload) for of in transaction.received[1:-1]] == [*found]
+
+
+RAISED = rules("""
+[tables.lead]
+key = ["lead_id"]
+[[tables.lead.rules]]
+on = "update"
+changed = "amount"
+type = "raised"
+description = "{old.amount} to {new.amount}"
+""")
+
+
+def test_no_value_is_made_of_what_no_rule_and_no_difference_asks_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def asking(typeoid: int, text: str) -> values.Value:
+        asked.append((typeoid, text))
+        return values.value(typeoid, text)
+
+    monkeypatch.setattr(pgoutput, "READERS", {typeoid: partial(asking, typeoid) for typeoid in values.READERS})
+    types = (values.INTEGER, values.NUMERIC, values.DOUBLE, values.BOOLEAN, values.BYTEA)
+    names = ("lead_id", "amount", "weight", "won", "photo")
+    before, after = ["1", "1.50", "0.1", "t", "\\x00"], ["1", "2.50", "0.1", "t", "\\x00"]
+    messages = [begin(), insert(*before), update(after, old=before), delete(old=after), commit()]
+    decoder, assembler = Decoder(), Assembler(by_itself=False)
+    decoder.decode(relation(*zip(names, types, strict=True)))
+    fed = [assembler.feed(decoded, b"") for decoded in map(decoder.decode, messages) if decoded is not None]
+    (told,) = transform(RAISED, [*filter(None, fed)], worker="w", system_identifier="1")
+    assert isinstance(told, Activity)
+    assert {*asked} == {(values.NUMERIC, "1.50"), (values.NUMERIC, "2.50")}
 
 
 def test_what_is_not_wanted_is_not_even_looked_at() -> None:
