@@ -15,7 +15,7 @@ from cdc_worker import checkpoint, errors, pgoutput, wal2json
 from cdc_worker.checkpoint import Checkpoint
 from cdc_worker.decoders import PLUGINS
 from cdc_worker.lsn import LSN
-from cdc_worker.postgres import DOCTOR, Connection, Server, application_name, fetch_one, listed
+from cdc_worker.postgres import DOCTOR, NAMEDATALEN, Connection, Server, application_name, fetch_one, listed
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,10 +52,6 @@ class Slot:
 def names(base: str) -> tuple[str, ...]:
     """The names that the slot of a worker may have whose settings name this one: a copy has its plugin's behind it."""
     return (base, *(f"{base[: NAMEDATALEN - 2 - len(plugin)]}_{plugin}" for plugin in PLUGINS))
-
-
-NAMEDATALEN: Final = 64
-"""Names have one byte less."""
 
 
 def own(connection: Connection, worker: str, base: str) -> str:
