@@ -110,13 +110,6 @@ class _Row(Mapping[str, Value]):
             return cast(str | None, text)
         return read(cast(str, text))
 
-    def get(self, column: str, default: Any = None) -> Any:
-        """As of a dict."""
-        try:
-            return self[column]
-        except KeyError:
-            return default
-
     def __contains__(self, column: object) -> bool:
         place = self.relation.places.get(column)  # type: ignore[call-overload]  # as a dict, it has no other keys
         return place is not None and self.texts[place] is not _UNSENT
