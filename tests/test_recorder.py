@@ -406,7 +406,7 @@ def test_kills_at_any_moment_leave_nothing_out(recorded: Recorded, seed: int, ro
     assert recorded.holds(passed, ends) > rounds
 
 
-@either_plugin
+@pytest.mark.parametrize("plugin", ["wal2json", pytest.param("pgoutput", marks=pytest.mark.chaos)])
 @storm(1, chaos=8)
 def test_kills_within_one_large_commit_leave_it_whole(recorded: Recorded, seed: int, rounds: int) -> None:
     dice, crm = random.Random(seed), recorded.crm
