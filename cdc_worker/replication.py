@@ -153,6 +153,12 @@ class Replication:
             raise error(sqlstate, "the server ended the stream")
         raise psycopg.OperationalError("the server ended the stream")
 
+    def check(self) -> None:
+        """Raise what has ended the stream, if anything has. What came before that is lost."""
+        self.read()
+        while self.receive() is not None:
+            pass
+
     @property
     def position(self) -> LSN:
         """Where the record lies of which the last payload told."""
@@ -193,7 +199,8 @@ def _publication_missing() -> PublicationError:
     return PublicationError(
         "at a point of the WAL that is to be read the publication does not exist: pgoutput can't tell what was changed",
         hint="if it was dropped or made anew, what was committed meanwhile can be read with wal2json only: "
-        "cdc-worker switch-plugin --to wal2json",
+        "cdc-worker switch-plugin --to wal2json; without it, begin anew (cdc-worker teardown, then cdc-worker setup): "
+        "what is missing then is found by cdc-worker verify",
     )
 
 

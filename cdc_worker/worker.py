@@ -377,9 +377,13 @@ class Worker:
             replication, partitions, timeout = stream
             # A table without rules tells of others: it counts, and it isn't recorded.
             tables = [f"{'.'.join(of)}{'' if any(t.rules.values()) else ' (facts)'}" for of, t in self._rules.items()]
-            found = checkpoint.take_over(
-                connection, worker, sorted(tables), owner=self._process.process, reader=replication.pid
-            )
+            try:
+                found = checkpoint.take_over(
+                    connection, worker, sorted(tables), owner=self._process.process, reader=replication.pid
+                )
+            except psycopg.OperationalError:
+                replication.check()  # the server may have let go of the slot, since it can't read it
+                raise
             self._owner = self._watch.owner = found.owner
             if found.nonce != self._nonce:
                 raise checkpoint.fenced(worker)  # a table that came with it would be passed over with our profile

@@ -290,6 +290,31 @@ def test_the_worker_ends_where_changes_would_be_lost_and_has_not_confirmed_them(
     assert crm.types() == ["lead_created"]
 
 
+def test_where_the_publication_was_made_anew_the_worker_ends_and_has_not_confirmed_what_came_before(
+    each_server: Cluster, tmp_path: Path
+) -> None:
+    """From PostgreSQL 18 on the server warns and goes on without; before, it ends the stream at once."""
+    with crm_on(each_server, tmp_path, prepared=True, plugin="pgoutput") as crm:
+        confirmed: LiteralString = """
+            SELECT lsn, confirmed_flush_lsn <= lsn
+            FROM cdc_worker.checkpoint JOIN pg_replication_slots ON slot = slot_name
+        """
+        ((begun, _),) = crm.execute(confirmed)
+        crm.connection.execute(f"DROP PUBLICATION {crm.slot}".encode())
+        crm.add_leads(1)
+        crm.setup()
+        crm.add_leads(1)
+        done = crm.command("run", "--once")
+        assert "error: at a point of the WAL that is to be read the publication does not exist" in done.stderr
+        assert done.returncode == errors.PublicationError.exit_code
+        assert crm.execute(confirmed) == [(begun, True)]
+        crm.succeed("teardown", "--yes")
+        crm.setup()
+        crm.add_leads(1)
+        crm.record()
+        assert crm.types() == ["lead_created"]
+
+
 def test_a_worker_that_runs_notices_as_well(pgoutput_crm: Crm) -> None:
     crm = pgoutput_crm
     settings = config.load(None, {"dsn": crm.dsn, "slot": crm.slot} | crm.settings)
