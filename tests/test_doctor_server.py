@@ -412,7 +412,8 @@ def test_no_slot_is_left(spare: Cluster, spare_crm: Crm) -> None:
 def test_another_slot_keeps_wal(spare_crm: Crm) -> None:
     spare_crm.settings["retained_alarm_bytes"] = str(1 << 20)
     spare_crm.execute("SELECT pg_create_physical_replication_slot('forgotten', true)")
-    spare_crm.execute("SELECT pg_logical_emit_message(true, 'traffic', repeat('x', 2000000))")  # which its commit flushes
+    # Its commit flushes it.
+    spare_crm.execute("SELECT pg_logical_emit_message(true, 'traffic', repeat('x', 2000000))")
     found = cure(spare_crm, "other_slots")
     assert found.outcome == "warning"
     assert found.message.startswith('nobody reads the slot "forgotten", for which the server keeps ')
