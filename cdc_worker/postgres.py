@@ -300,6 +300,18 @@ def blockers(connection: Connection, worker: str, tables: Collection[str] = ()) 
     return [Blocker(*row) for row in connection.execute(_BLOCKERS, parameters)]
 
 
+# What waits for a client, or for something to do, would have answered.
+_AT_WORK: Final = """
+SELECT count(*) FROM pg_stat_activity
+WHERE pid = %s AND application_name = %s AND coalesce(wait_event_type, '') NOT IN ('Client', 'Activity')
+"""
+
+
+def at_work(connection: Connection, pid: int, worker: str) -> bool:
+    """Whether a process of the server that serves the worker is at work, and not to be heard for that."""
+    return fetch_one(connection, _AT_WORK, pid, application_name(worker)) != (0,)
+
+
 _RIGHTS: Final = """
 SELECT relation, array_agg(privilege ORDER BY number) FILTER (
            WHERE NOT has_table_privilege(relation, privilege)

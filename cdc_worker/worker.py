@@ -84,7 +84,10 @@ SETTLED: Final = 60.0
 """A connection that held for so long has worked, though there was nothing to write."""
 
 SILENCE: Final = 60.0
-"""After so long without a byte from the server, which was asked for one, the connection is given up."""
+"""After so long without a byte from the server, which was asked for one, the connection is given up.
+
+Unless the server says that it is at work: begun anew, it would have to do all of it again.
+"""
 
 STANDBY_INTERVAL: Final = 0.25
 """Between two looks of a stand-by whether the slot is free."""
@@ -1014,7 +1017,7 @@ class _Stream:
             if self._batch.full or self._unfinished is not None:
                 self._heard_at = now  # nothing is read: it isn't the server that is silent
             silent = now - self._heard_at
-            if silent > SILENCE:
+            if silent > SILENCE and not self._decoding():
                 raise psycopg.OperationalError(f"nothing was heard from the server for {silent:.0f} s")
             self._send_status(reply_requested=silent > self._status_interval)
         if self._recorder is not None:
@@ -1039,6 +1042,17 @@ class _Stream:
                     "progress", **_summary(self._totals), per_second=round(rate), lsn=str(self._sink.position)
                 )
             self._progress_at, self._progress_from = now, activities
+
+    def _decoding(self) -> bool:
+        """Whether the server reads a long transaction that has nothing for us, during which it may not answer."""
+        settings = self._settings
+        with (
+            suppress(Stopped),
+            self._stop.interrupting(),
+            closing(postgres.connect_briefly(settings.dsn.get_secret_value(), settings.worker)) as connection,
+        ):
+            return postgres.at_work(connection, self._replication.pid, settings.worker)
+        return True
 
     @property
     def _held_up(self) -> bool:

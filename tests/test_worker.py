@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import threading
 import time
-from typing import LiteralString
+from unittest import mock
 
 import psycopg
 import pytest
+from psycopg import sql
 from support import Crm, either_plugin, eventually
 
-from cdc_worker import shadow
+from cdc_worker import config, profile, shadow
 from cdc_worker.cluster import Cluster
+from cdc_worker.worker import Stop, Worker
 
 pytestmark = either_plugin
 
@@ -59,6 +62,28 @@ def test_a_server_busy_with_other_tables_has_its_wal_released(crm: Crm) -> None:
             crm.execute("INSERT INTO other SELECT repeat('x', 1000) FROM generate_series(1, 1000)")
         eventually(lambda: crm.value("SELECT %s::pg_lsn > %s::pg_lsn", crm.value(confirmed, crm.slot), before))
     assert crm.types() == []
+
+
+def test_a_server_that_reads_a_long_transaction_of_other_tables_is_waited_for(
+    crm: Crm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may not answer meanwhile, and if it were given up it would begin anew, for ever."""
+    for name, value in {"SILENCE": 0.1, "STATUS_INTERVAL": 0.05, "gc": mock.Mock()}.items():
+        monkeypatch.setattr(f"cdc_worker.worker.{name}", value)
+    database = sql.Identifier(crm.connection.info.dbname)
+    crm.connection.execute(sql.SQL("ALTER DATABASE {} SET wal_sender_timeout = 0").format(database))
+    crm.execute("CREATE TABLE other AS SELECT generate_series(1, 600000) AS id")
+    crm.add_leads(1)
+    settings = config.load(None, {"dsn": crm.dsn, "slot": crm.slot} | crm.settings)
+    log, stop = mock.Mock(), Stop()
+    running = threading.Thread(target=Worker(settings, profile.load(settings.profile), stop=stop, log=log).run)
+    running.start()
+    try:
+        eventually(crm.types)
+    finally:
+        stop.request()
+        running.join()
+    assert log.warning.mock_calls == []
 
 
 def test_the_worker_does_not_feed_itself(crm: Crm) -> None:
@@ -176,26 +201,6 @@ def test_a_fast_shutdown_of_the_server_is_not_held_up(own_crm: Crm, own_server: 
         eventually(lambda: crm.value("SELECT count(*) FROM activity") == 20_000)
         assert worker.terminate() == 0
     assert shadow.faults(crm.connection) == []
-
-
-@pytest.mark.parametrize(
-    ("rows", "change"),
-    [(150_000, "status = '3. negotiation'"), (30_000, "is_converted = true")],
-    ids=["updates", "conversions, each of which waits for its contact for 10,000 changes"],
-)
-def test_a_large_transaction_is_consumed_in_little_memory(bare_crm: Crm, rows: int, change: LiteralString) -> None:
-    """At most 40 MB beyond what the idle process has."""
-    crm = bare_crm
-    crm.add_leads(rows)
-    crm.setup()
-    with crm.worker() as worker:
-        worker.wait_for("replication_started")
-        crm.execute("UPDATE lead SET status = '2. proposal' WHERE lead_id = 1")
-        eventually(lambda: crm.value("SELECT count(*) FROM activity") == 1)
-        idle = worker.memory()
-        crm.execute("UPDATE lead SET " + change)
-        eventually(lambda: crm.value("SELECT count(*) FROM activity") == rows + 1, patience=300)
-        assert worker.memory() - idle < 40 << 20
 
 
 def test_the_worker_waits_for_no_lock_of_the_application(crm: Crm) -> None:
