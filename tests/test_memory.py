@@ -11,7 +11,7 @@ from support import Crm, eventually
 @pytest.mark.parametrize(
     ("plugin", "rows", "change"),
     [
-        ("wal2json", 150_000, "status = '3. negotiation'"),
+        ("wal2json", 100_000, "status = '3. negotiation'"),
         ("pgoutput", 100_000, "status = '3. negotiation'"),
         # Each waits for its contact for 10,000 changes.
         ("wal2json", 30_000, "is_converted = true"),
