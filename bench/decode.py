@@ -6,6 +6,7 @@ import statistics
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import psycopg
 from psycopg import sql
@@ -95,7 +96,8 @@ def sent(connection: Connection, table: str, columns: int, count: int) -> dict[s
         if plugin == wal2json.PLUGIN:
             options = supported(connection, slot, options)
         arguments = [part for option in options.items() for part in option]
-        found[plugin] = [bytes(data) for (data,) in connection.execute(SENT, (slot, arguments))]  # type: ignore[call-overload]
+        rows = connection.execute(SENT.encode(), (slot, arguments))
+        found[plugin] = [bytes(data) for (data,) in rows]
         connection.execute("SELECT pg_drop_replication_slot(%s)", (slot,))
     return found
 
@@ -143,7 +145,7 @@ def measured(connection: Connection, columns: int, count: int, rounds: int) -> l
         taken: dict[str, list[float]] = {plugin: [] for plugin in payloads}
         for number in range(rounds):
             for plugin in sorted(payloads, reverse=bool(number % 2)):
-                taken[plugin].append(seconds(lambda plugin=plugin, work=work: work(plugin)))  # type: ignore[misc]
+                taken[plugin].append(seconds(partial(work, plugin)))
         ratios = [ours / theirs for ours, theirs in zip(taken["pgoutput"], taken["wal2json"], strict=True)]
         each = [f"{statistics.median(taken[plugin]) / count * 1e6:.1f}" for plugin in ("wal2json", "pgoutput")]
         lines.append((columns, name, *each, f"{statistics.median(ratios):.2f}", f"{min(ratios):.2f}–{max(ratios):.2f}"))
