@@ -550,7 +550,7 @@ def _selecting(command: Callable[P, None], *, required: bool = True) -> Callable
             raise click.UsageError("it takes IDs, or --table and --error, or else --all")
         if required and not (ids or some or everything):
             raise click.UsageError("it takes IDs, --table, --error or --all to say which are meant")
-        command(selection=Selection(ids, table, error, discarded), **rest)  # type: ignore[arg-type, call-arg]
+        command(selection=Selection(ids, table, error, discarded), **rest)  # type: ignore[arg-type, call-arg]  # as above
 
     return wrapped
 
