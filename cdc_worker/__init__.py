@@ -9,6 +9,7 @@ database transaction, and only then the server is told that it may forget.
 
 In reading order. The core takes values and returns values:
 
+    failpoints  where tests let a process end
     errors      every way to fail, and what it asks of the operator
     lsn         a position in the WAL
     values      what columns hold, from how Postgres prints it
@@ -30,6 +31,7 @@ In reading order. The core takes values and returns values:
     transform   transactions to activities
     recording   the lines in which transactions are kept
     kept        dead letters, as they are kept
+    watchdog    who owes a sign of life
 
 The edges each know one thing outside:
 
@@ -41,12 +43,13 @@ The edges each know one thing outside:
     catalog     the tables as the database has them, and whether a profile fits
     ddl         changes of the database's structure, in steps that hardly wait
     checkpoint  how far a worker has written, and who may write
+    gap         what could not be recorded, until it is made up for
     slot        the server's promise to keep WAL
     publication what pgoutput reads by
+    process     the processes of a worker: which is active, what went wrong
     fence       positions that a worker is to have passed
     rows        rows of captured tables, as they are now
     journal     what is recorded of them
-    process     the processes of a worker: which is active, what went wrong
     watch       does it harm the server, is it held up
     replication the replication connection
     recorder    keeps what the stream has brought, in segments
@@ -64,7 +67,7 @@ The edges each know one thing outside:
     ours        the worker's own rows of the target
     rewrite     activities that become what the profile says now
     dead_letters  changes that could not become activities, seen to
-    recover     what to do where the stream can't go on
+    skips       messages that are passed over
     verify      rows against their log
     cutover     from triggers or the application's own code to the worker, and back
     setup       tables, identities, grants, slot, cut-over
@@ -76,7 +79,10 @@ The edges each know one thing outside:
     doctor      all checks
     places      on which lines of a TOML text its keys stand
     profile_…   for who writes a profile: _checks, _listing, _trial, _draft
-    worker      the loop over the sockets, and what keeps it going
+    stop        a request to end, by signal
+    stream      the loop over the sockets, of one connection's worth
+    worker      what opens it, and keeps it going
+    recover     what leads on where nothing keeps what comes next
     cli         the command line
 
 And for a look without a CRM: binaries and cluster (a private PostgreSQL), shadow (a second witness), sales_day,

@@ -203,21 +203,40 @@ def change_key(prefix: str, schema: str, table: str, ordinal: int, rule: str) ->
 class Place(NamedTuple):
     """Where in a row's history something stands; places are ordered.
 
-    `current` is 0 for what was recorded on another cluster, whose positions say nothing here. Of what came by the
-    stream, `lsn` is that of the commit, and `ordinal` counts the changes of the table in there. What was read from rows
-    that were there already (`rank` 1) stands right after the deletion of who had the key before; what was found to be
-    missing later (`rank` 2) stands, as number `number`, right after the change before which the log was true.
+    Positions are those of a cluster, which is the `generation`th that the worker has recorded on; 0 is one of which it
+    isn't known when that was. Of what came by the stream, `lsn` is that of the commit, and `ordinal` counts the changes
+    of the table in there. What was read from rows that were there already (`rank` 1) stands right after the deletion of
+    who had the key before; what was found to be missing later (`rank` 2) stands, as number `number`, right after the
+    change before which the log was true.
     """
 
-    current: int = 0
+    generation: int = 0
     lsn: LSN = INVALID
     ordinal: int = 0
     rank: int = 0
     number: int = 0
 
-    def __str__(self) -> str:
-        """Within a key: 0 stands for what was before all that is known on this cluster."""
-        return f"{self.lsn:016X}-{self.ordinal}" if self.current else "0"
+
+class Clusters(NamedTuple):
+    """The cluster on which a worker records, and those on which it did before, the oldest first, as far as is known."""
+
+    current: str
+    former: tuple[str, ...] = ()
+
+    @property
+    def here(self) -> int:
+        """The generation of the current one."""
+        return len(self.former) + 1
+
+    def generation(self, system_identifier: str) -> int:
+        """Which one that is; 0 if it isn't known."""
+        if system_identifier == self.current:
+            return self.here
+        return self.former.index(system_identifier) + 1 if system_identifier in self.former else 0
+
+    def after(self, lsn: LSN) -> Place:
+        """The place after all that was committed up to a position on the current one."""
+        return Place(self.here, LSN(lsn + 1), -1)
 
 
 Kind = Literal["stream", "backfill", "repair"]
@@ -234,10 +253,18 @@ class Key(msgspec.Struct, frozen=True, gc=False):
     subject: str = ""
 
 
-def own_key(worker: str, system_identifier: str, key: Key) -> str:
-    """The change key of what didn't come by the stream: who met the same row at the same place writes the same."""
-    number = f".{key.place.number}" if key.place.rank == 2 else ""
-    return f"{worker}/{system_identifier}/{key.kind}/{key.table}/{key.subject}/{key.rule}/{key.place}{number}"
+def own_key(worker: str, clusters: Clusters, key: Key) -> str:
+    """The change key of what didn't come by the stream: who met the same row at the same place writes the same.
+
+    It begins with the cluster on which it is written. A place on a former one names that; 0 stands for what was before
+    all that is known.
+    """
+    place = key.place
+    at = f"{place.lsn:016X}-{place.ordinal}" if place.generation else "0"
+    if 0 < place.generation < clusters.here:
+        at = f"{clusters.former[place.generation - 1]}:{at}"
+    number = f".{place.number}" if place.rank == 2 else ""
+    return f"{worker}/{clusters.current}/{key.kind}/{key.table}/{key.subject}/{key.rule}/{at}{number}"
 
 
 BY_END: Final = "recording/"
@@ -248,25 +275,25 @@ BY_TIME: Final = "recording/T"
 
 _KEY: Final = re.compile(
     rf"(\d+)/(?:({BY_TIME}|{BY_END}|)([0-9A-F]{{16}})/(.*)/(\d+)/([^/]*)"
-    r"|(backfill|repair)/(.*)/([^/]*)/([^/]*)/(?:0|([0-9A-F]{16})-(\d+))(?:\.(\d+))?)",
+    r"|(backfill|repair)/(.*)/([^/]*)/([^/]*)/(?:0|(?:(\d+):)?([0-9A-F]{16})-(\d+))(?:\.(\d+))?)",
     re.DOTALL,
 )
 
 
-def parsed_key(worker: str, system_identifier: str, change_key: str) -> Key | None:
+def parsed_key(worker: str, clusters: Clusters, change_key: str) -> Key | None:
     """What a change key of this worker says, be it of another cluster; None for any other."""
     found = _KEY.fullmatch(change_key.removeprefix(f"{worker}/")) if change_key.startswith(f"{worker}/") else None
     if found is None:
         return None
-    cluster, by, lsn, table, ordinal, rule, kind, own_table, subject, own_rule, after, after_ordinal, number = (
+    cluster, by, lsn, table, ordinal, rule, kind, own_table, subject, own_rule, of, after, after_ordinal, number = (
         found.groups()
     )
-    current = int(cluster == system_identifier and by != BY_TIME)
+    generation = 0 if by == BY_TIME else clusters.generation(of or cluster)
     if kind is None:
-        return Key("stream", table, rule, Place(current, LSN(int(lsn, 16)), int(ordinal)))
+        return Key("stream", table, rule, Place(generation, LSN(int(lsn, 16)), int(ordinal)))
     place = Place(rank=2, number=int(number or 0)) if kind == "repair" else Place(rank=1)
     if after is not None:
-        place = place._replace(current=current, lsn=LSN(int(after, 16)), ordinal=int(after_ordinal))
+        place = place._replace(generation=generation, lsn=LSN(int(after, 16)), ordinal=int(after_ordinal))
     return Key("repair" if kind == "repair" else "backfill", own_table, own_rule, place, subject)
 
 

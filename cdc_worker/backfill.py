@@ -41,8 +41,8 @@ import psycopg
 from psycopg import sql
 from pydantic import BaseModel, Field
 
-from cdc_worker import catalog, checkpoint, errors, postgres, profile, rows
-from cdc_worker.activities import Activity, Batch, DeadLetter, Key, Line, Place, Position, Scope, own_key
+from cdc_worker import catalog, checkpoint, errors, failpoints, postgres, profile, rows
+from cdc_worker.activities import Activity, Batch, Clusters, DeadLetter, Key, Line, Place, Position, Scope, own_key
 from cdc_worker.catalog import TargetTable
 from cdc_worker.changes import Change, Row, Transaction
 from cdc_worker.config import Settings
@@ -230,7 +230,7 @@ class _Edges:
 
     def look_up(self, wanted: Collection[Wanted]) -> Mapping[Wanted, Row | None]:
         """Rows of other tables as they are now."""
-        return finished(self._lookups.fetch(wanted), self._lookups.fileno())
+        return finished(self._lookups.fetch(wanted), self._lookups.connection)
 
     def work(self, name: str, wishes: Wishes) -> _Work:
         """What there is to do about a table."""
@@ -413,6 +413,7 @@ class _Work:
         key = list(wishes.from_key) or None
         edges.control.execute(_BEGIN, (*self._job, [*self._rows.key], expected, key))
         # Who writes late, and has found nothing made up, is to look again: what it has in hand is over after this.
+        failpoints.reach("backfill_begun")
         edges.control.execute(_LOOK_AGAIN, (self._worker,))
         mark = self._mark()
         done.resumed = mark is not None and mark.rows > 0
@@ -428,6 +429,7 @@ class _Work:
                     self._journal.forget()
                     mark = self._mark()  # which another process may have moved
                 else:
+                    failpoints.reach("backfill_told")
                     last = mark.next_key and list(mark.next_key)
                     edges.control.execute(_FINISH, (*self._job, last))
                     break
@@ -499,11 +501,13 @@ class _Work:
         outcomes, undecided = self._certain(seen, read, scope)
         lines = [self._line(sink, outcome, read.at) for outcome in outcomes]
         batch.add(lines, mark.chunk(read.at), done=len(read.rows), complete=True)
+        failpoints.reach("chunk_read")
         try:
-            written = finished(sink.write(batch), sink.fileno())
+            written = finished(sink.write(batch), sink.connection)
         except KeyboardInterrupt:
             sink.cancel()  # a session that waits for a lock would go on waiting without us
             raise
+        failpoints.reach("chunk_written")
         refused = {letter.change_key for letter in written.dead_letters}
         for line in lines:
             if isinstance(line, Line) and line.change_key not in refused:
@@ -625,8 +629,9 @@ class _Work:
             rules.setdefault(keys[outcome.index], set()).add(_rule(outcome))
         events = self._journal.of(rules, until=until, since=seen)
         emptied = self._journal.emptied(until)
-        before = {subject: [e for e in of if not _later(e.place, seen)] for subject, of in events.items()}
-        emptied_before = [place for place in emptied if not _later(place, seen)]
+        later = self._journal.clusters.after(seen)
+        before = {subject: [e for e in of if e.place < later] for subject, of in events.items()}
+        emptied_before = [place for place in emptied if place < later]
         verdicts: dict[RowKey, _Verdict] = {}
         again: list[RowKey] = []
         for key, of in rules.items():
@@ -668,7 +673,8 @@ class _Work:
     def _finished(self, outcome: Outcome, verdict: _Verdict, at: datetime, until: LSN) -> Outcome:
         """An outcome with the key of its kind, and marked as what it is."""
         rule = _rule(outcome)
-        key = own_key(self._worker, self._cluster, backfill_key(self._recorded, verdict.subject, rule, verdict.after))
+        of = backfill_key(self._recorded, verdict.subject, rule, verdict.after)
+        key = own_key(self._worker, self._journal.clusters, of)
         if isinstance(outcome, DeadLetter):
             return msgspec.structs.replace(outcome, change_key=key)
         told = outcome.fields["metadata"]
@@ -683,7 +689,7 @@ class _Work:
 
 
 def replacement(
-    target: Target, table: TargetTable, worker: str, cluster: str, late: Mapping[Place, Collection[Key]]
+    target: Target, table: TargetTable, worker: str, clusters: Clusters, late: Mapping[Place, Collection[Key]]
 ) -> str:
     """The statements by which what was made up gives way to what is recorded after all, in the transaction that does.
 
@@ -694,9 +700,10 @@ def replacement(
     metadata = next((column for column, of in target.columns.items() if of == "metadata"), None)
     statements = [_ANEW.format(worker)]
     for place, keys in late.items():
-        names = [own_key(worker, cluster, of) for of in keys]
+        names = [own_key(worker, clusters, of) for of in keys]
         known: sql.Composable = sql.SQL("true")
-        if metadata is not None and place.current:  # what was read before it happened is of somebody else
+        # What was read before it happened is of somebody else.
+        if metadata is not None and place.generation == clusters.here:
             known = _READ_SINCE.format(metadata=sql.Identifier(metadata), at=str(place.lsn))
         if key is not None:
             statements.append(_REPLACE.format(table=into, key=sql.Identifier(key), names=names, known=known))
@@ -721,10 +728,6 @@ _REPLACE_NUMBERED: Final = sql.SQL(
     " WHERE change_key = ANY ({names}) AND row_id = {table}.{row} AND {known} RETURNING change_key)"
     " DELETE FROM cdc_worker.written_key USING gone WHERE written_key.change_key = gone.change_key"
 )
-
-
-def _later(place: Place, seen: LSN) -> bool:
-    return place.current > 0 and place.lsn > seen
 
 
 def _rule(outcome: Outcome) -> str:

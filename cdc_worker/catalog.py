@@ -134,8 +134,10 @@ class TargetTable:
     `columns` are all of its columns, with their types; `lengths` are in characters, of the columns that have one, by
     their type or by the profile.
     `foreign_keys` are the constraints, with their columns, that hold for what the worker writes: each of its rows
-    locks the row that it refers to. A target that setup prepared has none. Where no column takes the change keys,
-    `numbered` is its primary key, with the sequence that it comes from, if it does.
+    locks the row that it refers to. A target that setup prepared has none. `referred` are the tables that any foreign
+    key refers to: these are locked for a moment with each row, whatever the row has in the key's columns. Where no
+    column takes the change keys, `numbered` is its primary key, with the sequence that it comes from, if it does.
+    `shape` is what `shape` tells.
     """
 
     columns: dict[str, str]
@@ -144,7 +146,9 @@ class TargetTable:
     deferrable: bool
     row_security: bool
     deadlock_timeout: float
+    shape: str
     numbered: tuple[str, str] | None = None
+    referred: tuple[tuple[str, str], ...] = ()
 
 
 _LENGTHS: Final = """
@@ -162,6 +166,12 @@ _FOREIGN_KEYS: Final = """
 SELECT conname, (SELECT array_agg(attname::text) FROM pg_attribute WHERE attrelid = conrelid AND attnum = ANY (conkey))
 FROM pg_constraint
 WHERE conrelid = to_regclass(format('%%I.%%I', %s::text, %s::text)) AND contype = 'f'
+"""
+
+_REFERRED: Final = """
+SELECT DISTINCT nspname::text, relname::text
+FROM pg_constraint c JOIN pg_class r ON r.oid = confrelid JOIN pg_namespace n ON n.oid = relnamespace
+WHERE conrelid = to_regclass(format('%%I.%%I', %s::text, %s::text)) AND contype = 'f' ORDER BY 1, 2
 """
 
 _TARGET: Final = """
@@ -224,13 +234,30 @@ def target_table(connection: Connection, target: Target) -> TargetTable:
         for name, own in connection.execute(_FOREIGN_KEYS, table)
         if not written.isdisjoint(own)  # others are on columns that the worker leaves alone
     }
+    referred = tuple((schema, name) for schema, name in connection.execute(_REFERRED, table))
     numbered: tuple[str, str] | None = None
     if key_column(target) is None:
         found = connection.execute(_NUMBERED, table).fetchone()
         if found is not None and found[0] not in written:
             numbered = found[0], found[1]
     deferrable, row_security, deadlock_timeout = fetch_one(connection, _TARGET, *table)
-    return TargetTable(types, lengths, foreign_keys, deferrable, row_security, deadlock_timeout, numbered)
+    ((told,),) = connection.execute(shape(target))
+    return TargetTable(
+        types, lengths, foreign_keys, deferrable, row_security, deadlock_timeout, told, numbered, referred
+    )
+
+
+_SHAPE: Final = sql.SQL("""
+SELECT coalesce(string_agg(concat_ws(' ', quote_ident(attname), atttypid::oid, atttypmod, attnotnull, atthasdef,
+                                     attidentity, attgenerated), ', ' ORDER BY attnum), '')
+FROM pg_attribute
+WHERE attrelid = to_regclass(format('%I.%I', {}::text, {}::text)) AND attnum > 0 AND NOT attisdropped
+""")
+
+
+def shape(target: Target) -> sql.Composed:
+    """The query of a target's columns, with all that decides on which values they take, in one text."""
+    return _SHAPE.format(*qualified(target.table))
 
 
 def check(

@@ -7,14 +7,14 @@ import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any, Final
 
 import psycopg
 from psycopg import sql
 from psycopg.abc import Params
 
-from cdc_worker import errors
+from cdc_worker import errors, failpoints
 from cdc_worker.activities import Position, Scope, Stretch
 from cdc_worker.ddl import Step
 from cdc_worker.lsn import LSN
@@ -41,6 +41,14 @@ class Checkpoint:
     tables: list[str] | None
     activities: int
     dead_letters: int
+
+    @property
+    def end(self) -> str:
+        """Up to where all is written, and what is known of when that was."""
+        within = f", with a part of the commit at {self.position.commit_lsn}" if self.position.commit_lsn else ""
+        if self.committed_at is None:
+            return f"{self.position.lsn} (nothing has been written yet; it was there at {utc(self.written_at)}{within})"
+        return f"{self.position.lsn} (the last change written was committed at {utc(self.committed_at)}{within})"
 
     def fenced(self) -> errors.FencedError:
         """Another process has become the owner."""
@@ -80,6 +88,16 @@ class Checkpoint:
             before.changes,
         )
         return query.as_string()
+
+
+def utc(at: datetime) -> str:
+    """A time as messages have it."""
+    return f"{at.astimezone(UTC):%Y-%m-%d %H:%M:%S} UTC"
+
+
+def now() -> str:
+    """The time by this machine's clock, likewise."""
+    return utc(datetime.now(UTC))
 
 
 WRITTEN: Final = (
@@ -142,12 +160,12 @@ def create(worker: str, slot: str) -> Step:
     return Step(f'worker "{worker}" begins where the slot does', sql.SQL(_CREATE).format(worker, slot).as_string())
 
 
-_READER: Final = "SELECT worker FROM cdc_worker.checkpoint WHERE slot = %s"
+_READER: Final = "SELECT worker FROM cdc_worker.checkpoint WHERE slot = %s AND worker <> %s"
 
 
-def check_unclaimed(connection: Connection, slot: str) -> None:
-    """Raise if the slot is some worker's already."""
-    row = connection.execute(_READER, (slot,)).fetchone()
+def check_unclaimed(connection: Connection, slot: str, worker: str) -> None:
+    """Raise if the slot is another worker's already."""
+    row = connection.execute(_READER, (slot, worker)).fetchone()
     if row is not None:
         raise errors.SlotMismatchError(
             f'slot "{slot}" is the slot of the worker "{row[0]}"',
@@ -165,10 +183,9 @@ def check(checkpoint: Checkpoint, *, slots: Sequence[str], system_identifier: st
     check_cluster(checkpoint, system_identifier)
     if checkpoint.position.lsn > wal_end:
         raise errors.ClusterMismatchError(
-            f"the checkpoint is at {checkpoint.position.lsn}, and the server's WAL ends at {wal_end}: "
-            "the server was set back to an earlier state",
-            hint="changes up to that position would be skipped; to go on from where the slot is: "
-            f"{_forget(checkpoint.worker)}; then: cdc-worker setup",
+            f"the checkpoint is at {checkpoint.end}, and the server's WAL ends at {wal_end} ({now()}): "
+            "the server was set back to an earlier state, and changes up to that position would be skipped",
+            hint="see that this is the server that is meant; then: cdc-worker recover",
         )
 
 
@@ -176,16 +193,11 @@ def check_cluster(checkpoint: Checkpoint, system_identifier: str) -> None:
     """Raise unless it was made on this cluster."""
     if checkpoint.system_identifier != system_identifier:
         raise errors.ClusterMismatchError(
-            f"the checkpoint is of the cluster {checkpoint.system_identifier}, and this is {system_identifier}: "
-            "the database was restored or copied here",
-            hint="its positions mean nothing here, and what was not recorded there by then is not recorded here; "
-            f"to go on: {_forget(checkpoint.worker)}; then: cdc-worker setup",
+            f"the checkpoint is of the cluster {checkpoint.system_identifier}, and this is {system_identifier}: the "
+            "database was restored or copied here; changes from "
+            f"{checkpoint.end} there until now ({now()}) here are not recorded",
+            hint="see that this is the server that is meant; then: cdc-worker recover",
         )
-
-
-def _forget(worker: str) -> str:
-    statement = sql.SQL("DELETE FROM cdc_worker.checkpoint WHERE worker = {}")
-    return statement.format(worker).as_string()
 
 
 _SCOPE: Final = """
@@ -267,7 +279,9 @@ def take_over(
             connection.execute("SELECT pg_terminate_backend(%s)", (before.backend_pid,))
         else:
             check_tables(read(connection, worker), tables)  # what it had in hand may have been written since
+            failpoints.reach("predecessor_ended")
             connection.execute(_TAKE_OVER, (owner, tables, worker, before.owner))
+            failpoints.reach("taken_over")
             after = read(connection, worker)
             if after.owner == owner:
                 return after

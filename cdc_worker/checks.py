@@ -15,7 +15,7 @@ from pydantic import BaseModel, Field
 
 from cdc_worker.config import Settings
 from cdc_worker.errors import CdcWorkerError
-from cdc_worker.postgres import Connection, Server, failure
+from cdc_worker.postgres import Connection, Server, failure, told
 from cdc_worker.profile import Profile
 from cdc_worker.rules import Rules
 
@@ -72,7 +72,7 @@ def examine(check: Check, look: Look) -> Iterator[Finding]:
     except CdcWorkerError as error:
         found = [failed(str(error), error.hint or "")]
     except psycopg.errors.InsufficientPrivilege as error:
-        found = [unknown(f'role "{look.server.role}" may not look: {error.diag.message_primary}')]
+        found = [unknown(f'role "{look.server.role}" may not look: {told(error)}')]
     except psycopg.errors.QueryCanceled:
         found = [unknown("the server took too long to tell")]
     except psycopg.errors.LockNotAvailable:

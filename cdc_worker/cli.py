@@ -21,15 +21,16 @@ import psycopg
 from cdc_worker import __version__, config, log, postgres, profile
 from cdc_worker import cutover as cutting_over
 from cdc_worker import erasure as erasing
-from cdc_worker import recover as recovering
 from cdc_worker import setup as setting_up
+from cdc_worker import skips as skipping
 from cdc_worker import status as state
 from cdc_worker import teardown as tearing_down
 from cdc_worker.config import Settings
 from cdc_worker.decoders import PLUGINS
 from cdc_worker.errors import CdcWorkerError, SettingsError
 from cdc_worker.lsn import LSN
-from cdc_worker.worker import Stop, Worker, beside
+from cdc_worker.stop import Stop
+from cdc_worker.worker import Worker, beside
 
 if TYPE_CHECKING:
     from cdc_worker.binaries import Plugin
@@ -490,19 +491,31 @@ def _position(value: str) -> LSN:
 
 
 @main.command()
-@click.option("--skip", "position", type=_position, metavar="LSN", required=True, help="Where that message is.")
-@click.option("--dry-run", is_flag=True, help="Say whether it could be allowed, and do nothing.")
+@click.option("--skip", "position", type=_position, metavar="LSN", help="Allow to pass over the message there.")
+@click.option("--dry-run", is_flag=True, help="Say what would be done, and do nothing.")
 @_settings
-def recover(settings: Settings, position: LSN, dry_run: bool) -> None:
-    """Allow the worker to pass over a message that it can't read, and at which it ends with 20.
+def recover(settings: Settings, position: LSN | None, dry_run: bool) -> None:
+    """Lead on where `run` has ended with 11, 12, 14, 15, 16 or 23: the slot is gone, lost or was moved.
 
-    It is kept as a dead letter. Allow it of the position that `run` prints; where the message can be read after all, by
-    a newer version perhaps, nothing is passed over. It takes the rights of the tables' owner.
+    The gap is noted, the worker goes on from a slot that is there, and what is missing is made up for as by
+    `verify --repair`. It may be interrupted, and goes on from there.
+
+    With --skip: allow the worker to pass over a message that it can't read, and at which it ends with 20. It is kept as
+    a dead letter; where it can be read after all, by a newer version perhaps, nothing is passed over.
+
+    Either takes the rights of the tables' owner.
 
     \b
-    Example: cdc-worker recover --skip 0/17FE4B8
+    Example: cdc-worker recover
     """
-    _echo(recovering.skip(settings, position, dry_run=dry_run))
+    if position is not None:
+        _echo(skipping.skip(settings, position, dry_run=dry_run))
+        return
+    from cdc_worker import recover as recovering  # noqa: PLC0415  # it is rarely run, and imports all of verify
+
+    loaded = profile.load(settings.profile)
+    with _interruptible("nothing was done" if dry_run else _GOES_ON):
+        _echo(recovering.recover(settings, loaded, log=log.get(), dry_run=dry_run))
 
 
 @main.group("dead-letters")
@@ -543,14 +556,14 @@ def _selecting(command: Callable[P, None], *, required: bool = True) -> Callable
         discarded: bool = False,
         **rest: Any,
     ) -> None:
-        from cdc_worker.dead_letters import Selection  # noqa: PLC0415  # likewise
+        from cdc_worker.dead_letters import Selection  # noqa: PLC0415  # other commands begin sooner without it
 
         some = table is not None or error is not None
         if (bool(ids), some, everything).count(True) > 1:
             raise click.UsageError("it takes IDs, or --table and --error, or else --all")
         if required and not (ids or some or everything):
             raise click.UsageError("it takes IDs, --table, --error or --all to say which are meant")
-        command(selection=Selection(ids, table, error, discarded), **rest)  # type: ignore[arg-type, call-arg]  # as above
+        command(selection=Selection(ids, table, error, discarded), **rest)  # type: ignore[arg-type, call-arg]  # it is click that fits them
 
     return wrapped
 

@@ -208,6 +208,9 @@ class Cluster:
         if self._user is not None:
             for directory in {self._directory, self.socket_directory}:
                 os.chown(directory, self._user.pw_uid, self._user.pw_gid)
+        self._make_data()
+
+    def _make_data(self) -> None:
         initdb = ["initdb", "--pgdata", str(self.data), "--username=postgres", "--auth=trust", "--no-sync"]
         done = self._server(*initdb, "--encoding=UTF8", f"--locale={LOCALE}")
         if done.returncode != 0:

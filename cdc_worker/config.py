@@ -41,6 +41,13 @@ def _listed(value: object) -> object:
     return [name.strip() for name in value.split(",") if name.strip()] if isinstance(value, str) else value
 
 
+def _name(value: str) -> str:
+    """The name of something in the database, if the server calls it that: of a longer one it cuts the end off."""
+    if not 1 <= len(value.encode()) <= 63 or "\0" in value:
+        raise ValueError("a name has 1 to 63 bytes, none of which is zero")
+    return value
+
+
 _SECRETS = ("dsn", "context_key", "mask_key")
 
 SlotName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9_]{1,63}$")]
@@ -75,7 +82,7 @@ class Settings(BaseSettings):
         description="Output plugin that setup makes the slot with; auto takes wal2json where the server has and allows"
         " it, else pgoutput.",
     )
-    publication: Annotated[str, StringConstraints(min_length=1, max_length=63)] | None = Field(
+    publication: Annotated[str, AfterValidator(_name)] | None = Field(
         None, description="Publication of the captured tables, which pgoutput reads; named as the slot if not given."
     )
     name: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.-]{1,63}$")] | None = Field(

@@ -28,7 +28,7 @@ from tenacity import (
     wait_random_exponential,
 )
 
-from cdc_worker import errors, log, postgres
+from cdc_worker import errors, failpoints, log, postgres
 from cdc_worker.config import Settings
 from cdc_worker.postgres import Connection, fetch_one
 
@@ -89,7 +89,7 @@ _NOTES: Final = ("lock", "administrator")
 
 def _comment_and_statement(text: str) -> tuple[list[str], str]:
     paragraph: list[str] = []
-    lines = text.splitlines()
+    lines = text.split("\n")  # and nothing else: names may have what Python takes for the end of a line
     for number, line in enumerate(lines):
         if line.startswith("--"):
             paragraph.append(line.removeprefix("--").strip())
@@ -141,7 +141,7 @@ def connected(settings: Settings) -> Iterator[Connection]:
             yield connection
     except psycopg.errors.InsufficientPrivilege as error:
         raise errors.ServerError(
-            f"the server refused: {error.diag.message_primary} (SQLSTATE {error.sqlstate})",
+            f"the server refused: {postgres.told(error)} (SQLSTATE {error.sqlstate})",
             hint="do it as a superuser, or as the owner of the tables, who needs CREATE on their schemas",
         ) from error
 
@@ -236,6 +236,8 @@ def performing(connection: Connection, steps: Iterable[Step]) -> Iterator[str]:
                 if not step.administrator:
                     raise
                 raise AdministratorError(step.statements(connection)) from error
+            if done:
+                failpoints.reach("step_done")
             if done and step.title:
                 yield step.title
             yield from warnings

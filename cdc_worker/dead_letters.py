@@ -19,8 +19,18 @@ from typing import Any, Final, Literal, NamedTuple, get_args
 import msgspec
 from pydantic import BaseModel, Field
 
-from cdc_worker import checkpoint, context, decoders, errors, postgres
-from cdc_worker.activities import BY_TIME, Activity, DeadLetter, DeadLetterKind, Key, change_key, key_prefix, parsed_key
+from cdc_worker import checkpoint, context, decoders, errors, failpoints, postgres
+from cdc_worker.activities import (
+    BY_TIME,
+    Activity,
+    Clusters,
+    DeadLetter,
+    DeadLetterKind,
+    Key,
+    change_key,
+    key_prefix,
+    parsed_key,
+)
 from cdc_worker.changes import Change, Transaction
 from cdc_worker.config import Settings
 from cdc_worker.kept import Kept, read
@@ -193,7 +203,7 @@ def _listed(stored: _Stored) -> Listed:
 
 def _key(kept: Kept) -> Key | None:
     worker, cluster = _named(kept.change_key)
-    return parsed_key(worker, cluster, kept.change_key)
+    return parsed_key(worker, Clusters(cluster), kept.change_key)
 
 
 def _named(change_key: str) -> tuple[str, str]:
@@ -354,6 +364,7 @@ def retry(settings: Settings, given: Profile, selection: Selection, *, log: Logg
         _check_ids(late.control, settings.worker, selection)
         with checkpoint.as_set_up():
             late.control.execute(_TAKE_UP, (settings.worker, [*selection.ids]))
+        failpoints.reach("letters_taken_up")
         for page in _pages(late.control, settings.worker, selection):
             yield from _Retry(settings, late).page([stored.id for stored in page])
 
@@ -396,6 +407,7 @@ class _Retry:
                 if stored.kept.kind == "unreadable":
                     done.append(stored.id)
         late.flush()
+        failpoints.reach("letters_retried")
         late.control.execute(_RESOLVE, (worker, done))
         now = {stored.id: stored for stored in self._stored([stored.id for stored in page])}
         return [self._outcome(stored, now.get(stored.id), existing, left.get(stored.id)) for stored in page]

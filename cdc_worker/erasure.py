@@ -13,7 +13,7 @@ import psycopg
 from psycopg import sql
 from pydantic import BaseModel, Field
 
-from cdc_worker import catalog, checkpoint, errors, kept, postgres
+from cdc_worker import catalog, checkpoint, errors, failpoints, kept, postgres
 from cdc_worker.activities import Person
 from cdc_worker.catalog import TargetTable
 from cdc_worker.config import Settings
@@ -99,6 +99,7 @@ def forget(settings: Settings, profile: Profile, persons: Mapping[str, str]) -> 
             connection.execute(checkpoint.new_nonce(worker).encode())
             for person in erased.items():
                 connection.execute(_REGISTER, (worker, *person))
+            failpoints.reach("person_registered")
             linked = target.linked(connection, erased)
             application_activities = target.application_activities(connection, erased, change_key)
             activities = target.blank(connection, erased, change_key, types)
@@ -106,6 +107,7 @@ def forget(settings: Settings, profile: Profile, persons: Mapping[str, str]) -> 
             dead_letters = sum(
                 _blank_dead_letters(connection, rules, worker, person, links[person[0]]) for person in erased.items()
             )
+            failpoints.reach("person_blanked")
     return Erasure(
         worker=worker,
         persons=erased,

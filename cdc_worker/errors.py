@@ -10,12 +10,12 @@ CdcWorkerError
 ├── PluginMissingError       8   the server has no wal2json, or one that is too old: install it, or switch the plugin
 ├── PluginRefusedError       9   the server doesn't allow wal2json: allow it, or switch the plugin
 ├── NotSetUpError           10   tables of the worker are missing: run setup
-├── SlotMissingError        11   the slot isn't there: run setup, or find out who dropped it
+├── SlotMissingError        11   the slot isn't there: a gap
 ├── SlotMismatchError       12   the slot belongs to another plugin or database: name another slot, or switch it
 ├── SlotTakenError          13   another process reads the slot, with --no-wait: stop it, or name another slot
 ├── SlotLostError           14   the server discarded WAL that the slot needed: a gap
 ├── SlotAheadError          15   the slot was moved or made anew behind our back: a gap
-├── ClusterMismatchError    16   the checkpoint belongs to another cluster, or to a later state of this one
+├── ClusterMismatchError    16   the checkpoint belongs to another cluster, or to a later state of this one: a gap
 ├── CatalogMismatchError    17   profile and database disagree: mend the profile or the tables
 ├── FencedError             18   another worker has taken over: nothing to do
 ├── SynchronousStandbyError 19   commits of the application would wait for this worker: exclude it
@@ -25,6 +25,7 @@ CdcWorkerError
 ├── SlotGivenUpError        23   the server kept too much WAL for the slot, which was dropped: a gap, as you have set it
 ├── RecordingError          24   the directory of the recording isn't there, or can't be written: mend it
 ├── PublicationError        25   the publication lacks a captured table, or isn't there: run setup
+├── HungError               26   the loop hangs, in a function of the profile perhaps: restart it, and mend that
 ├── UnknownValueError        –   a rule lacks a value: the change becomes a dead letter, nothing stops
 ├── ClusterError             1   the demo's private cluster can't be had: install what it names
 ├── DemoError                1   the demo can't go on: see its log
@@ -33,7 +34,8 @@ CdcWorkerError
 ├── NotRunningError          1   a command needs a worker that runs beside it: run one
 └── ServerError              1   any other answer of the server to a one-shot command
 
-A service manager must not restart into 11, 12, 14 to 16 and 23: each is a gap or a mix-up that a person has to look at.
+A service manager must not restart into 11, 12, 14 to 16 and 23: each is a gap or a mix-up that a person has to look at,
+and then run recover.
 """
 
 from __future__ import annotations
@@ -218,6 +220,12 @@ class PublicationError(CdcWorkerError):
     """The publication that a pgoutput slot is read by isn't there, or lacks a captured table: changes are left out."""
 
     exit_code = 25
+
+
+class HungError(CdcWorkerError):
+    """The loop has not turned for minutes, and would not have any more."""
+
+    exit_code = 26
 
 
 class BusyError(CdcWorkerError):

@@ -7,7 +7,7 @@ from collections import deque
 from decimal import Decimal
 from typing import Final, NamedTuple
 
-from cdc_worker import checkpoint, errors, slot
+from cdc_worker import checkpoint, errors, process, slot
 from cdc_worker.activities import Position
 from cdc_worker.changes import MARKER_PREFIX
 from cdc_worker.config import Settings
@@ -18,6 +18,9 @@ from cdc_worker.slot import Slot
 
 ABSENCE: Final = 30.0
 """A worker that is away for so many seconds is not waited for any longer: somebody has stopped it."""
+
+RETURN: Final = 5.0
+"""So many seconds a worker may need to come back, of which it isn't known that it ended."""
 
 SLOW: Final = 5.0
 """After so many seconds of waiting it is told what is waited for."""
@@ -60,11 +63,18 @@ class Fence:
         return slot.committed_so_far(self._connection)
 
     def check(self) -> None:
-        """Raise unless a worker runs that could pass anything."""
+        """Raise unless a worker runs that could pass anything. One that was not told to end may be about to come back.
+
+        For a moment nobody reads the slot while a worker goes on with another profile or scope, or connects anew.
+        """
         slot.check_checkpoint(self._connection, self._worker, self._base)
-        reader = self._reader()
-        if not _running(reader):
-            raise self._not_running(reader)
+        until = None
+        while not _running(reader := self._reader()):
+            if until is None:
+                until = time.monotonic() + (RETURN if process.unended(self._connection, self._worker) else 0)
+            if reader is not None or time.monotonic() >= until:
+                raise self._not_running(reader)
+            time.sleep(PAUSES[1])
 
     def passed(self, position: LSN) -> bool:
         """Whether all commits up to a position are written."""

@@ -26,8 +26,9 @@ EVERYTHING = "*"
 class Event(msgspec.Struct, frozen=True):
     """What was recorded of one row. `subject` is the key that it had then, and `before`, if it has moved, until then.
 
-    The latter has the values in the order of the table's index. `at` is when it happened, as the target prints it. The
-    row's activities that are not the worker's have neither key nor kind; those of a `skipped` change aren't there.
+    The latter has the values in the order of the table's index, as has the `key` that an activity links to, which may
+    be a later one. `at` is when it happened, as the target prints it. The row's activities that are not the worker's
+    have neither change key nor kind; those of a `skipped` change aren't there.
     """
 
     subject: str
@@ -37,6 +38,7 @@ class Event(msgspec.Struct, frozen=True):
     kind: Kind | None = None
     skipped: bool = False
     before: tuple[str, ...] = ()
+    key: tuple[str, ...] = ()
     change_key: str | None = None
     metadata: Mapping[str, Any] | None = None
     at: str = ""

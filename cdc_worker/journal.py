@@ -7,7 +7,7 @@ from typing import Any, Final, LiteralString
 
 from psycopg import sql
 
-from cdc_worker import catalog, errors, postgres
+from cdc_worker import catalog, errors, gap, postgres
 from cdc_worker import rows as captured
 from cdc_worker.activities import Place, parsed_key
 from cdc_worker.catalog import TargetTable
@@ -35,7 +35,8 @@ _NOTHING: Final = sql.SQL("")
 class Journal:
     """The activities of one captured table, read through a connection of its own `rows`.
 
-    Positions are those of the cluster that the worker's `checkpoint` is of.
+    Positions are those of the cluster that the worker's `checkpoint` is of: all that was recorded on former ones is
+    before them.
     """
 
     def __init__(
@@ -52,7 +53,7 @@ class Journal:
         self._connection = connection
         self._recorded = recorded
         self._rows = rows
-        self._worker, self._cluster = checkpoint.worker, checkpoint.system_identifier
+        self._worker, self.clusters = checkpoint.worker, gap.clusters(connection, checkpoint)
         self._links = [recorded.links[column] for column in rows.key]
         of_target = catalog.columns(connection, qualified(target.table))[qualified(target.table)]
         self._link_types = {column: catalog.cast(of_target[column]) for column in self._links}
@@ -104,7 +105,7 @@ class Journal:
         """Look again for what was remembered: something was recorded whose time had passed."""
         self._letters: dict[str, list[Event]] = {}
         self._last_letter = 0
-        self._moves: dict[RowKey, list[Place]] | None = {}
+        self._moves: dict[RowKey, list[Event]] | None = {}
         self._moved_until = INVALID
         self._emptied: list[Place] = []
         self._emptied_until = INVALID
@@ -226,12 +227,16 @@ class Journal:
         return sql.SQL("SELECT {} FROM ({}) AS linked").format(sql.SQL(", ").join(columns), query)
 
     def left(self, keys: Collection[RowKey], *, until: LSN) -> dict[str, list[Place]]:
-        """When rows that had these keys got others, up to a position.
+        """When rows that had these keys got others, up to a position."""
+        return {subject: [of.place for of in moves] for subject, moves in self.moves(keys, until=until).items()}
+
+    def moves(self, keys: Collection[RowKey], *, until: LSN) -> dict[str, list[Event]]:
+        """The changes by which rows that had these keys got others, up to a position.
 
         Nothing links to a key that was left: it takes a look at the whole target, of which is remembered what it finds.
         """
         asked = {key: self._rows.subject(key) for key in keys}
-        found: dict[str, list[Place]] = {subject: [] for subject in asked.values()}
+        found: dict[str, list[Event]] = {subject: [] for subject in asked.values()}
         if not found or not self._changes() or "metadata" not in self._columns:
             return found
         self._remember_moves(until)
@@ -246,8 +251,13 @@ class Journal:
             values = {f"old_{place}": [*of] for place, of in enumerate(zip(*asked, strict=True))}
             moves = self._moved(sql.SQL(" OR ").join(olds), values, until)
         for key, subject in asked.items():
-            found[subject] = [place for place in moves.get(key, ()) if place.lsn <= until]
+            found[subject] = [move for move in moves.get(key, ()) if move.place < self.clusters.after(until)]
         return found
+
+    def add_move(self, move: Event) -> None:
+        """Remember one that is recorded only now, of a time that was looked at."""
+        if self._moves is not None:
+            self._moves.setdefault(move.before, []).append(move)
 
     @property
     def remembers(self) -> bool:
@@ -264,8 +274,8 @@ class Journal:
         if self._moved_until:
             changed = sql.SQL("({}) AND {key} > %(from)s AND {key} < %(to)s").format(changed, key=self._key)
             parameters |= {"from": self._first_key(self._moved_until), "to": self._first_key(LSN(until + 1))}
-        for key, places in self._moved(changed, parameters, until, limit=sql.SQL(" LIMIT %(most)s")).items():
-            self._moves.setdefault(key, []).extend(places)
+        for key, moves in self._moved(changed, parameters, until, limit=sql.SQL(" LIMIT %(most)s")).items():
+            self._moves.setdefault(key, []).extend(moves)
         self._moved_until = until
         if sum(map(len, self._moves.values())) >= MOVES:
             self._moves = None  # too many to be remembered
@@ -276,17 +286,17 @@ class Journal:
 
     def _moved(
         self, condition: sql.Composable, parameters: Mapping[str, Any], until: LSN, *, limit: sql.Composable = _NOTHING
-    ) -> dict[RowKey, list[Place]]:
-        """When keys were left, for whatever others, as far as the condition says it."""
+    ) -> dict[RowKey, list[Event]]:
+        """How keys were left, for whatever others, as far as the condition says it."""
         rules = [rule for rule, names in self._recorded.changes.items() if names]
-        found: dict[RowKey, list[Place]] = {}
+        found: dict[RowKey, list[Event]] = {}
         for links in self._by_links():
             query = self._query(links, until) + sql.SQL(" WHERE {} = ANY (%(rules)s) AND ({})").format(
                 _rule(self._key), condition
             )
             for event in self._events(query + limit, {"rules": rules, **parameters}, until):
                 if event.what == "moved":
-                    found.setdefault(event.before, []).append(event.place)
+                    found.setdefault(event.before, []).append(event)
         return found
 
     def emptied(self, until: LSN) -> list[Place]:
@@ -301,12 +311,12 @@ class Journal:
                 query += sql.SQL(" AND {key} > %(from)s AND {key} < %(to)s").format(key=key)
                 parameters |= {"from": self._first_key(self._emptied_until), "to": self._first_key(LSN(until + 1))}
             for (key,) in self._connection.execute(postgres.with_parameters(query), parameters).fetchall():
-                parsed = parsed_key(self._worker, self._cluster, key)
+                parsed = parsed_key(self._worker, self.clusters, key)
                 if parsed is not None and parsed.kind == "stream" and parsed.table == self._recorded.table:
                     self._emptied.append(parsed.place)
             self._emptied = sorted({*self._emptied})
             self._emptied_until = until
-        return [place for place in self._emptied if place.lsn <= until or not place.current]
+        return [place for place in self._emptied if place < self.clusters.after(until)]
 
     def moved(self, *, since: LSN, until: LSN) -> list[RowKey]:
         """The keys that rows got in place of others, after one position and up to another."""
@@ -327,14 +337,14 @@ class Journal:
         bounds = {"from": self._first_key(since), "to": self._first_key(LSN(until + 1))}
         found: dict[RowKey, None] = {}
         for change_key, *key in self._connection.execute(postgres.with_parameters(query), bounds).fetchall():
-            parsed = parsed_key(self._worker, self._cluster, change_key)
+            parsed = parsed_key(self._worker, self.clusters, change_key)
             if parsed is not None and parsed.kind == "stream" and parsed.table == self._recorded.table:
                 found[tuple(key)] = None
         return [key for key in found if None not in key]
 
     def _first_key(self, lsn: LSN) -> str:
         """Where the change keys of a commit begin: they sort as commits do, and those of other kinds come after all."""
-        return f"{self._worker}/{self._cluster}/{lsn:016X}"
+        return f"{self._worker}/{self.clusters.current}/{lsn:016X}"
 
     def _by_links(self) -> Iterator[list[sql.Composable]]:
         """How rows are linked to: by the columns for it, or where the target refused that by what metadata tells."""
@@ -416,10 +426,10 @@ class Journal:
                 if ours and (rule := recorded.types.get(type_)) is not None:
                     yield Event(subject, rule, recorded.what(rule), Place(), metadata=metadata, at=at or "")
                 continue
-            parsed = parsed_key(self._worker, self._cluster, change_key)
+            parsed = parsed_key(self._worker, self.clusters, change_key)
             if parsed is None or parsed.table != recorded.table:
                 continue
-            if parsed.kind == "stream" and parsed.place.current and parsed.place.lsn > until:
+            if parsed.kind == "stream" and parsed.place > self.clusters.after(until):
                 continue
             what: What = recorded.what(parsed.rule)
             before: RowKey = ()
@@ -435,6 +445,7 @@ class Journal:
                 parsed.place,
                 parsed.kind,
                 before=before if what == "moved" else (),
+                key=key,
                 change_key=change_key,
                 metadata=metadata,
                 at=at or "",
@@ -451,7 +462,7 @@ class Journal:
         ).fetchall()
         for number, change_key, old, new in found:
             self._last_letter = max(self._last_letter, number)
-            parsed = parsed_key(self._worker, self._cluster, change_key)
+            parsed = parsed_key(self._worker, self.clusters, change_key)
             if parsed is None:
                 continue
             key = tuple(text(new.get(column)) for column in self._rows.key)
@@ -465,14 +476,15 @@ class Journal:
                 self._letters.setdefault(subject, []).append(Event(subject, "", "moved", parsed.place, before=before))
         for subject in subjects:
             for event in self._letters.get(subject, ()):
-                if event.place.lsn <= until or not event.place.current:
+                if event.place < self.clusters.after(until):
                     yield event
 
     def _skipped(self, subjects: list[str], until: LSN) -> Iterator[Event]:
         """What context messages kept from being told."""
         parameters = {
             "worker": self._worker,
-            "cluster": self._cluster,
+            "cluster": self.clusters.current,
+            "clusters": [*self.clusters.former, self.clusters.current],
             "table": self._recorded.table,
             "subjects": subjects,
             "until": str(until),
@@ -482,8 +494,8 @@ class Journal:
             self._connection.execute("SET LOCAL enable_seqscan = off")
             found = self._connection.execute(_SKIPPED, parameters).fetchall()
         meant: dict[str, What] = {"insert": "created", "delete": "deleted", "truncate": "deleted"}
-        for asked, operation, lsn, number in found:
-            place = Place(1, LSN.parse(lsn), number)
+        for asked, operation, cluster, lsn, number in found:
+            place = Place(self.clusters.generation(cluster), LSN.parse(lsn), number)
             for subject in subjects if asked is None else [asked]:
                 yield Event(subject, EVERYTHING, meant.get(operation, "told"), place, skipped=True)
 
@@ -510,13 +522,13 @@ WHERE dead_letter_id > %(last)s AND worker = %(worker)s
 
 # The index on subjects knows which rows each is in, and no other serves what is within OFFSET 0. NULL are all subjects.
 _SKIPPED: Final[LiteralString] = """
-SELECT asked, operation, commit_lsn::text, number
+SELECT asked, operation, system_identifier, commit_lsn::text, number
 FROM (SELECT asked, noted.* FROM unnest(%(subjects)s::text[]) AS asked
       CROSS JOIN LATERAL (SELECT worker, system_identifier, table_name, operation, commit_lsn, number
                           FROM cdc_worker.skipped WHERE subjects @> ARRAY[asked] OFFSET 0) AS noted
       UNION ALL
       (SELECT NULL, worker, system_identifier, table_name, operation, commit_lsn, number
        FROM cdc_worker.skipped WHERE subjects = '{}' OFFSET 0)) AS found
-WHERE worker = %(worker)s AND system_identifier = %(cluster)s AND table_name = %(table)s
-  AND commit_lsn <= %(until)s::pg_lsn
+WHERE worker = %(worker)s AND system_identifier = ANY (%(clusters)s) AND table_name = %(table)s
+  AND (commit_lsn <= %(until)s::pg_lsn OR system_identifier <> %(cluster)s)
 """

@@ -10,24 +10,30 @@ that is looked at again, and it is begun anew, which writes what is missing by t
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime
+from decimal import Decimal
+from functools import partial
+from itertools import chain, groupby
 from types import TracebackType
 from typing import Any, Final, Literal, NamedTuple, Self
 
 import msgspec
 import psycopg
 from psycopg import sql
+from psycopg.types.json import set_json_loads
 
-from cdc_worker import backfill, catalog, checkpoint, errors, kept, postgres, rows
+from cdc_worker import backfill, catalog, checkpoint, errors, failpoints, gap, kept, postgres, rows
 from cdc_worker.activities import (
     Activity,
     Batch,
     DeadLetter,
     Key,
+    Kind,
     Line,
     Person,
     Place,
@@ -53,11 +59,15 @@ from cdc_worker.rules import qualified
 from cdc_worker.sink import Sink, finished
 from cdc_worker.templates import text
 from cdc_worker.transform import Outcome, Wanted
+from cdc_worker.truth import Break, Log, Teller
 
 Command = Literal["replay", "rewrite", "retry", "repair"]
 
 MAX_TRANSACTIONS: Final = 1_000
 """So many transactions are written at once, at most."""
+
+MADE_UP: Final[Sequence[Kind]] = ("backfill", "repair")
+"""Kinds of keys."""
 
 FOREVER: Final = LSN(2**64 - 1)
 
@@ -133,6 +143,7 @@ def _register(connection: Connection, worker: str, command: Command) -> tuple[st
     """
     connection.execute(_BURY, (worker,))
     replay, nonce = fetch_one(connection, _BEGIN, worker, command)
+    failpoints.reach("late_registered")
     (others,) = fetch_one(connection, _OTHERS, worker, command)
     if others:
         connection.execute(_END, (replay,))
@@ -213,6 +224,7 @@ class Late:
             return stack.enter_context(closing(connection))
 
         self.control = opened(postgres.connect(dsn, worker))
+        set_json_loads(partial(json.loads, parse_float=Decimal), self.control)  # a float would lose digits
         self.checkpoint = checkpoint.read(self.control, worker)
         server = postgres.server(self.control)
         postgres.check_primary(server)
@@ -269,6 +281,13 @@ class Late:
         prefix = f"{self._worker}/{self.checkpoint.system_identifier}"
         parameters = {"worker": self._worker, "backfill": f"{prefix}/backfill/", "repair": f"{prefix}/repair/"}
         return self.control.execute(postgres.with_parameters(query), parameters).fetchone() == (True,)
+
+    def some_repaired(self) -> bool:
+        """Whether the target has any repair."""
+        assert self._row_key is not None
+        query = _REPAIRED.format(table=sql.Identifier(*qualified(self.profile.target.table)), key=self._row_key)
+        prefix = f"{self._worker}/{self.checkpoint.system_identifier}/repair/"
+        return self.control.execute(postgres.with_parameters(query), {"repair": prefix}).fetchone() == (True,)
 
     def _of_cluster(self, cluster: str) -> None:
         """Go on with what was recorded on this cluster."""
@@ -333,7 +352,7 @@ class Late:
         """Rows of other tables as they are now."""
         if self._lookups is None:
             self._lookups = Lookups(self._looking, self.rules)
-        return finished(self._lookups.fetch(wanted), self._lookups.fileno())
+        return finished(self._lookups.fetch(wanted), self._lookups.connection)
 
     def add(
         self,
@@ -393,7 +412,7 @@ class Late:
     def existing(self, keys: Collection[str]) -> set[str]:
         """Those of these change keys that the target has."""
         assert self._sink is not None
-        return finished(self._sink.existing(keys), self._sink.fileno()) if keys else set()
+        return finished(self._sink.existing(keys), self._sink.connection) if keys else set()
 
     def _tried(self, letters: Iterable[DeadLetter]) -> None:
         """Note of dead letters that wait how they have failed once more, unless another command has written them."""
@@ -435,12 +454,13 @@ class Late:
     def _write(self, sink: Sink, batch: Batch) -> None:
         counts = self.counts
         try:
-            written = finished(sink.write(batch), sink.fileno())
+            written = finished(sink.write(batch), sink.connection)
         except KeyboardInterrupt:
             sink.cancel()
             raise
         except psycopg.errors.DeadlockDetected as error:  # with another command, which writes the same in another order
             raise self.progress.fenced() from error
+        failpoints.reach("late_written")
         self._tried(written.dead_letters)
         refused = {letter.change_key for letter in written.dead_letters}
         known = sum(letter in self._letters for letter in refused)
@@ -467,17 +487,17 @@ class Late:
 
     def _also(self, lines: Sequence[Line]) -> str:
         """What gives way to rows, in the transaction in which they were written."""
-        worker, cluster = self._worker, self.checkpoint.system_identifier
-        statements = []
+        statements: list[str] = []
+        resolved = [*self._resolved(line.change_key for line in lines)]
         late: dict[Place, list[Key]] = {}
         for line in lines:
             for place, keys in self._late.get(line.change_key, ()):
                 late.setdefault(place, []).extend(keys)
         if self._substitutes is not None:
-            statements.append(backfill.replacement(self.profile.target, self.target, worker, cluster, late))
-        resolved = [*self._resolved(line.change_key for line in lines)]
-        # What could not be made up must not be tried again.
-        resolved += {own_key(worker, cluster, key) for keys in late.values() for key in keys}
+            worker, clusters = self._worker, self._substitutes.clusters
+            statements.append(backfill.replacement(self.profile.target, self.target, worker, clusters, late))
+            # What could not be made up must not be tried again.
+            resolved += {own_key(worker, clusters, key) for keys in late.values() for key in keys}
         if resolved:
             statements.append(_RESOLVE.format(self._worker, resolved).as_string())
         return "".join(f"{statement}; " for statement in statements)
@@ -498,6 +518,7 @@ class _Table(NamedTuple):
     recorded: Recorded
     rows: Rows
     journal: Journal
+    teller: Teller
     told: frozenset[str]
     """The rules that a backfill may have told."""
 
@@ -511,18 +532,23 @@ class _Told(NamedTuple):
     before: RowKey
 
 
+class _Line(NamedTuple):
+    """Rows by all keys that they have had: what is recorded of them, when they got others, and which are one row's."""
+
+    events: dict[str, list[Event]]
+    left: dict[str, list[Place]]
+    pairs: list[tuple[str, str]]
+
+
 class _Substitutes:
     """What was made up in place of activities that come late."""
 
     def __init__(self, late: Late) -> None:
-        self._worker, self._checkpoint = late.checkpoint.worker, late.checkpoint
+        self._worker, self.clusters = late.checkpoint.worker, gap.clusters(late.control, late.checkpoint)
         self._until = late.checkpoint.position.lsn
         self._tables: dict[tuple[str, str], _Table] = {}
-        self._unmended: dict[tuple[str, str], list[Key]] = {}
-        prefix = f"{self._worker}/{self._checkpoint.system_identifier}/repair/"
-        for (name,) in late.control.execute(_UNMENDED, (self._worker, prefix)):
-            if (key := parsed_key(self._worker, self._checkpoint.system_identifier, name)) is not None:
-                self._unmended.setdefault((key.table, key.subject), []).append(key)
+        self._unmended: dict[tuple[str, str], list[Event]] = {}
+        prefix = f"{self._worker}/{self.clusters.current}/"
         for name, table in late.profile.tables.items():
             meant = recorded(late.profile, name)
             if not table.rules or not table.key or not meant.links.keys() >= {*table.key}:
@@ -536,8 +562,22 @@ class _Substitutes:
                 rows=found,
                 checkpoint=late.checkpoint,
             )
+            teller = Teller(Log(late.profile, name), worker=self._worker, clusters=self.clusters, named=found.subject)
             told = frozenset(rule.label for rule in table.rules if rule.backfill is not None)
-            self._tables[qualified(name)] = _Table(meant, found, journal, told)
+            self._tables[qualified(name)] = _Table(meant, found, journal, teller, told)
+        column = next((column for column, of in late.profile.target.columns.items() if of == "metadata"), None)
+        for name, metadata in late.control.execute(
+            _UNMENDED, (column, self._worker, *(f"{prefix}{kind}/" for kind in MADE_UP))
+        ):
+            key = self._parsed(name)
+            if key is not None and (of := self._tables.get(qualified(key.table))) is not None:
+                what = of.recorded.what(key.rule)
+                event = Event(key.subject, key.rule, what, key.place, key.kind, change_key=name, metadata=metadata)
+                self._unmended.setdefault((key.table, key.subject), []).append(event)
+        self._mended = bool(self._unmended) or late.some_repaired()
+
+    def _parsed(self, change_key: str) -> Key | None:
+        return parsed_key(self._worker, self.clusters, change_key)
 
     def of(self, activities: Iterable[Activity]) -> dict[str, list[tuple[Place, list[Key]]]]:
         """The keys that may have been made up for activities, by theirs, with their places."""
@@ -545,7 +585,7 @@ class _Substitutes:
         for activity in activities:
             change = activity.change
             table = self._tables.get((change.schema, change.table))
-            key = parsed_key(self._worker, self._checkpoint.system_identifier, activity.change_key)
+            key = self._parsed(activity.change_key)
             if table is None or key is None:
                 continue
             old, new = (_row_key(row, table.rows.key) for row in (change.old, change.new))
@@ -574,8 +614,7 @@ class _Substitutes:
         }
         whole = table.journal.of(mended, until=until) if mended else {}
         for told in concerned:
-            what = "moved" if told.before else meant.what(told.key.rule)
-            event = Event(names[told.row], told.key.rule, what, told.key.place, "stream", before=told.before)
+            event = self._event(table, told)
             events[event.subject].append(event)
         for told in concerned:
             key, subject = told.key, names[told.row]
@@ -588,7 +627,93 @@ class _Substitutes:
                     event = Event(subject, rule, meant.what(rule), key.place)
                     yield told, made_up(meant, event, events[subject], emptied)
             if told.row in mended:
-                yield told, self._mended(table, told, whole[subject], unmended[subject])
+                yield told, self._filled(table, told, whole[subject], unmended[subject])
+        if self._mended or any(told.before for told in concerned):
+            yield from self._contradicted(table, concerned, emptied)
+
+    def _contradicted(
+        self, table: _Table, concerned: Sequence[_Told], emptied: Sequence[Place]
+    ) -> Iterator[tuple[_Told, list[Key]]]:
+        """What was made up of rows, by whichever key, and can't be so any more.
+
+        With what comes late the log breaks off at it, and hasn't before. Of what happened after it was read it says
+        nothing.
+        """
+        line = self._line(table, concerned)
+        for group in _joined(line.pairs):
+            late = sorted(
+                (of for of in concerned if of.key.kind == "stream" and table.rows.subject(of.row) in group),
+                key=lambda of: of.key.place,
+            )
+            events = {subject: [*line.events.get(subject, ())] for subject in group}
+            left = {subject: [*line.left.get(subject, ())] for subject in group}
+            for subject in group:
+                events[subject] += self._unmended.get((table.recorded.table, subject), ())
+            before = _breaks(table.teller, events, emptied, left)
+            for place, of_change in groupby(late, key=lambda of: of.key.place):
+                if not any(map(_is_made_up, chain.from_iterable(events.values()))):
+                    break
+                told = [*of_change]
+                for of in told:
+                    event = self._event(table, of)
+                    events[event.subject].append(event)
+                    if of.before:
+                        left[table.rows.subject(of.before)].append(place)
+                gone: list[Key] = []
+                while True:
+                    now = _breaks(table.teller, events, emptied, left)
+                    false = {
+                        event.change_key
+                        for of in now.keys() - before.keys()
+                        for event in (now[of].before, now[of].after)
+                        if event is not None and _is_made_up(event) and (table.teller.read_at(event) or place) >= place
+                    }
+                    if not false:
+                        break
+                    gone += filter(None, (self._parsed(key) for key in false if key is not None))
+                    events = {
+                        name: [of for of in found if of.change_key not in false] for name, found in events.items()
+                    }
+                before = now
+                yield from ((of, gone) for of in told)
+        for of in concerned:
+            if of.before:
+                table.journal.add_move(self._event(table, of))
+
+    def _line(self, table: _Table, concerned: Sequence[_Told]) -> _Line:
+        """All that is recorded of rows by now, whatever keys they had before and have got since."""
+        line = _Line({}, {}, [])
+        named = table.rows.subject
+        more = {key for told in concerned for key in (told.row, told.before) if key}
+        line.pairs.extend((named(told.row), named(told.before or told.row)) for told in concerned)
+        known = set[RowKey]()
+        while more:
+            known |= more
+            moves = table.journal.moves(more, until=self._until)
+            line.left.update({subject: [of.place for of in found] for subject, found in moves.items()})
+            ends = {of.key for found in moves.values() for of in found}
+            for subject, found in table.journal.of(more, until=self._until).items():
+                line.events.setdefault(subject, []).extend(found)
+                ends |= {of.before for of in found if of.before}
+                line.pairs.extend((subject, named(of.key)) for of in found if of.key)
+            line.pairs.extend((of.subject, named(of.before)) for found in moves.values() for of in found)
+            more = ends - known
+        line.pairs.extend((of.subject, named(of.before)) for found in line.events.values() for of in found if of.before)
+        return line
+
+    def _event(self, table: _Table, told: _Told) -> Event:
+        """What comes late, as an event of its row."""
+        return Event(
+            table.rows.subject(told.row),
+            told.key.rule,
+            "moved" if told.before else table.recorded.what(told.key.rule),
+            told.key.place,
+            told.key.kind,
+            before=told.before,
+            key=told.row,
+            change_key=told.activity.change_key,
+            metadata=told.activity.fields.get("metadata"),
+        )
 
     def _rules_before(
         self, table: _Table, told: _Told, events: Mapping[str, Sequence[Event]], emptied: Sequence[Place]
@@ -623,19 +748,18 @@ class _Substitutes:
             if subject not in known:
                 known |= table.journal.of([last.before], until=self._until, since=self._until)
 
-    def _mended(self, table: _Table, told: _Told, events: Sequence[Event], unmended: Sequence[Key]) -> list[Key]:
+    def _filled(self, table: _Table, told: _Told, events: Sequence[Event], unmended: Sequence[Event]) -> list[Key]:
         """The repairs that stand in the hole which is filled, also those that could not be written.
 
         A repair stands before what has shown that something is missing, which may be long after it was lost. Between
         the two nothing was recorded of the same columns, and the row has neither come to be nor gone.
         """
-        worker, cluster = self._worker, self._checkpoint.system_identifier
         names = table.recorded.changes.get(told.key.rule, ())
         columns = _columns(told.activity.fields["metadata"], names)
-        repairs = [(key, columns) for key in unmended]
-        for of in events:
-            if of.kind == "repair" and (key := parsed_key(worker, cluster, of.change_key or "")) is not None:
-                repairs.append((key, _columns(of.metadata, names)))
+        repairs = []
+        for of in (*events, *unmended):
+            if of.kind == "repair" and (key := self._parsed(of.change_key or "")) is not None:
+                repairs.append((key, columns if of in unmended else _columns(of.metadata, names)))
         found = []
         for key, theirs in repairs:
             first, last = sorted((key.place, told.key.place))
@@ -653,6 +777,33 @@ class _Substitutes:
         for table in self._tables.values():
             if not written.isdisjoint(table.recorded.emptied):
                 table.journal.forget()
+
+
+def _is_made_up(event: Event) -> bool:
+    return event.kind in MADE_UP
+
+
+def _breaks(
+    teller: Teller, events: Mapping[str, Sequence[Event]], emptied: Sequence[Place], left: Mapping[str, Sequence[Place]]
+) -> dict[tuple[str, str, str], Break]:
+    """Where the histories of rows break off."""
+    stories = teller.stories(events, emptied=emptied, left=left)
+    return {
+        (gap.what, _key_of(gap.before), _key_of(gap.after)): gap for story in stories.values() for gap in story.breaks
+    }
+
+
+def _key_of(event: Event | None) -> str:
+    return "" if event is None else event.change_key or ""
+
+
+def _joined(pairs: Iterable[tuple[str, str]]) -> Collection[frozenset[str]]:
+    """What belongs together, if that is so of each of these pairs."""
+    groups: dict[str, set[str]] = {}
+    for one, other in pairs:
+        both = groups.get(one, {one}) | groups.get(other, {other})
+        groups |= dict.fromkeys(both, both)
+    return {frozenset(group) for group in groups.values()}
 
 
 def _columns(metadata: Mapping[str, Any] | None, names: Sequence[str]) -> frozenset[str]:
@@ -712,7 +863,10 @@ FROM jsonb_to_recordset(%s) AS again (worker text, change_key text, kind text, r
 WHERE letter.worker = again.worker AND letter.change_key = again.change_key
 """
 
-_UNMENDED: Final = "SELECT change_key FROM cdc_worker.dead_letter WHERE worker = %s AND starts_with(change_key, %s)"
+_UNMENDED: Final = """
+SELECT change_key, (fields ->> %s)::jsonb FROM cdc_worker.dead_letter
+WHERE worker = %s AND (starts_with(change_key, %s) OR starts_with(change_key, %s))
+"""
 
 # A query, because it is to be told from what was made up.
 _RESOLVE: Final = sql.SQL(
@@ -726,6 +880,8 @@ SELECT EXISTS (SELECT FROM cdc_worker.backfill WHERE worker = %(worker)s)
     OR EXISTS (SELECT FROM cdc_worker.dead_letter WHERE worker = %(worker)s AND starts_with(change_key, %(repair)s))
     OR EXISTS (SELECT FROM {table} WHERE starts_with({key}, %(backfill)s) OR starts_with({key}, %(repair)s))
 """)
+
+_REPAIRED: Final = sql.SQL("SELECT EXISTS (SELECT FROM {table} WHERE starts_with({key}, %(repair)s))")
 
 _EXCLUDED: Final = """
 SELECT table_name, from_lsn::text, until_lsn::text, marked, triggers FROM cdc_worker.excluded

@@ -52,7 +52,7 @@ class Lookups:
         on_failure: Callable[[tuple[str, str], str], None] = lambda table, sqlstate: None,
     ) -> None:
         self._on_failure = on_failure
-        self._connection = connection
+        self.connection = connection
         self._pgconn = connection.pgconn
         self._tables = {lookup.table for table in rules.values() for lookup in table.looked_up}
         self._columns = catalog.columns(connection, *self._tables)
@@ -62,6 +62,11 @@ class Lookups:
     def fileno(self) -> int:
         """The socket, for select."""
         return self._pgconn.socket
+
+    @property
+    def pid(self) -> int:
+        """The process of the server that serves us."""
+        return self.connection.info.backend_pid
 
     def fetch(self, wanted: Collection[Wanted], xids: Collection[int] = ()) -> Writing[Found]:
         """What is there of the rows that are `wanted`, as of when all of these transactions are to be seen.
@@ -93,7 +98,7 @@ class Lookups:
         """End what is being fetched: a query that waits for a lock would go on waiting without us. Brief."""
         if self._pgconn.transaction_status == pq.TransactionStatus.ACTIVE:
             with contextlib.suppress(psycopg.Error):
-                self._connection.cancel_safe(timeout=0.1)
+                self.connection.cancel_safe(timeout=0.1)
 
     def _failed(self, lookup: Lookup, sqlstate: str) -> None:
         self.failed.add(lookup)
@@ -110,7 +115,7 @@ class Lookups:
         try:
             return (yield from self._rows(lookup, sought))
         except (*_CHANGED, psycopg.DataError):
-            before, self._columns = self._columns, catalog.columns(self._connection, *self._tables)
+            before, self._columns = self._columns, catalog.columns(self.connection, *self._tables)
             if self._columns == before:
                 raise
             return (yield from self._rows(lookup, sought))
@@ -126,7 +131,7 @@ class Lookups:
             postgres.array(_asked(value, columns[column]) for value in values).encode()
             for column, values in zip(lookup.theirs, zip(*sought, strict=True), strict=True)
         ]
-        result = yield from self._query(_select(lookup, columns, kept).as_bytes(self._connection), arrays)
+        result = yield from self._query(_select(lookup, columns, kept).as_bytes(self.connection), arrays)
         rows: dict[tuple[Value, ...], Row] = {}
         for row in range(result.ntuples):
             place, *values = (result.get_value(row, column) for column in range(result.nfields))
@@ -149,7 +154,7 @@ class Lookups:
 def fetch(connection: Connection, rules: Rules, wanted: Collection[Wanted]) -> Found:
     """What is there of the rows that are `wanted`."""
     lookups = Lookups(connection, rules)
-    return finished(lookups.fetch(wanted), lookups.fileno())
+    return finished(lookups.fetch(wanted), connection)
 
 
 _SNAPSHOT: Final = b"SELECT pg_current_snapshot()::text FROM pg_sleep($1::float8)"

@@ -6,17 +6,24 @@ import hashlib
 import os
 import re
 import shlex
-from collections.abc import Collection, Iterable, Mapping, Sequence
+import time
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import closing, suppress
 from dataclasses import dataclass
-from typing import Any, Final, LiteralString
+from datetime import datetime
+from typing import Any, Final, LiteralString, TypeVar
 
 import psycopg
 from psycopg import sql
+from psycopg.abc import PQGen
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from psycopg.rows import TupleRow
+from psycopg.waiting import wait
 
 from cdc_worker import errors
 from cdc_worker.errors import CdcWorkerError
+
+T = TypeVar("T")
 
 Connection = psycopg.Connection[TupleRow]
 
@@ -56,26 +63,86 @@ _PINNED: Final = {
 _WRITING: Final = {**_PINNED, "synchronous_commit": "on"}
 
 _UNLIMITED: Final = ("idle_session_timeout", "transaction_timeout")
-"""Timeouts that not every version has: they can't be named before we are connected."""
+"""Timeouts that not every version has: they can't be named before we are connected.
+
+To a walsender each commit that it reads is a transaction.
+"""
 
 OVERRIDDEN: Final = frozenset((*_WRITING, *_UNLIMITED))
 """Settings of which a role's or database's defaults don't matter."""
 
-# A half-open connection is noticed within a minute and a half.
+# A connection whose other end is gone without a word is noticed within a minute and a half, if nothing beyond it
+# answers in its place: see the watchdog for that.
 _KEEPALIVES: Final = {"keepalives_idle": 30, "keepalives_interval": 10, "keepalives_count": 6, "connect_timeout": 10}
+
+# And if something was sent there, which would else be tried again for a quarter of an hour. Only where little is sent:
+# it also ends a connection to who is there and doesn't read, as a process that waits for a lock with a COPY to come.
+_UNANSWERED: Final = {**_KEEPALIVES, "tcp_user_timeout": 60_000}
+
+PATIENCE: Final = 10.0
+"""So many seconds an answer may take before the server is asked after it, where connect_timeout doesn't say."""
+
+BRIEF: Final = 3.0
+"""So many seconds a brief connection waits for an answer: longer than the server works on one."""
+
+
+class _Heard(psycopg.Connection[TupleRow]):
+    """A connection on which nobody waits for ever: after `patience` seconds without a byte, `ask` tells what to wait
+    for; if that is nothing, the connection is lost, and is given up there as well.
+    """
+
+    patience: float
+    ask: Callable[[], str | None]
+    give_up: Callable[[], None]
+
+    def wait(self, gen: PQGen[T], interval: float = 0.1, timeout: float | None = None) -> T:
+        return super().wait(self.within_patience(gen), interval, timeout)
+
+    def within_patience(self, gen: PQGen[T]) -> PQGen[T]:
+        heard_at, lost = time.monotonic(), False
+        try:
+            wants = next(gen)
+            while True:
+                ready = yield wants
+                now = time.monotonic()
+                if ready:
+                    heard_at, lost = now, False
+                elif lost:
+                    self.give_up()
+                    raise psycopg.OperationalError(f"an answer of the server did not come for {now - heard_at:.0f} s")
+                elif now > heard_at + self.patience:
+                    lost = self.ask() is None  # unless it has come meanwhile
+                    heard_at = heard_at if lost else time.monotonic()
+                wants = gen.send(ready)
+        except StopIteration as stop:
+            return stop.value  # type: ignore[no-any-return]
+
+
+def finished(gen: PQGen[T], connection: Connection) -> T:
+    """What comes of what is done through this connection. May be interrupted, and the connection is left as it is."""
+    if isinstance(connection, _Heard):
+        gen = connection.within_patience(gen)
+    # Without an interval the socket would be asked again and again, at once.
+    return wait(gen, connection.fileno(), interval=0.1)
 
 
 def _connect(
-    dsn: str, worker: str, pinned: dict[str, str], *, name: str | None = None, **parameters: Any
-) -> Connection:
+    dsn: str,
+    worker: str,
+    pinned: dict[str, str],
+    *,
+    name: str | None = None,
+    timeouts: dict[str, int] = _KEEPALIVES,
+    **parameters: Any,
+) -> _Heard:
     own = conninfo_to_dict(dsn)
     options = str(own.get("options") or os.environ.get("PGOPTIONS", ""))
     options = " ".join([options, *(f"-c {name}={value}" for name, value in pinned.items())])
-    defaults = {name: value for name, value in _KEEPALIVES.items() if name not in own and name not in parameters}
+    defaults = {name: value for name, value in timeouts.items() if name not in own and name not in parameters}
     if "PGCONNECT_TIMEOUT" in os.environ:
         defaults.pop("connect_timeout", None)
     try:
-        return psycopg.connect(
+        connection = _Heard.connect(
             make_conninfo(dsn, **defaults),
             autocommit=True,
             application_name=name or application_name(worker),
@@ -84,6 +151,12 @@ def _connect(
         )
     except psycopg.Error as error:
         raise _connection_error(error) from error
+    # An answer may take as long as the connection itself might have, until the server is asked whether it is at work.
+    given = connection.info.get_parameters().get("connect_timeout", "0")
+    pid = connection.info.backend_pid
+    connection.patience, connection.ask = max(int(given), 0) or PATIENCE, lambda: at_work(dsn, worker, pid, name=name)
+    connection.give_up = lambda: end_lost(dsn, worker, pid, name=name)
+    return connection
 
 
 def connect(dsn: str, worker: str, *, name: str | None = None) -> Connection:
@@ -94,32 +167,38 @@ def connect(dsn: str, worker: str, *, name: str | None = None) -> Connection:
     return _unlimited(_connect(dsn, worker, _WRITING, name=name, client_encoding="UTF8"))
 
 
+# Without parameters, which a walsender doesn't take.
 _LIFT: Final = """
-SELECT set_config(name, '0', false) FROM unnest(%s::text[]) name WHERE current_setting(name, true) IS NOT NULL
-"""
+SELECT set_config(name, '0', false) FROM unnest('{%s}'::text[]) name WHERE current_setting(name, true) IS NOT NULL
+""" % ",".join(_UNLIMITED)  # noqa: UP031  # it has braces
 
 
 def _unlimited(connection: Connection) -> Connection:
-    connection.execute(_LIFT, (list(_UNLIMITED),))
+    connection.execute(_LIFT.encode())
     return connection
 
 
 def connect_briefly(dsn: str, worker: str) -> Connection:
     """A connection beside those that do the work, which waits for no one: its commits may be lost in a crash."""
     brief = {"synchronous_commit": "local", "lock_timeout": "500ms", "statement_timeout": "1s"}
-    return _connect(dsn, worker, {**_WRITING, **brief}, client_encoding="UTF8", connect_timeout=2)
+    connection = _connect(dsn, worker, {**_WRITING, **brief}, client_encoding="UTF8", connect_timeout=2)
+    connection.patience, connection.ask, connection.give_up = BRIEF, lambda: None, lambda: None
+    return _unlimited(connection)
 
 
 def connect_reading(dsn: str, worker: str) -> Connection:
     """A connection that only reads, and to which values print as they do in the stream."""
     reading = {**_PINNED, "timezone": "UTC", "default_transaction_read_only": "on"}
-    return _unlimited(_connect(dsn, worker, reading, client_encoding="UTF8"))
+    return _unlimited(_connect(dsn, worker, reading, timeouts=_UNANSWERED, client_encoding="UTF8"))
 
 
 def connect_replication(dsn: str, worker: str) -> Connection:
     """A connection that speaks the replication protocol."""
     # From a database in SQL_ASCII even its own names would come as bytes, until the stream asks for them.
-    return _connect(dsn, worker, {**_PINNED, "timezone": "UTC"}, client_encoding="UTF8", replication="database")
+    pinned = {**_PINNED, "timezone": "UTC"}
+    return _unlimited(
+        _connect(dsn, worker, pinned, timeouts=_UNANSWERED, client_encoding="UTF8", replication="database")
+    )
 
 
 _NO_POOLER: Final = "name the server itself, no pooler: replication needs a connection of its own"
@@ -208,23 +287,50 @@ _HINTS: Final = {
 def failure(error: psycopg.Error) -> CdcWorkerError:
     """What an error of the server that no other place has foreseen asks of the operator."""
     state = error.sqlstate
+    if isinstance(error, psycopg.DataError) and state is None:  # psycopg's own, which shows what it stumbled over
+        return errors.ServerError("a value can't be sent, or can't be read", hint="report it")
     if state is None:
         return errors.ServerError(
-            " ".join(str(error).split()),
+            told_by_libpq(error),
             hint="see that the server is up, can be reached, and has max_connections and max_wal_senders to spare",
         )
-    if state == "42P01" and '"cdc_worker.' in (error.diag.message_primary or ""):
+    words = told(error)
+    if state == "42P01" and '"cdc_worker.' in words:
         return errors.NotSetUpError(
-            f"the tables of cdc-worker are not those of this version: {error.diag.message_primary}",
-            hint="run: cdc-worker setup",
+            f"the tables of cdc-worker are not those of this version: {words}", hint="run: cdc-worker setup"
         )
-    said = f"the server refused: {error.diag.message_primary} (SQLSTATE {state})"
-    if is_about_the_row(state):  # the server's message holds values
+    said = f"the server refused: {words} (SQLSTATE {state})"
+    if is_about_the_row(state):
         said = f"the server refused a row (SQLSTATE {state})"
     elif error.diag.message_primary is None:
         said = str(error)
     kind = errors.TargetUnusableError if state[:2] == "42" or state in ("25006", "0A000") else errors.ServerError
     return kind(said, hint=_HINTS.get(state, "the server's log tells more"))
+
+
+def told_by_libpq(error: psycopg.Error) -> str:
+    """What libpq says of a connection that can't be had, or broke. The server's last words are a part of that.
+
+    These may go on with a context, in which a COPY shows the row that it was at.
+    """
+    words = str(error)
+    return " ".join((words if words.startswith("connection ") else words.partition("\n")[0]).split())
+
+
+_DECODING: Final = ('"wal2json"', '"pgoutput"')
+
+
+def told(error: psycopg.Error) -> str:
+    """What the server says, where no value of a row can be in it: else what psycopg calls such an error.
+
+    Values are in its words of data and constraints; and, whatever the SQLSTATE, in those of functions and triggers, or
+    of the statements that these put together. Then there is a context.
+    """
+    words, context = error.diag.message_primary, error.diag.context
+    within = context is not None and not any(plugin in context for plugin in _DECODING)
+    if words is None or within or (error.sqlstate is not None and is_about_the_row(error.sqlstate)):
+        return type(error).__name__
+    return words
 
 
 def error(sqlstate: str, what: str) -> psycopg.Error:
@@ -302,14 +408,80 @@ def blockers(connection: Connection, worker: str, tables: Collection[str] = ()) 
 
 # What waits for a client, or for something to do, would have answered.
 _AT_WORK: Final = """
-SELECT count(*) FROM pg_stat_activity
+SELECT coalesce(format('waits (%%s: %%s)', wait_event_type, nullif(wait_event, '')), 'is at work')
+FROM pg_stat_activity
 WHERE pid = %s AND application_name = %s AND coalesce(wait_event_type, '') NOT IN ('Client', 'Activity')
 """
 
 
-def at_work(connection: Connection, pid: int, worker: str) -> bool:
-    """Whether a process of the server that serves the worker is at work, and not to be heard for that."""
-    return fetch_one(connection, _AT_WORK, pid, application_name(worker)) != (0,)
+def at_work(dsn: str, worker: str, pid: int, *, name: str | None = None) -> str | None:
+    """What keeps a process of the server that serves the worker from being heard, or None: it would have answered.
+
+    It has the worker's `name`, if it was given none. Asked through another connection. Where there is none to be had,
+    that it can't be asked is the answer.
+    """
+    try:
+        with closing(connect_briefly(dsn, worker)) as connection:
+            row = connection.execute(_AT_WORK, (pid, name or application_name(worker))).fetchone()
+    except (psycopg.Error, CdcWorkerError) as error:
+        return f"can't be asked after ({type(error).__name__})"
+    return None if row is None else str(row[0])
+
+
+_END_LOST: Final = """
+SELECT pg_terminate_backend(pid) FROM pg_stat_activity
+WHERE pid = %s AND application_name = %s AND wait_event_type IN ('Client', 'Activity')
+"""
+
+
+def end_lost(dsn: str, worker: str, pid: int, *, name: str | None = None) -> None:
+    """End the process of a lost connection, if the server can be asked to.
+
+    It may be within a transaction, whose locks would hold up the worker for hours: so long the server waits for us.
+    """
+    with suppress(psycopg.Error, CdcWorkerError), closing(connect_briefly(dsn, worker)) as connection:
+        connection.execute(_END_LOST, (pid, name or application_name(worker)))
+
+
+@dataclass(frozen=True, slots=True)
+class Session:
+    """A process of the server that serves, or served, a connection. Of numbers there are only so many."""
+
+    pid: int
+    began: datetime
+
+
+def session(connection: Connection) -> Session:
+    """Who serves this connection."""
+    return Session(
+        *fetch_one(connection, "SELECT pid, backend_start FROM pg_stat_activity WHERE pid = pg_backend_pid()")
+    )
+
+
+_END: Final = """
+SELECT pg_terminate_backend(pid, 500) FROM pg_stat_activity
+WHERE application_name = %s AND (pid, backend_start) IN (SELECT * FROM unnest(%s::int[], %s::timestamptz[]))
+"""
+
+
+_TRIES: Final = 6
+
+
+def end(connection: Connection, worker: str, sessions: Collection[Session]) -> int:
+    """End those of these sessions of the worker that the server has not noticed to be over; returns how many.
+
+    Of a connection that was given up it may hear for hours that it is still there, with the slot and its locks. Whoever
+    is told to end says so to his client first. Where nobody takes that from him any more he hangs there, and nothing
+    but to be told once more lets him go: no timeout of the server does.
+    """
+    found = [of.pid for of in sessions], [of.began for of in sessions]
+    count = 0
+    for _ in range(_TRIES if sessions else 0):
+        ended = [over for (over,) in connection.execute(_END, (application_name(worker), *found))]
+        count = count or len(ended)
+        if all(ended):
+            break
+    return count
 
 
 _RIGHTS: Final = """

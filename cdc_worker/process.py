@@ -10,8 +10,10 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Final
 
+import psycopg
+
 from cdc_worker import __version__
-from cdc_worker.postgres import Connection, application_name
+from cdc_worker.postgres import Connection, application_name, fetch_one
 
 KEPT: Final = 20
 """So many processes of a worker are remembered, and those that run or wrote last."""
@@ -85,6 +87,18 @@ def ended(connection: Connection, own: Process, exit_code: int) -> None:
     """Write down that it ends, and with what."""
     failed(connection, own)
     connection.execute(_ENDED, (exit_code, own.process))
+
+
+_UNENDED: Final = "SELECT EXISTS (SELECT FROM cdc_worker.process WHERE worker = %s AND ended_at IS NULL)"
+
+
+def unended(connection: Connection, worker: str) -> bool:
+    """Whether there may be a process of the worker: one that has not said that it ended, and may have been killed."""
+    try:
+        (found,) = fetch_one(connection, _UNENDED, worker)
+    except psycopg.errors.InsufficientPrivilege:
+        return True  # to the role of a command that reads alone
+    return bool(found)
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,8 +25,9 @@ Relation = tuple[str, str]
 class Member:
     """A relation that is to be published for the captured table that it is, or stores rows of.
 
-    It is `published`, and `whole` with all rows and columns. It is `withheld` if the application could not update it.
-    Whenever it is published anew, it has another `mark`.
+    It is `published` if it stands there itself, and `whole` with all rows and columns. It is `withheld` if the
+    application could not update it. Its rows are in `stores`, of each of which there are the marks by which it is
+    published: its own, and those of what it is a partition of. Whatever is published anew has another mark.
     """
 
     oid: int
@@ -36,7 +37,12 @@ class Member:
     owned: bool
     published: bool
     whole: bool
-    mark: str
+    stores: list[list[str]]
+
+    @property
+    def sent(self) -> bool:
+        """Whether its changes are published, by whichever name: where keys come and go it may be another's."""
+        return self.published or (bool(self.stores) and all(self.stores))
 
     @property
     def complete(self) -> bool:
@@ -72,13 +78,13 @@ class Publication:
         return [
             ".".join(member.relation) + _WITHHELD * member.withheld
             for member in self.members
-            if member.withheld or not member.published
+            if member.withheld or not member.sent
         ]
 
     @property
     def narrowed(self) -> list[str]:
         """The relations of whose changes it has a part."""
-        return [".".join(member.relation) for member in self.members if member.published and not member.whole]
+        return [".".join(member.relation) for member in self.members if member.sent and not member.whole]
 
     def changed(self, noted: Collection[str]) -> list[str]:
         """The relations that others have published anew, or no longer publish, since it was noted how they were."""
@@ -86,7 +92,7 @@ class Publication:
         return [
             ".".join(member.relation)
             for member in self.members
-            if (member.mark not in noted if member.published else str(member.oid) in known)
+            if (any({*noted}.isdisjoint(marks) for marks in member.stores) if member.sent else str(member.oid) in known)
         ]
 
     @property
@@ -189,14 +195,28 @@ WITH RECURSIVE captured AS (
     WHERE itself OR (relkind = 'r' AND relpersistence = 'p')
     GROUP BY 1, 2
     ORDER BY 1, root <> CASE WHEN itself THEN root ELSE part.oid END
+), published AS (
+    SELECT prrelid, to_jsonb(published) ->> 'prqual' IS NULL AND to_jsonb(published) ->> 'prattrs' IS NULL AS whole,
+           {mark} AS mark
+    FROM pg_publication_rel published JOIN pg_publication p ON p.oid = prpubid AND pubname = %(name)s
+), store AS (
+    SELECT member.oid AS member, stored.oid
+    FROM member JOIN part ON part.root = member.root AND member.oid IN (part.root, part.oid)
+    JOIN pg_class stored ON stored.oid = part.oid AND relkind = 'r' AND relpersistence = 'p'
+), sent AS (
+    SELECT member, bool_and(coalesce(own.whole, true)) AS whole,
+           jsonb_agg(ARRAY(SELECT mark FROM published
+                           WHERE prrelid IN (SELECT store.oid UNION ALL SELECT pg_partition_ancestors(store.oid))
+                           ORDER BY 1)) AS stores
+    FROM store LEFT JOIN published own ON prrelid = store.oid
+    GROUP BY 1
 )
 SELECT c.oid, n.nspname::text, c.relname::text, rn.nspname::text, r.relname::text, withheld,
-       pg_has_role(c.relowner, 'USAGE'), published.oid IS NOT NULL,
-       to_jsonb(published) ->> 'prqual' IS NULL AND to_jsonb(published) ->> 'prattrs' IS NULL, {mark}
+       pg_has_role(c.relowner, 'USAGE'), own.mark IS NOT NULL, coalesce(own.whole, true) AND coalesce(sent.whole, true),
+       coalesce(stores, jsonb_build_array(array_remove(ARRAY[own.mark], NULL)))
 FROM member JOIN pg_class c USING (oid) JOIN pg_namespace n ON n.oid = c.relnamespace
 JOIN pg_class r ON r.oid = root JOIN pg_namespace rn ON rn.oid = r.relnamespace
-LEFT JOIN (pg_publication_rel published JOIN pg_publication p ON p.oid = prpubid AND pubname = %(name)s)
-    ON prrelid = c.oid
+LEFT JOIN published own ON own.prrelid = c.oid LEFT JOIN sent ON sent.member = c.oid
 ORDER BY 2, 3
 """.replace("{virtual}", _VIRTUAL)
     .replace("{keyed}", KEYED)

@@ -534,7 +534,7 @@ class FileReader:
         """The file has ended."""
         if self._document:
             self.lose(f"it ends within a document, at line {self._line}", cut=True)
-        if self._at is _At.INSIDE:
+        if self._at in (_At.INSIDE, _At.PASSING):  # after what nobody wants there may have been more
             self.lose(f"it ends within a transaction, at line {self._line}", cut=True)
         if self._lost is not None:
             after, reason = self._lost

@@ -12,7 +12,7 @@ from typing import Any
 
 import msgspec
 
-from cdc_worker.activities import Activity, Key, Place, own_key
+from cdc_worker.activities import Activity, Clusters, Key, Place, own_key
 from cdc_worker.changes import Change, Row
 from cdc_worker.history import STEP, Recorded, backfill_key
 from cdc_worker.lsn import LSN
@@ -126,7 +126,7 @@ def finished(
     *,
     rule: str,
     worker: str,
-    system_identifier: str,
+    clusters: Clusters,
     moment: Moment,
     number: int,
 ) -> Activity:
@@ -145,7 +145,7 @@ def finished(
             key = backfill_key(recorded, gap.subject, rule, _anchor(gap))
             metadata["backfilled"] = True
     fields = {**activity.fields, "metadata": metadata, "created_by": "system", "occurred_at": moment.date}
-    return msgspec.structs.replace(activity, change_key=own_key(worker, system_identifier, key), fields=fields)
+    return msgspec.structs.replace(activity, change_key=own_key(worker, clusters, key), fields=fields)
 
 
 def _unknown(telling: Telling, made: Mend) -> set[str]:
@@ -168,4 +168,4 @@ def number(gap: Break) -> int | None:
 
 def _anchor(gap: Break) -> Place:
     """After which change it is missing."""
-    return gap.before.place if gap.before is not None and gap.before.place.current else Place()
+    return gap.before.place if gap.before is not None and gap.before.place.generation else Place()

@@ -20,7 +20,7 @@ from typing import Final, NamedTuple
 import msgspec
 import zstandard
 
-from cdc_worker import recording, wal2json
+from cdc_worker import failpoints, recording, wal2json
 from cdc_worker.changes import Payload, Row, Transaction
 from cdc_worker.config import Settings
 from cdc_worker.errors import RecordingError
@@ -202,6 +202,7 @@ class Recorder:
                 self._segment = self._begin()
             if frame:
                 self._segment.append(frame)
+                failpoints.reach("frame_appended")
             if sync:
                 self._segment.sync()
         except OSError as error:

@@ -236,7 +236,7 @@ class Columns:
 
     def __init__(self, settings: Settings, given: Profile, connection: Connection | None) -> None:
         target, zone = given.target, "UTC"
-        table = TargetTable({}, target.lengths, {}, deferrable=False, row_security=False, deadlock_timeout=1)
+        table = TargetTable({}, target.lengths, {}, deferrable=False, row_security=False, deadlock_timeout=1, shape="")
         self.names = (*target.columns, *target.constants)
         if connection is not None:
             zone = postgres.server(connection).time_zone
@@ -345,7 +345,7 @@ class Loop:
         if late is None and dsn:
             self.connection = stack.enter_context(closing(postgres.connect_reading(dsn, settings.worker)))
             reading = lookups.Lookups(self.connection, self.rules)
-            self._now = lambda wanted: finished(reading.fetch(wanted), reading.fileno())
+            self._now = lambda wanted: finished(reading.fetch(wanted), reading.connection)
         self.columns = Columns(settings, given, self.connection)
 
     @property

@@ -31,8 +31,8 @@ import msgspec
 import psycopg
 from pydantic import BaseModel, Field
 
-from cdc_worker import errors, postgres, replay
-from cdc_worker.activities import Activity, DeadLetter, Person, Position, Skipped, key_prefix, parsed_key
+from cdc_worker import errors, failpoints, postgres, replay
+from cdc_worker.activities import Activity, Clusters, DeadLetter, Person, Position, Skipped, key_prefix, parsed_key
 from cdc_worker.changes import Transaction, Unread
 from cdc_worker.config import Settings
 from cdc_worker.context import PREFIX as CONTEXT_PREFIX
@@ -335,7 +335,7 @@ class Rewriting:
 
         A recording of fewer tables may lack them.
         """
-        parsed = parsed_key(self._worker, self._cluster, key)
+        parsed = parsed_key(self._worker, Clusters(self._cluster), key)
         table = None if parsed is None else self._tables.get(parsed.table)
         if table is None or parsed is None:
             return not is_summary(key) or self._counted <= self._holds
@@ -424,6 +424,8 @@ class Rewriting:
             done = [edit for edit in edits if edit.key in locked]
             self._rows.change(connection, [edit for edit in done if edit.wanted is not None])
             self._rows.remove(connection, [edit.key for edit in done if edit.wanted is None])
+            failpoints.reach("rows_changed")
+        failpoints.reach("rows_rewritten")
         return done, [edit for edit in edits if edit.key in others]
 
     def _instead(self, edit: Edit, error: psycopg.Error) -> list[Edit]:

@@ -14,10 +14,23 @@ from typing import Final
 import psycopg
 from psycopg import sql
 
-from cdc_worker import catalog, checkpoint, cutover, ddl, errors, pgoutput, postgres, publication, slot, wal2json
+from cdc_worker import (
+    catalog,
+    checkpoint,
+    cutover,
+    ddl,
+    errors,
+    failpoints,
+    gap,
+    pgoutput,
+    postgres,
+    publication,
+    slot,
+    wal2json,
+)
 from cdc_worker.config import Settings
 from cdc_worker.ddl import Step
-from cdc_worker.postgres import Connection, fetch_one
+from cdc_worker.postgres import Connection
 from cdc_worker.profile import Profile
 from cdc_worker.rules import Rules, Table, qualified
 
@@ -122,6 +135,9 @@ def _plugin(connection: Connection, settings: Settings) -> tuple[str, str]:
     found = slot.read(connection, _slot_name(connection, settings))
     if found is not None:
         return found.plugin, "the slot is there"
+    known = _checkpoint(connection, settings.worker)
+    if known is not None and known.plugin == pgoutput.PLUGIN and settings.plugin == "auto":
+        return known.plugin, "the worker has read with it"  # what was had once it may have been switched from
     return slot.choose(connection, postgres.server(connection), settings.plugin)
 
 
@@ -145,13 +161,26 @@ def _noting(settings: Settings) -> str:
     return publication.note(settings.publication_name, settings.worker)
 
 
+def tables(connection: Connection) -> Iterator[Step]:
+    """The worker's own tables."""
+    yield from _file(_TABLES, _applied(connection).get(_TABLES))
+
+
+_TABLES: Final = "010_cdc_worker.sql"
+
+
+def _applied(connection: Connection) -> dict[str, str]:
+    """The files that were applied, with the checksums that they had."""
+    if not ddl.exists(connection, "cdc_worker.schema_file"):
+        return {}
+    return dict(connection.execute("SELECT name, checksum FROM cdc_worker.schema_file").fetchall())
+
+
 def _steps(connection: Connection, settings: Settings, profile: Profile, wishes: Wishes, plugin: str) -> Iterator[Step]:
     """All that can be done as statements, up to the slot."""
     files = [name for name in profile.target.prepare if wishes.protect or "protection" not in name]
-    applied: dict[str, str] = {}
-    if ddl.exists(connection, "cdc_worker.schema_file"):
-        applied = dict(connection.execute("SELECT name, checksum FROM cdc_worker.schema_file").fetchall())
-    for name in ("010_cdc_worker.sql", "015_context.sql", *files):
+    applied = _applied(connection)
+    for name in (_TABLES, "015_context.sql", *files):
         yield from _file(name, applied.get(name))
     rules = settings.rules(profile)
     tracked = {tracker.table for tracker in cutover.trackers(connection, profile, rules)}
@@ -439,14 +468,11 @@ def _slot_step(name: str, plugin: str, *, failover: bool) -> Step:
     return Step(f'slot "{name}" is made', text, administrator=True)
 
 
-_FAILOVER: Final = "SELECT to_jsonb(s) -> 'failover' FROM pg_replication_slots s WHERE slot_name = %s"
-
-
-def _no_failover(connection: Connection, server: postgres.Server, name: str) -> Iterator[str]:
+def _no_failover(server: postgres.Server, found: slot.Slot) -> Iterator[str]:
     slot.check_failover(server)
-    if fetch_one(connection, _FAILOVER, name) == (False,):
-        command = sql.SQL("ALTER_REPLICATION_SLOT {} (FAILOVER true)").format(sql.Identifier(name)).as_string()
-        yield f'note: slot "{name}" is there, and is no failover slot; on a replication connection: {command}'
+    if not found.failover:
+        command = sql.SQL("ALTER_REPLICATION_SLOT {} (FAILOVER true)").format(sql.Identifier(found.name)).as_string()
+        yield f'note: slot "{found.name}" is there, and is no failover slot; on a replication connection: {command}'
 
 
 def _slot(connection: Connection, settings: Settings, wishes: Wishes, plugin: str, why: str) -> Iterator[str]:
@@ -454,8 +480,8 @@ def _slot(connection: Connection, settings: Settings, wishes: Wishes, plugin: st
     server = postgres.server(connection)
     found, known = slot.read(connection, name), _checkpoint(connection, worker)
     if wishes.failover and found is not None:
-        yield from _no_failover(connection, server, name)
-    if known is not None:
+        yield from _no_failover(server, found)
+    if known is not None and gap.open_one(connection, worker) is None:
         known, found = slot.check_checkpoint(connection, worker, settings.slot)
         slot.check_plugin(found, settings.plugin)
         yield f'slot "{name}" is there, and its checkpoint at {known.position}'
@@ -463,11 +489,14 @@ def _slot(connection: Connection, settings: Settings, wishes: Wishes, plugin: st
     if found is None:
         yield f"plugin: {plugin}, for {why}"
         position = slot.create(connection, name, plugin, server, failover=wishes.failover)
+        failpoints.reach("slot_made")
         yield f'slot "{name}" created at {position}'
     else:
         # Made by an administrator, or by a set-up that was interrupted here: nothing has been read from it yet.
-        checkpoint.check_unclaimed(connection, name)
+        checkpoint.check_unclaimed(connection, name, worker)
         position = slot.check_unread(found, database=connection.info.dbname)
         slot.check_plugin(found, settings.plugin)
-    ddl.perform(connection, checkpoint.create(worker, name))
-    yield f'worker "{worker}" begins at {position}'
+    begin = checkpoint.create(worker, name) if known is None else gap.ending(worker, position)
+    ddl.perform(connection, begin)
+    failpoints.reach("checkpoint_made")
+    yield begin.title if known is not None else f'worker "{worker}" begins at {position}'

@@ -13,6 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
+from functools import partial
 from typing import Any, Final, NamedTuple, Protocol, TypeVar
 from zoneinfo import ZoneInfo
 
@@ -20,9 +21,9 @@ import msgspec
 import psycopg
 from psycopg import pq, sql
 from psycopg.pq.abc import PGresult
-from psycopg.waiting import Ready, Wait, wait
+from psycopg.waiting import Ready, Wait
 
-from cdc_worker import catalog, errors, kept, postgres
+from cdc_worker import catalog, errors, failpoints, kept, postgres
 from cdc_worker.activities import Activity, Batch, DeadLetter, Line, Position, Prepared, Skipped
 from cdc_worker.catalog import TargetTable
 from cdc_worker.changes import Change, Payload
@@ -34,10 +35,9 @@ T = TypeVar("T")
 Writing = Generator[Wait, Ready, T]
 
 
-def finished(writing: Writing[T], fileno: int) -> T:
+def finished(writing: Writing[T], connection: Connection) -> T:
     """What it comes to. May be interrupted."""
-    # Without an interval the socket would be asked again and again, at once.
-    return wait(writing, fileno, interval=0.1)  # type: ignore[arg-type]  # it may send plain numbers
+    return postgres.finished(writing, connection)  # type: ignore[arg-type]  # it may send plain numbers
 
 
 MAX_SAVEPOINTS: Final = 50
@@ -48,6 +48,9 @@ MAX_SEGMENT: Final = 128
 
 MAX_LOCKING: Final = 25
 """So many rows go into one transaction where each of them locks rows of the application."""
+
+MAX_HURRIES: Final = 100
+"""So often a batch is tried that gives up what is locked, before all is begun anew: it may be another command's row."""
 
 MAX_REFUSALS: Final = 1_000
 """So many rows in a row refused with one SQLSTATE are no longer about the rows."""
@@ -152,7 +155,7 @@ class Sink:
         self._progress = progress
         self._cluster, self._also = cluster, also
         self._decode = decode
-        self._connection = connection
+        self.connection = connection
         self._pgconn = connection.pgconn
         self._pgconn.nonblocking = 1
         self._encode = encoder(target, table, ZoneInfo(time_zone))
@@ -162,6 +165,7 @@ class Sink:
         name = qualified(target.table)
         key = catalog.key_column(target)
         self._table = target.table
+        self._shape = catalog.shape(target).as_string()
         self._draw = ""
         self._into_keys: _Into | None = None
         if key is not None:
@@ -177,10 +181,15 @@ class Sink:
             self._into_keys = _into(_KEYS, ("change_key", "table_name", "row_id"))
             self._existing = _existing(_KEYS, "change_key")
             self._key_text = f"\t{_escaped('.'.join(name))}\t"
-        self._begin = "BEGIN; SET CONSTRAINTS ALL IMMEDIATE" if table.deferrable else "BEGIN"
+        # A target that somebody has locked is waited for before there is anything that would hold up vacuum: neither a
+        # snapshot nor a number of a transaction.
+        lock = sql.SQL("BEGIN; LOCK TABLE ONLY {} IN ROW EXCLUSIVE MODE").format(sql.Identifier(*name)).as_string()
+        self._begin_divided = f"{lock}; SET CONSTRAINTS ALL IMMEDIATE"
+        self._begin = self._begin_divided if table.deferrable else lock
         self._hurry = ""
-        if table.foreign_keys:
+        if table.referred:
             self._hurry = f"; {hurry(table)}"
+        self._free = [_FREE.format(sql.Identifier(*of)).as_string() for of in table.referred]
         self._refused_in_a_row = 0
         self._refused_with = ""
 
@@ -188,11 +197,21 @@ class Sink:
         """The socket, for select."""
         return self._pgconn.socket
 
+    @property
+    def pid(self) -> int:
+        """The process of the server that serves us."""
+        return self.connection.info.backend_pid
+
     def read(self) -> None:
         """Take what the server says unasked. Raises psycopg.OperationalError when it has ended the connection."""
         self._pgconn.consume_input()
         if self._pgconn.status == pq.ConnStatus.BAD:
             raise psycopg.OperationalError("the server ended the writing connection")
+
+    def synchronous_standby_names(self) -> str:
+        """The setting as it is now. To be asked between two batches."""
+        cursor = self.connection.execute("SHOW synchronous_standby_names", prepare=False)
+        return str((cursor.fetchone() or ("",))[0])
 
     def line(self, activity: Activity, change: Change | Payload) -> Line:
         """An activity ready to be written, with its change in the form in which it is kept."""
@@ -212,7 +231,7 @@ class Sink:
     def cancel(self) -> None:
         """Roll back what is being written. Best effort and brief: a successor makes sure of it in any case."""
         with suppress(psycopg.Error):
-            self._connection.cancel_safe(timeout=0.1)
+            self.connection.cancel_safe(timeout=0.1)
 
     def write(self, batch: Batch) -> Writing[Written]:
         """Write a batch and move the progress to its end, which is durable when this returns.
@@ -224,21 +243,54 @@ class Sink:
         """
         written = Written()
         divided = bool(self._catalog.foreign_keys and batch.outcomes)
+        failpoints.reach("before_write")
         try:
             if not divided:
                 try:
-                    yield from self._write_whole(batch, written)
+                    yield from self._hurrying(partial(self._write_whole, batch, written))
                 except RefusedError as refusal:
                     self._must_be_about_a_row(refusal)
+                    failpoints.reach("refused")
                     yield from self._run("ROLLBACK")
                     written = Written()
                     divided = True
             place = 0
             while divided and place < len(batch.outcomes):
-                place = yield from self._write_divided(batch, place, written)
+                place = yield from self._hurrying(partial(self._write_divided, batch, place, written))
+                if place < len(batch.outcomes):
+                    failpoints.reach("part_written")
         except RefusedError as refusal:
             raise self._failure(refusal) from refusal
         return written
+
+    def _hurrying(self, write: Callable[[], Writing[T]]) -> Writing[T]:
+        """Write what gives up where a table that the target refers to is locked, again once it is free.
+
+        Who locks that one and then the target would otherwise wait for us, who wait for him.
+        """
+        left = 1 if self._catalog.foreign_keys else MAX_HURRIES  # it may be a row: then all is begun anew, ever later
+        while True:
+            try:
+                return (yield from write())
+            except (RefusedError, psycopg.errors.LockNotAvailable) as error:
+                if error.sqlstate != _LOCKED or not self._free:
+                    raise
+                yield from self._run("ROLLBACK")
+                yield from self._until_free()
+                left -= 1
+                if not left:
+                    raise
+
+    def _until_free(self) -> Writing[None]:
+        """Wait, with nothing held, until nobody has tables locked that the target refers to, one after the other."""
+        for statement in self._free:
+            self._pgconn.send_prepare(b"", statement.encode())
+            try:
+                yield from self._results()
+            except RefusedError as error:
+                if is_transient(error.sqlstate):
+                    raise
+                # It is gone, or in a schema that is none of our business.
 
     def _write_whole(self, batch: Batch, written: Written) -> Writing[None]:
         rows = [outcome for outcome in batch.outcomes if type(outcome) is Line]
@@ -249,13 +301,13 @@ class Sink:
         advance = self._advance(batch.end, batch, *counts)
         if written.dead_letters or skipped or (rows and (self._catalog.row_security or self._draw)):
             # By itself: only a COPY can be given up halfway.
-            numbers = yield from self._begin_with(f"{self._begin}; {advance}", rows)
+            numbers = yield from self._begin_with(f"{self._begin}; {advance}{self._hurry}", rows)
             yield from self._insert(written.dead_letters)
             yield from self._note(skipped)
             yield from self._write_rows("", rows, f"{self._also(rows)}COMMIT", numbers, written)
         elif rows:
             yield from self._write_rows(
-                f"{self._begin}; {advance}; ", rows, f"{self._also(rows)}COMMIT", written=written
+                f"{self._begin}; {advance}{self._hurry}; ", rows, f"{self._also(rows)}COMMIT", written=written
             )
         else:
             yield from self._run(advance)
@@ -275,9 +327,9 @@ class Sink:
         done: list[Line] = []
         existing: set[str] = set()
         unlinked: dict[str, Line] = {}
-        savepoints = without_link = 0
+        savepoints = without_link = refused = 0
         until = self._until(batch, start)
-        begin = f"BEGIN; SET CONSTRAINTS ALL IMMEDIATE; {self._advance(self.position)}{self._hurry}"
+        begin = f"{self._begin_divided}; {self._advance(self.position)}{self._hurry}"
         numbers = yield from self._begin_with(begin, [o for o in outcomes[start:until] if type(o) is Line])
         segments = deque((at, min(at + MAX_SEGMENT, until)) for at in range(start, until, MAX_SEGMENT))
         while segments:
@@ -299,6 +351,7 @@ class Sink:
             except RefusedError as refusal:
                 self._must_be_about_a_row(refusal)
                 yield from self._run("ROLLBACK TO segment; RELEASE segment")
+                failpoints.reach("rolled_back")
                 if refusal.sqlstate == "23505":
                     found = yield from self.existing([row.change_key for row in rows])
                     if found:
@@ -313,6 +366,9 @@ class Sink:
                     unlinked[row.change_key] = free
                     segments.appendleft((place, end))
                     continue
+                if not refused:
+                    yield from self._must_be_unchanged()
+                refused += 1
                 dead_letters += [o for o in concerned if type(o) is DeadLetter]
                 dead_letters.append(self._refused(row, refusal))
             else:
@@ -327,6 +383,7 @@ class Sink:
         position = batch.end if place == len(outcomes) else batch.position_before(place)
         assert position is not None
         counts = len(done), len(dead_letters)
+        failpoints.reach("before_commit")
         results = yield from self._run(f"{self._advance(position, batch, *counts)}; {self._also(done)}COMMIT")
         self.position = position
         written.deleted += _deleted(results)
@@ -384,6 +441,12 @@ class Sink:
         if not refusal.by_policy and (is_transient(refusal.sqlstate) or not is_about_the_row(refusal.sqlstate)):
             raise self._failure(refusal) from refusal
 
+    def _must_be_unchanged(self) -> Writing[None]:
+        """Raise what lets it be opened anew if the target has got other columns since: that is not about rows."""
+        (result,) = yield from self._run(self._shape)
+        if (result.get_value(0, 0) or b"").decode() != self._catalog.shape:
+            raise psycopg.OperationalError(f"the columns of the target {self._table} were altered: look at them anew")
+
     def _failure(self, refusal: RefusedError) -> psycopg.Error | errors.TargetUnusableError:
         """What it means that something other than a row was refused."""
         if is_transient(refusal.sqlstate):
@@ -414,6 +477,7 @@ class Sink:
         rows = kept.encoded(self._progress.worker, dead_letters)
         self._pgconn.send_query_params(_INSERT_DEAD_LETTERS, [rows])
         yield from self._results()
+        failpoints.reach("letters_inserted")
 
     def _note(self, skipped: Sequence[Skipped]) -> Writing[None]:
         if not skipped:
@@ -523,6 +587,7 @@ class Sink:
             for start in range(0, len(lines), 256):
                 self._pgconn.put_copy_data(b"".join(lines[start : start + 256]))
                 yield from self._flush()
+            failpoints.reach("before_commit")
         self._pgconn.put_copy_end(error)
         yield from self._flush()
 
@@ -567,6 +632,11 @@ _GIVEN: Final = sql.SQL(
     " WHERE worker = {} AND field = {} AND key = {} AND until_lsn IS NULL AND erased_lsn < {at} RETURNING 1)"
     " SELECT FROM given"
 )
+
+# To prepare it takes the lock that the check of a foreign key takes, and no right to read or to lock the table.
+_FREE: Final = sql.SQL("SELECT FROM {} FOR KEY SHARE")
+
+_LOCKED: Final = "55P03"
 
 _INSERT_DEAD_LETTERS: Final = b"""
 INSERT INTO cdc_worker.dead_letter
@@ -623,7 +693,9 @@ def _divided(
 def hurry(table: TargetTable) -> str:
     """The statement after which a transaction of MAX_LOCKING rows waits for locks of the application, and not long."""
     # All its waits together are to take less than half of deadlock_timeout: in a deadlock the application, which may
-    # have waited for as long as we have locked, must not be the one that is ended.
+    # have waited for as long as we have locked, must not be the one that is ended. Where whole tables alone may be
+    # locked, the first wait that is too long is the last: the briefer it is, the less likely does the server look for
+    # deadlocks just then, even if the batch has been held up before.
     waits = MAX_LOCKING * max(1, len(table.foreign_keys))
     return f"SET LOCAL lock_timeout = {max(1, int(table.deadlock_timeout * 1000 / 2 / waits))}"
 

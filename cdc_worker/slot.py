@@ -12,7 +12,7 @@ import psycopg
 from psycopg import sql
 
 from cdc_worker import checkpoint, errors, pgoutput, wal2json
-from cdc_worker.checkpoint import Checkpoint
+from cdc_worker.checkpoint import Checkpoint, now
 from cdc_worker.decoders import PLUGINS
 from cdc_worker.lsn import LSN
 from cdc_worker.postgres import DOCTOR, NAMEDATALEN, Connection, Server, application_name, fetch_one, listed
@@ -32,6 +32,7 @@ class Slot:
     wal_end: LSN
     retained: int
     wal_status: str
+    failover: bool
     active_pid: int | None
     holder: str | None
     """application_name of the process that reads it."""
@@ -64,7 +65,8 @@ def own(connection: Connection, worker: str, base: str) -> str:
 
 _SLOT: Final = """
 SELECT s.slot_name::text, s.plugin::text, s.database::text, s.confirmed_flush_lsn, pg_current_wal_flush_lsn(),
-       (pg_current_wal_flush_lsn() - s.restart_lsn)::bigint, s.wal_status, a.pid, a.application_name,
+       (pg_current_wal_flush_lsn() - s.restart_lsn)::bigint, s.wal_status,
+       coalesce(to_jsonb(s) -> 'failover' = 'true', false), a.pid, a.application_name,
        host(a.client_addr)
 FROM pg_replication_slots s
 LEFT JOIN pg_stat_activity a ON a.pid = s.active_pid AND NOT starts_with(a.application_name, '{doctor}')
@@ -77,7 +79,7 @@ def read(connection: Connection, name: str) -> Slot | None:
     row = connection.execute(_SLOT, (name,)).fetchone()
     if row is None:
         return None
-    name, plugin, database, confirmed, wal_end, retained, wal_status, *reader = row
+    name, plugin, database, confirmed, wal_end, retained, wal_status, failover, *reader = row
     return Slot(
         name,
         plugin or "",
@@ -86,6 +88,7 @@ def read(connection: Connection, name: str) -> Slot | None:
         LSN.parse(wal_end),
         retained or 0,
         wal_status or "lost",
+        failover,
         *reader,
     )
 
@@ -103,22 +106,6 @@ def spare(connection: Connection, worker: str) -> Slot | None:
     """What a switch of the plugin that was interrupted has left to be dropped."""
     rows = checkpoint.fetched(connection, _SPARE, (worker,))
     return read(connection, rows[0][0]) if rows else None
-
-
-def require(slot: Slot | None, *, name: str, checkpoint: LSN) -> Slot:
-    """The slot, if it is there. Raises SlotMissingError."""
-    if slot is None:
-        raise errors.SlotMissingError(
-            f'slot "{name}" does not exist: changes from {checkpoint} on are not kept',
-            hint=f"find out who dropped it; to go on without them: {_forget(name)}; then: cdc-worker setup",
-        )
-    return slot
-
-
-def _forget(name: str) -> str:
-    """The statement after which setup takes the slot as it is, or makes one."""
-    statement = sql.SQL("DELETE FROM cdc_worker.checkpoint WHERE slot = {}")
-    return statement.format(name).as_string()
 
 
 def check_unread(slot: Slot, *, database: str) -> LSN:
@@ -147,12 +134,13 @@ def taken(slot: Slot) -> errors.SlotTakenError:
     )
 
 
-def given_up(slot: Slot, checkpoint: Checkpoint, limit: int) -> errors.SlotGivenUpError:
+def given_up(slot: Slot, known: Checkpoint, limit: int) -> errors.SlotGivenUpError:
     """The slot makes the server keep more WAL than its operator allows."""
     return errors.SlotGivenUpError(
         f'slot "{slot.name}" is given up: the server kept {slot.retained:,} bytes of WAL for it, more than the '
-        f"{limit:,} of CDC_WORKER_RETAINED_LIMIT_BYTES; changes from {checkpoint.position.lsn} on are not kept",
-        hint=f"see what held it up; to go on without them: {_forget(slot.name)}; then: cdc-worker setup",
+        f"{limit:,} of CDC_WORKER_RETAINED_LIMIT_BYTES; changes from {known.end} to {slot.wal_end} (now, {now()}), and"
+        " later ones, are not kept",
+        hint="see what held it up; then: cdc-worker recover",
     )
 
 
@@ -188,9 +176,19 @@ def free(connection: Connection, name: str, worker: str) -> bool:
     return freed
 
 
-def check(slot: Slot | None, *, name: str, database: str, checkpoint: LSN) -> Slot:
-    """Raise unless this is the slot that the checkpoint speaks of, and nothing between the two is missing."""
-    slot = require(slot, name=name, checkpoint=checkpoint)
+def check(
+    slot: Slot | None, *, name: str, database: str, checkpoint: LSN, since: str | None = None, until: str = "now"
+) -> Slot:
+    """Raise unless this is the slot that the checkpoint speaks of, and nothing between the two is missing.
+
+    `since` and `until` tell of the checkpoint, and of what is now, with their times.
+    """
+    since = since or str(checkpoint)
+    if slot is None:
+        raise errors.SlotMissingError(
+            f'slot "{name}" does not exist: changes from {since} to {until}, and later ones, are not kept',
+            hint="find out who dropped it; then: cdc-worker recover",
+        )
     if slot.plugin not in PLUGINS:
         raise errors.SlotMismatchError(
             f'slot "{name}" is of the plugin "{slot.plugin}", not {" or ".join(PLUGINS)}'
@@ -205,17 +203,15 @@ def check(slot: Slot | None, *, name: str, database: str, checkpoint: LSN) -> Sl
         )
     if slot.wal_status == "lost":
         raise errors.SlotLostError(
-            f'slot "{name}" is lost: the server discarded WAL that it needed (max_slot_wal_keep_size), '
-            f"changes from {checkpoint} to {slot.wal_end} are not recorded",
-            hint=f"to go on without them: SELECT pg_drop_replication_slot('{name}'); {_forget(name)}; "
-            "then: cdc-worker setup",
+            f'slot "{name}" is lost: the server discarded WAL that it needed (max_slot_wal_keep_size): '
+            f"changes from {since} to {until}, and later ones, are not kept",
+            hint="raise max_slot_wal_keep_size; then: cdc-worker recover",
         )
     if slot.confirmed_flush_lsn > checkpoint:
         raise errors.SlotAheadError(
-            f'slot "{name}" is at {slot.confirmed_flush_lsn}, ahead of the checkpoint at {checkpoint}: '
-            f"changes between {checkpoint} and {slot.confirmed_flush_lsn} would be lost",
-            hint="find out who advanced it or made it anew; to go on without them: "
-            f"{_forget(name)}; then: cdc-worker setup",
+            f'slot "{name}" is ahead of the checkpoint: changes from {since} to {slot.confirmed_flush_lsn}, where it is'
+            f" by now ({now()}), are not kept",
+            hint="find out who advanced it or made it anew; then: cdc-worker recover",
         )
     return slot
 
@@ -236,7 +232,14 @@ def check_checkpoint(connection: Connection, worker: str, base: str) -> tuple[Ch
     (system_identifier,) = fetch_one(connection, "SELECT system_identifier::text FROM pg_control_system()")
     wal_end = committed_so_far(connection)
     checkpoint.check(known, slots=names(base), system_identifier=system_identifier, wal_end=wal_end)
-    return known, check(slot, name=name, database=connection.info.dbname, checkpoint=known.position.lsn)
+    return known, check(
+        slot,
+        name=name,
+        database=connection.info.dbname,
+        checkpoint=known.position.lsn,
+        since=known.end,
+        until=f"{wal_end} (now, {now()})",
+    )
 
 
 _COMMITTED: Final = """

@@ -10,7 +10,7 @@ import psycopg
 from psycopg import sql
 
 from cdc_worker import checkpoint as checkpoints
-from cdc_worker import errors, pgoutput, postgres
+from cdc_worker import errors, gap, pgoutput, postgres
 from cdc_worker import publication as publications
 from cdc_worker import slot as slots
 from cdc_worker.checks import Check, Finding, Look, failed, ok, unknown, warning
@@ -41,6 +41,8 @@ def checkpoint(look: Look) -> Iterator[Finding]:
     known, found = slots.check_checkpoint(look.connection, look.settings.worker, look.settings.slot)
     slots.check_plugin(found, look.settings.plugin)
     yield ok(f"at {known.position.lsn}, and the slot at {found.confirmed_flush_lsn}: nothing is missing between them")
+    for left in gap.pending(look.connection, look.settings.worker):
+        yield failed(f"gap {left}: not reconciled", "as the owner: cdc-worker recover")
 
 
 def publication(look: Look) -> Iterator[Finding]:

@@ -11,7 +11,7 @@ import psycopg
 from psycopg.rows import class_row
 from pydantic import BaseModel, Field
 
-from cdc_worker import __version__, checkpoint, cutover, errors, postgres, process, slot
+from cdc_worker import __version__, checkpoint, cutover, errors, gap, postgres, process, slot
 from cdc_worker.checkpoint import Checkpoint
 from cdc_worker.config import Settings
 from cdc_worker.lsn import INVALID, LSN
@@ -80,6 +80,7 @@ class Status(BaseModel):
 
     worker: str = Field(description="name of the worker")
     late: str | None = Field(description="in one line, why activities are late; null if they are not")
+    healthy: bool = Field(description="a worker reads the slot, answers the server, and keeps up")
     processes: list[Process] = Field(description="its processes that run, the active one first")
     slot: str = Field(description="name of the slot")
     plugin: str | None = Field(None, description="output plugin of the slot; null if there is no such slot, as below")
@@ -103,6 +104,7 @@ class Status(BaseModel):
     marked: list[str] = Field(
         description="tables of which only what follows a context message is recorded, until `cdc-worker cutover`"
     )
+    gaps: list[str] = Field(description="what nothing kept and nothing has made up for yet: `cdc-worker recover` does")
     backfills: list[Backfill] = Field(description="backfills that have not come to their ends, or have lately")
     last_error: Failure | None = Field(description="what went wrong last")
     version: str = Field(description="of this command")
@@ -201,6 +203,7 @@ def _status(connection: Connection, settings: Settings) -> Status:
     else:
         holders = postgres.blockers(connection, worker) if streaming else []
         late = _late(checked, processes, seen, holders, lag=lag, seconds=seconds)
+    gaps = [f"{of}: cdc-worker recover" for of in gap.pending(connection, worker)]
     of_slot: dict[str, Any] = {}
     if found is not None:
         of_slot = {
@@ -212,7 +215,8 @@ def _status(connection: Connection, settings: Settings) -> Status:
         }
     return Status(
         worker=worker,
-        late=late,
+        late=late or _dead_letters(seen) or (f"gap {gaps[0]}" if gaps else None),
+        healthy=late is None,
         processes=_running(processes),
         slot=name,
         streaming=streaming,
@@ -227,6 +231,7 @@ def _status(connection: Connection, settings: Settings) -> Status:
         dead_letters=dead_letters,
         dead_letters_waiting=seen.waiting,
         marked=cutover.marked_tables(connection, worker),
+        gaps=gaps,
         backfills=_backfills(connection, worker),
         last_error=_last_error(processes),
         version=__version__,
@@ -302,12 +307,17 @@ def _late(
         return f"commits wait for a synchronous standby (synchronous_standby_names is {seen.standbys})"
     if seconds > BEHIND:
         return f"catching up: {lag:,} bytes are to be read, or to be written"
-    if seen.waiting:
-        return (
-            f"dead letters: {seen.waiting:,} changes wait to be seen to, the last because {seen.reason};"
-            " see: cdc-worker dead-letters list"
-        )
     return None
+
+
+def _dead_letters(seen: _Seen) -> str | None:
+    """That some activities don't come by themselves, if it is so."""
+    if not seen.waiting:
+        return None
+    return (
+        f"dead letters: {seen.waiting:,} changes wait to be seen to, the last because {seen.reason};"
+        " see: cdc-worker dead-letters list"
+    )
 
 
 def _not_running(processes: list[Known]) -> str:
@@ -380,6 +390,8 @@ def _values(found: Status) -> Iterator[tuple[str, str]]:
     yield "dead letters", f"{_counts(found.dead_letters)}; {found.dead_letters_waiting:,} waiting"
     if found.marked:
         yield "cut-over", f"of {', '.join(found.marked)} only what follows a context message is recorded"
+    for missed in found.gaps:
+        yield "gap", f"not reconciled: {missed}"
     for work in found.backfills:
         part = f" ({work.part})" if work.part else ""
         expected = f" of about {work.expected:,}" if work.expected is not None and work.finished_at is None else ""

@@ -17,7 +17,19 @@ from typing import Final
 import psycopg
 from psycopg import sql
 
-from cdc_worker import checkpoint, ddl, decoders, errors, fence, pgoutput, postgres, publication, replication, slot
+from cdc_worker import (
+    checkpoint,
+    ddl,
+    decoders,
+    errors,
+    failpoints,
+    fence,
+    pgoutput,
+    postgres,
+    publication,
+    replication,
+    slot,
+)
 from cdc_worker.config import Settings
 from cdc_worker.lsn import LSN
 from cdc_worker.postgres import Connection, Server, fetch_one
@@ -96,6 +108,7 @@ def _tidy(connection: Connection, worker: str) -> Iterator[str]:
     found = slot.spare(connection, worker)
     if found is not None:
         slot.give_up(connection, found.name, worker)
+        failpoints.reach("spare_dropped")
         yield f'slot "{found.name}" is dropped'
     with checkpoint.as_set_up():
         connection.execute(_NOTE, (None, worker))
@@ -123,8 +136,6 @@ def published(connection: Connection, name: str, publication: str) -> bool:
 _DROP: Final = "SELECT pg_drop_replication_slot(%s)"
 
 _COPY: Final = "SELECT lsn FROM pg_copy_logical_replication_slot(%s, %s, %s, %s)"
-
-_FAILOVER: Final = "SELECT to_jsonb(s) -> 'failover' = 'true' FROM pg_replication_slots s WHERE slot_name = %s"
 
 _LOCKED: Final = """
 SELECT lsn, commit_lsn FROM cdc_worker.checkpoint WHERE worker = %s AND slot = %s FOR UPDATE
@@ -232,8 +243,10 @@ class _Switch:
         connection, worker, old, new = self.connection, self.settings.worker, self.old.name, self.new
         self._check_name()
         connection.execute(_NOTE, (new, worker))
+        failpoints.reach("copy_noted")
         try:
             position = self._copy(new, temporary=False)
+            failpoints.reach("slot_copied")
             yield f'slot "{old}" is copied to "{new}" with {self.plugin} at {position}'
             yield from self._take()
         except BaseException:
@@ -241,6 +254,7 @@ class _Switch:
                 for _ in _tidy(connection, worker):
                     pass
             raise
+        failpoints.reach("checkpoint_moved")
         self._farewell()
         yield from _tidy(connection, worker)
 
@@ -257,7 +271,6 @@ class _Switch:
     def _copy(self, name: str, *, temporary: bool) -> LSN:
         """Copy the slot, and see that the worker can read it; returns where it is."""
         connection, settings, plugin = self.connection, self.settings, self.plugin
-        (failover,) = fetch_one(connection, _FAILOVER, self.old.name)
         try:
             (position,) = fetch_one(connection, _COPY, self.old.name, name, temporary, plugin)
             self._peek(name, plugin)
@@ -266,7 +279,7 @@ class _Switch:
             if isinstance(known, errors.PluginMissingError | errors.PluginRefusedError):
                 raise type(known)(str(known), hint=_mend(known)) from error
             raise known from error
-        if failover and not temporary:
+        if self.old.failover and not temporary:
             dsn = settings.dsn.get_secret_value()
             with closing(postgres.connect_replication(dsn, settings.worker)) as replicating:
                 replicating.execute(sql.SQL("ALTER_REPLICATION_SLOT {} (FAILOVER true)").format(sql.Identifier(name)))

@@ -9,7 +9,7 @@ from itertools import groupby
 from typing import Any, Final, Literal, NamedTuple
 
 from cdc_worker import profile as profiles
-from cdc_worker.activities import Place
+from cdc_worker.activities import Clusters, Place
 from cdc_worker.changes import Row
 from cdc_worker.history import Event
 from cdc_worker.lsn import LSN
@@ -380,12 +380,13 @@ class Story:
 class Silence:
     """What is known to be missing: by subject, what left no activities, and until where all was blanked.
 
-    `stretches` are those in which something else recorded the table's changes, each with its begin and end.
+    `stretches` are those in which something else recorded the table's changes, each with its begin, on the cluster of
+    its end.
     """
 
     events: Mapping[str, Sequence[Event]] = field(default_factory=dict)
-    stretches: Sequence[tuple[LSN, LSN]] = ()
-    blank: Mapping[str, LSN] = field(default_factory=dict)
+    stretches: Sequence[tuple[LSN, Place]] = ()
+    blank: Mapping[str, Place] = field(default_factory=dict)
 
     def about(self, subject: str) -> bool:
         """Whether it is about a row."""
@@ -410,14 +411,15 @@ _Step = tuple[Place, int, Callable[[], None]]
 class Teller:
     """Tells histories from the events of rows.
 
-    Keys with this `prefix` are of this worker on this cluster, where positions mean something. `named` is the subject
-    that a key of an index is.
+    Positions mean something where they are of this worker on these `clusters`. `named` is the subject that a key of an
+    index is.
     """
 
-    def __init__(self, log: Log, *, prefix: str, named: Callable[[tuple[str, ...]], str]) -> None:
+    def __init__(self, log: Log, *, worker: str, clusters: Clusters, named: Callable[[tuple[str, ...]], str]) -> None:
         self.log = log
         self.named = named
-        self._prefix = prefix
+        self._prefix = f"{worker}/"
+        self._clusters = clusters
 
     def stories(
         self,
@@ -435,8 +437,20 @@ class Teller:
         return told.tell(events, emptied, left, silence)
 
     def ours(self, event: Event) -> bool:
-        """Whether its place is one on this cluster, or before all that is known there."""
-        return event.change_key is not None and event.change_key.startswith(self._prefix)
+        """Whether its place is one on these clusters, or before all that is known there."""
+        return self._generation(event) > 0
+
+    def _generation(self, event: Event) -> int:
+        """Of the cluster on which it was written."""
+        if event.change_key is None or not event.change_key.startswith(self._prefix):
+            return 0
+        cluster, _, _ = event.change_key[len(self._prefix) :].partition("/")
+        return self._clusters.generation(cluster)
+
+    def read_at(self, event: Event) -> Place | None:
+        """The place at which a row was as it is told of it, if that is told."""
+        at = as_of(event)
+        return None if at is None else Place(self._generation(event), at, AFTER_ALL)
 
     def breaks(self, subject: str, story: Story, row: Known | None) -> list[Break]:
         """Where a history breaks off, with what is missing for the row as it is, or because there is none."""
@@ -574,30 +588,36 @@ class _Stories:
     def _reads(self, story: Story, events: Sequence[Event]) -> Iterator[_Step]:
         """What is known of rows that were read, from then on."""
         for event in filter(self._log.is_read, events):
-            at = as_of(event)
+            at = self._teller.read_at(event)
             found = self._log.read(event)
             if at is not None and found:
                 of: list[_Life] = []
                 yield event.place, 2, partial(_note, of, story)
-                yield Place(1, at, AFTER_ALL), 0, partial(_take, of, found, self._log.meant(event))
+                yield at, 0, partial(_take, of, found, self._log.meant(event))
 
     def _silences(self, story: Story, subject: str, silence: Silence, ours: Sequence[Event]) -> Iterator[_Step]:
         """What is known to be missing: from there on nothing is certain."""
-        commits = {event.place.lsn for event in ours if event.place.current}
-        known = commits | {at for event in ours if self._log.is_read(event) and (at := as_of(event)) is not None}
-        events = sorted(silence.events.get(subject, ()), key=lambda event: event.place.lsn)
-        for lsn, group in groupby(events, key=lambda event: event.place.lsn):
+        commits = {_commit(event) for event in ours if event.place.generation}
+        reads = (self._teller.read_at(event) for event in ours if self._log.is_read(event))
+        known = commits | {at for at in reads if at is not None and at.lsn}
+        events = sorted(silence.events.get(subject, ()), key=_commit)
+        for commit, group in groupby(events, key=_commit):
             # Where in its commit it was isn't known.
             meant = {event.what for event in group}
             there = "deleted" not in meant
-            certain = lsn not in commits and (there or meant == {"deleted"})
+            certain = commit not in commits and (there or meant == {"deleted"})
             for ordinal in (-1, AFTER_ALL):
-                yield Place(1, lsn, ordinal), 3, partial(_skip, story, there if certain else None)
+                yield commit._replace(ordinal=ordinal), 3, partial(_skip, story, there if certain else None)
         for begin, end in silence.stretches:
-            if begin or any(lsn < end for lsn in known):  # else nothing is, and what was made up for is of later
-                yield Place(1, end, -1), 0, partial(_pass_over, story, begin)
+            # else nothing is, and what was made up for is of later
+            if begin or any(at.generation == end.generation and at < end for at in known):
+                yield end._replace(ordinal=-1), 0, partial(_pass_over, story, begin)
         if subject in silence.blank:
-            yield Place(1, silence.blank[subject], -1), 0, partial(_pardon, story)
+            yield silence.blank[subject]._replace(ordinal=-1), 0, partial(_pardon, story)
+
+
+def _commit(event: Event) -> Place:
+    return Place(event.place.generation, event.place.lsn)
 
 
 def _differences(found: Iterable[Difference]) -> tuple[Difference, ...]:

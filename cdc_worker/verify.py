@@ -41,8 +41,8 @@ from psycopg import sql
 from psycopg.types.json import set_json_loads
 from pydantic import BaseModel, Field
 
-from cdc_worker import catalog, checkpoint, errors, postgres, reconcile, rows, slot
-from cdc_worker.activities import Activity, Batch, DeadLetter, Place, Position, Scope, parsed_key
+from cdc_worker import catalog, checkpoint, errors, failpoints, postgres, reconcile, rows, slot
+from cdc_worker.activities import Activity, Batch, Clusters, DeadLetter, Place, Position, Scope, parsed_key
 from cdc_worker.changes import STREAM, Row, Transaction
 from cdc_worker.config import Settings
 from cdc_worker.fence import PATIENCE, Fence
@@ -60,7 +60,7 @@ from cdc_worker.rows import Read, RowKey, Rows
 from cdc_worker.rules import Rules, qualified
 from cdc_worker.sink import Sink, finished
 from cdc_worker.transform import Fetch, Transformer, settled
-from cdc_worker.truth import Break, Log, Silence, Story, Teller, as_of
+from cdc_worker.truth import Break, Log, Silence, Story, Teller
 
 CHUNK: Final = 1_000
 """So many rows are read at once, if nothing else is asked for."""
@@ -281,7 +281,7 @@ def verify(
     with ExitStack() as stack:
         edges = _Edges(stack, settings, given, log)
         if wishes.repair:
-            postgres.check_rights(edges.control, _REPAIR, partly=(), whole=())
+            postgres.check_rights(edges.control, REPAIR, partly=(), whole=())
             stack.enter_context(repairing(edges.writing(), edges.worker))
         works = [_Work(edges, name, wishes) for name in tables(given, names)]
         edges.fence.check()
@@ -290,7 +290,7 @@ def verify(
             yield from work.run()
 
 
-_REPAIR: Final = {"cdc_worker.replay": ["SELECT", "INSERT", "DELETE"]}
+REPAIR: Final = {"cdc_worker.replay": ["SELECT", "INSERT", "DELETE"]}
 """What a repair writes, beside what the worker does."""
 
 
@@ -331,7 +331,7 @@ class _Edges:
     def look_up(self, rules: Rules) -> Fetch:
         """Rows of other tables as they are now, for these rules."""
         lookups = Lookups(self.opened(postgres.connect_reading(self._dsn, self.worker)), rules)
-        return lambda wanted: finished(lookups.fetch(wanted), lookups.fileno())
+        return lambda wanted: finished(lookups.fetch(wanted), lookups.connection)
 
 
 # A begin or a commit that couldn't be read leaves nothing out.
@@ -366,8 +366,6 @@ class _Work:
         self._rows = Rows(edges.reading, edges.rules[qualified(name)], whole=True)
         self._recorded = recorded(edges.profile, name)
         self._log = Log(edges.profile, name)
-        self._prefix = f"{edges.worker}/{edges.cluster}/"
-        self._teller = Teller(self._log, prefix=self._prefix, named=self._rows.subject)
         self._journal = Journal(
             edges.control,
             edges.profile.target,
@@ -376,15 +374,37 @@ class _Work:
             rows=self._rows,
             checkpoint=edges.checkpoint,
         )
+        self._clusters = self._journal.clusters
+        self._teller = Teller(self._log, worker=edges.worker, clusters=self._clusters, named=self._rows.subject)
         self.table = self._recorded.table
         self._done = Verified(table=self.table, sample=wishes.sample is not None)
-        stretches = _stretches(checkpoint.scope(edges.control, edges.checkpoint), self._rows.table.name)
+        stretches = self._stretches()
         # What was there before it was set up is no matter of explanation.
         self._begun = Silence(stretches=[stretch for stretch in stretches if not stretch[0]])
         self._given_back = Silence(stretches=[stretch for stretch in stretches if stretch[0]])
         self._suspects: dict[str, RowKey] = {}
         self._at_once = FIRST
-        self._repairs = _Repairs(edges, self._log, self._recorded, self._rows, name) if wishes.repair else None
+        self._repairs = (
+            _Repairs(edges, self._log, self._recorded, self._rows, self._clusters) if wishes.repair else None
+        )
+
+    def _scopes(self) -> list[tuple[int, Scope]]:
+        """What was left out on each cluster, by its generation."""
+        clusters, known = self._clusters, self._edges.checkpoint
+        return [
+            (generation, checkpoint.scope(self._edges.control, replace(known, system_identifier=of)))
+            for generation, of in enumerate((*clusters.former, clusters.current), start=1)
+        ]
+
+    def _stretches(self) -> list[tuple[LSN, Place]]:
+        """In which the worker didn't record the table, on this cluster and on former ones."""
+        table = self._rows.table.name
+        *former, (here, scope) = self._scopes()
+        return [
+            (begin, Place(generation, ENDLESS if end is None else end))
+            for generation, of in former
+            for begin, end in (*of.excluded.get(table, ()), *of.marked.get(table, ()))
+        ] + [(begin, Place(here, end)) for begin, end in _stretches(scope, table)]
 
     def run(self) -> Iterator[Disagreement | Verified]:
         """All rows, and all keys without one, that are recorded; or some of them."""
@@ -489,12 +509,9 @@ class _Work:
         """Whether something was recorded of a row after a position: it may have been read before or after that."""
         own = seen.events[subject]
         places = [*(event.place for event in own), *seen.emptied, *seen.left.get(subject, ())]
-        reads = [
-            at
-            for event in own
-            if self._log.is_read(event) and self._teller.ours(event) and (at := as_of(event)) is not None
-        ]
-        return any(place.current and place.lsn > here for place in places) or any(at > seen.until for at in reads)
+        reads = (self._teller.read_at(event) for event in own if self._log.is_read(event))
+        late, unseen = self._clusters.after(here), self._clusters.after(seen.until)
+        return any(place > late for place in places) or any(at is not None and at > unseen for at in reads)
 
     def _judged(self, seen: _Seen, broken: Mapping[str, list[Break]]) -> Iterator[Disagreement]:
         """What is to be said of rows whose log is certain not to be true."""
@@ -561,15 +578,20 @@ class _Work:
             found[subject] = (rest, None) if rest else (gaps, reasons[0] if reasons else " and ".join(concerned))
         return found
 
-    def _erased(self, seen: _Seen, subjects: Collection[str]) -> dict[str, LSN]:
+    def _erased(self, seen: _Seen, subjects: Collection[str]) -> dict[str, Place]:
         """Until where nothing may be told of rows that are persons."""
-        scope = checkpoint.scope(self._edges.control, self._edges.checkpoint)
+        scopes = self._scopes()
         fields = [field for field, column in self._rows.table.persons.items() if (column,) == self._rows.key]
-        found: dict[str, LSN] = {}
+        found: dict[str, Place] = {}
         for subject in subjects:
-            stretches = [of for field in fields for of in scope.erased.get((field, seen.keys[subject][0]), ())]
-            if stretches:
-                found[subject] = max(ENDLESS if end is None else end for _, end in stretches)
+            ends = [
+                Place(generation, ENDLESS if end is None else end)
+                for generation, scope in scopes
+                for field in fields
+                for _, end in scope.erased.get((field, seen.keys[subject][0]), ())
+            ]
+            if ends:
+                found[subject] = max(ends)
         return found
 
     def _dead_letters(self, seen: _Seen, subjects: Collection[str]) -> dict[str, list[Event]]:
@@ -584,9 +606,9 @@ class _Work:
         }
         found: dict[str, list[Event]] = {}
         for change_key, operation, old, new in self._edges.control.execute(_DEAD_LETTERS, parameters).fetchall():
-            parsed = parsed_key(self._edges.worker, self._edges.cluster, change_key)
+            parsed = parsed_key(self._edges.worker, self._clusters, change_key)
             # Repairs, or backfills, that failed are no excuse for what they were to make up for.
-            if parsed is None or parsed.kind != "stream" or not parsed.place.current:
+            if parsed is None or parsed.kind != "stream" or not parsed.place.generation:
                 continue
             before, after = self._rows.table.subject(old), self._rows.table.subject(new)
             meant: list[tuple[str | None, What]] = [(before, "deleted")] if before not in (None, after) else []
@@ -682,10 +704,11 @@ class _Made(NamedTuple):
 class _Repairs:
     """Writes what is missing in the log of a table."""
 
-    def __init__(self, edges: _Edges, log: Log, recorded: Recorded, rows: Rows, name: str) -> None:
+    def __init__(self, edges: _Edges, log: Log, recorded: Recorded, rows: Rows, clusters: Clusters) -> None:
         self._edges, self._log, self._recorded, self._rows = edges, log, recorded, rows
-        reading = reconcile.unmasked(edges.settings.backfill_rules(edges.profile), qualified(name))
-        changing = reconcile.unmasked(edges.settings.rules(reconcile.of_nobody(edges.profile)), qualified(name))
+        self._clusters = clusters
+        reading = reconcile.unmasked(edges.settings.backfill_rules(edges.profile), rows.table.name)
+        changing = reconcile.unmasked(edges.settings.rules(reconcile.of_nobody(edges.profile)), rows.table.name)
         self._reading, self._changing = ((rules, edges.look_up(rules)) for rules in (reading, changing))
         self._zone = ZoneInfo(edges.time_zone)
         self._zoned = catalog.zoned(edges.profile.target, edges.target)
@@ -747,7 +770,7 @@ class _Repairs:
                 outcome,
                 rule=rule,
                 worker=self._edges.worker,
-                system_identifier=self._edges.cluster,
+                clusters=self._clusters,
                 moment=replace(when, date=self._date(outcome, when)),
                 number=number,
             )
@@ -764,7 +787,10 @@ class _Repairs:
         date = None if gap.after is None else self._dated(gap.after)
         if there or gap.after is None or date is None:
             return Moment(seen.at.isoformat(), seen.until, date or seen.at, before)
-        return Moment(date.isoformat(), gap.after.place.lsn or seen.until, date, before)
+        at, lsn = gap.after.place, gap.after.place.lsn or seen.until
+        if 0 < at.generation < self._clusters.here:
+            lsn = INVALID  # which is before all that was committed on this cluster
+        return Moment(date.isoformat(), lsn, date, before)
 
     def _dated(self, event: Event) -> datetime | None:
         return dated(event.at, self._zone) if event.at else None
@@ -800,7 +826,8 @@ class _Repairs:
             return set()
         batch = Batch(progress.position)
         batch.add(lines, Transaction(0, LSN(1), LSN(2), at, [], [], [], 0, True, True), done=len(groups), complete=True)
-        written = finished(sink.write(batch), sink.fileno())
+        written = finished(sink.write(batch), sink.connection)
+        failpoints.reach("repaired")
         done.activities += written.activities
         return {letter.change_key for letter in written.dead_letters}
 

@@ -37,6 +37,7 @@ class Watch:
         self._log = log
         self._alarm_at = settings.retained_alarm_bytes
         self._held_up = False
+        self._unhealthy = False
         self._sees = True
 
     @property
@@ -44,11 +45,24 @@ class Watch:
         """Whether something went wrong that is not written down yet."""
         return self._own.failure is not None
 
+    def unhealthy(self, why: str) -> None:
+        """Raise an alarm: somebody is silent. Once, until it is over."""
+        if not self._unhealthy:
+            self._log.warning("worker_unhealthy", reason=why)
+            self._own.failure = f"unhealthy: {why}"
+        self._unhealthy = True
+
+    def healthy(self) -> None:
+        """Say that nobody is silent, if somebody was."""
+        if self._unhealthy:
+            self._log.info("worker_healthy")
+        self._unhealthy = False
+
     def look(self, *, held_up: bool = False, also: Callable[[Connection], None]) -> None:
         """Look, and tally what was written. Raises SlotGivenUpError beyond `retained_limit_bytes`.
 
         `held_up` says that a batch is being written for long; `also` looks at something else, and may raise
-        PublicationError. What keeps it from looking may heal by the next time.
+        PublicationError or SynchronousStandbyError. What keeps it from looking may heal by the next time.
         """
         settings = self._settings
         try:
@@ -61,7 +75,7 @@ class Watch:
                 process.failed(connection, self._own)
                 checkpoint.tally(connection, settings.worker)
                 also(connection)
-        except (errors.SlotGivenUpError, errors.PublicationError):
+        except (errors.SlotGivenUpError, errors.PublicationError, errors.SynchronousStandbyError):
             raise
         except (psycopg.Error, errors.CdcWorkerError) as error:
             if self._sees:

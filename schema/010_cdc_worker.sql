@@ -40,7 +40,7 @@ ALTER TABLE cdc_worker.checkpoint
 COMMENT ON TABLE cdc_worker.checkpoint IS 'How far each worker has written, one row a worker';
 COMMENT ON COLUMN cdc_worker.checkpoint.worker IS 'Name of the worker, part of every change_key';
 COMMENT ON COLUMN cdc_worker.checkpoint.system_identifier IS 'The cluster whose positions these are';
-COMMENT ON COLUMN cdc_worker.checkpoint.slot_created_at IS 'Where the slot began';
+COMMENT ON COLUMN cdc_worker.checkpoint.slot_created_at IS 'Where the first slot began that it had on this cluster';
 COMMENT ON COLUMN cdc_worker.checkpoint.lsn IS 'All commits that end at or before it are written';
 COMMENT ON COLUMN cdc_worker.checkpoint.commit_lsn IS 'The commit after them of which a part is written, or 0/0';
 COMMENT ON COLUMN cdc_worker.checkpoint.changes IS 'How many changes of that commit are written';
@@ -57,6 +57,34 @@ COMMENT ON COLUMN cdc_worker.checkpoint.published IS
     'The relations that were published as the worker was set up, each with what changes if it is published anew';
 COMMENT ON COLUMN cdc_worker.checkpoint.activities IS 'How many activities were written, with the checkpoint itself';
 COMMENT ON COLUMN cdc_worker.checkpoint.dead_letters IS 'How many changes became dead letters, likewise';
+
+CREATE TABLE IF NOT EXISTS cdc_worker.gap (
+    gap                      bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+    worker                   text NOT NULL REFERENCES cdc_worker.checkpoint ON DELETE CASCADE,
+    exit_code                integer NOT NULL,
+    reason                   text NOT NULL,
+    system_identifier        text NOT NULL,
+    from_lsn                 pg_lsn NOT NULL,
+    from_time                timestamptz NOT NULL,
+    until_system_identifier  text,
+    until_lsn                pg_lsn,
+    until_time               timestamptz,
+    failover                 boolean NOT NULL DEFAULT false,
+    noted_at                 timestamptz NOT NULL DEFAULT now(),
+    reconciled_at            timestamptz
+);
+
+CREATE UNIQUE INDEX IF NOT EXISTS gap_open ON cdc_worker.gap (worker) WHERE until_lsn IS NULL;
+
+COMMENT ON TABLE cdc_worker.gap IS 'What was committed and could not be recorded, for nothing kept it';
+COMMENT ON COLUMN cdc_worker.gap.exit_code IS 'What run ended with';
+COMMENT ON COLUMN cdc_worker.gap.system_identifier IS 'The cluster of the checkpoint before it';
+COMMENT ON COLUMN cdc_worker.gap.from_lsn IS 'All commits that end at or before it were written';
+COMMENT ON COLUMN cdc_worker.gap.from_time IS 'When the last change written before it was committed, if there was any';
+COMMENT ON COLUMN cdc_worker.gap.until_lsn IS 'Commits that end after it are recorded; NULL until that is so';
+COMMENT ON COLUMN cdc_worker.gap.until_time IS 'A time by then';
+COMMENT ON COLUMN cdc_worker.gap.failover IS 'Whether the slot was known to be a failover slot';
+COMMENT ON COLUMN cdc_worker.gap.reconciled_at IS 'When all rows had been held against their log; NULL if that is to be done';
 
 CREATE TABLE IF NOT EXISTS cdc_worker.tally (
     worker        text NOT NULL REFERENCES cdc_worker.checkpoint ON DELETE CASCADE,

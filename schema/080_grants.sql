@@ -39,6 +39,8 @@ FROM (SELECT (SELECT oid FROM pg_roles WHERE rolname = :'role')) AS role (oid),
                 OR has_table_privilege(oid, to_regclass('cdc_worker.skipped')::oid, 'INSERT')),
             ('SELECT', 'cdc_worker.skip', to_regclass('cdc_worker.skip') IS NULL
                 OR has_table_privilege(oid, to_regclass('cdc_worker.skip')::oid, 'SELECT')),
+            ('SELECT', 'cdc_worker.gap', to_regclass('cdc_worker.gap') IS NULL
+                OR has_table_privilege(oid, to_regclass('cdc_worker.gap')::oid, 'SELECT')),
             ('SELECT', 'cdc_worker.backfill', to_regclass('cdc_worker.backfill') IS NULL
                 OR has_table_privilege(oid, to_regclass('cdc_worker.backfill')::oid, 'SELECT')),
             ('SELECT, INSERT', 'cdc_worker.written_key', :'key' <> '' OR (
