@@ -14,13 +14,16 @@ import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Generator, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import canaries
 import hypothesis
 import pytest
 import servers
 from containers import ContainerServer
+from storms import DOUBLED, HELD, LOST, Faults, kill_at
 from support import Crm, crm_on, make_crm
 
 from cdc_worker.cluster import Binaries, Cluster, find_binaries
@@ -45,9 +48,9 @@ NAMED = os.environ.get("CDC_TEST_SERVER") or None
 
 
 @pytest.fixture(scope="session")
-def server_name() -> str:
+def server_name(request: pytest.FixtureRequest) -> str:
     """Of the server for tests that need no certain one: see servers.py."""
-    return NAMED or "distribution"
+    return getattr(request, "param", NAMED or "distribution")
 
 
 def _a_server(name: str, request: pytest.FixtureRequest) -> Cluster:
@@ -64,10 +67,23 @@ def _a_server(name: str, request: pytest.FixtureRequest) -> Cluster:
 
 
 @pytest.fixture(scope="session")
-def server(server_name: str, request: pytest.FixtureRequest) -> Iterator[Cluster]:
+def last_server() -> Iterator[tuple[dict[str, Cluster], ExitStack]]:
+    """The server that was there last, by its name, and what ends it."""
+    with ExitStack() as stack:
+        yield {}, stack
+
+
+@pytest.fixture(scope="session")
+def server(
+    server_name: str, last_server: tuple[dict[str, Cluster], ExitStack], request: pytest.FixtureRequest
+) -> Cluster:
     """The server that most tests share: none may restart it or change its settings."""
-    with _a_server(server_name, request) as server:
-        yield server
+    last, stack = last_server
+    if server_name not in last:  # tests that say so and those that take any come one after another
+        last.clear()
+        stack.close()
+        last[server_name] = stack.enter_context(_a_server(server_name, request))
+    return last[server_name]
 
 
 @pytest.fixture(scope="session", params=servers.EACH)
@@ -122,12 +138,32 @@ def own_crm(own_server: Cluster, tmp_path: Path, plugin: str) -> Iterator[Crm]:
         crm.close()
 
 
+SEED = "CDC_TEST_SEED"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Draw a seed for the whole run, which the processes of pytest-xdist inherit."""
+    config.addinivalue_line("markers", "kills_at(points): where processes are killed, see storms.py")
+    os.environ[SEED] = os.environ.get(SEED) or str(random.SystemRandom().randrange(1 << 32))
+
+
 @pytest.fixture
 def seed() -> int:
     """The seed of a storm, printed where it fails. CDC_TEST_SEED repeats one."""
-    number = int(os.environ.get("CDC_TEST_SEED") or random.SystemRandom().randrange(1 << 32))
+    number = int(os.environ[SEED])
     print(f"CDC_TEST_SEED={number}")  # noqa: T201  # pytest shows it where a test fails
     return number
+
+
+@pytest.fixture
+def faults(request: pytest.FixtureRequest) -> Iterator[Faults]:
+    """Counts what a test does to a worker, its server or its network, by kind. Sums are printed in the end."""
+    counted = Faults()
+    yield counted
+    request.node.user_properties.extend(("fault", [kind, times]) for kind, times in counted.items())
+    for mark in request.node.iter_markers("kills_at"):
+        missed = [point for point in mark.args if not counted[kill_at(point)]]
+        assert not missed, f"nothing was killed at {', '.join(missed)}"
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -136,7 +172,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if either and "server_name" in metafunc.fixturenames and NAMED is None:
         first, *others = servers.NAMES
         params = [first, *(pytest.param(name, marks=pytest.mark.matrix) for name in others)]
-        metafunc.parametrize("server_name", params, scope="session")
+        # Through the fixture: else a test without it would get whichever server was there last, or none.
+        metafunc.parametrize("server_name", params, scope="session", indirect=True)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -156,12 +193,19 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Generator[None, Any, Any]:
-    """Note on which servers a test ran. What a report holds comes from the processes of pytest-xdist as well."""
+    """Note on which servers a test ran, and fail one whose processes gave something away.
+
+    What a report holds comes from the processes of pytest-xdist as well.
+    """
     report = yield
     if call.when == "call":
         values = [getattr(value, "cluster", value) for value in getattr(item, "funcargs", {}).values()]
         used = {value.origin for value in values if isinstance(value, Cluster)}
         report.user_properties.extend(("server", origin) for origin in sorted(used))
+        given_away = canaries.caught(report.capstderr)
+        if report.passed and given_away:
+            report.outcome = "failed"
+            report.longrepr = "\n".join(("a password or a row's value was printed:", *given_away))
     return report
 
 
@@ -172,6 +216,7 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
     ran = Counter(value for report in calls for name, value in report.user_properties if name == "server")
     if not ran:
         return
+    tell_faults(terminalreporter, reports)
     skipped = [report.longrepr[2] for report in terminalreporter.stats.get("skipped", ())]
     missing: dict[str, set[str]] = {}
     for reason in skipped:
@@ -183,3 +228,27 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
         terminalreporter.line(f"{tests:6} tests on {origin}")
     for why, names in sorted(missing.items()):
         terminalreporter.line(f"     none on {', '.join(sorted(names))}: {why}")
+
+
+def tell_faults(terminalreporter: Any, reports: list[Any]) -> None:
+    """What tests counted, also those that failed, as a table for the README."""
+    sums = Faults()
+    for report in reports:
+        if getattr(report, "when", None) == "teardown":
+            for name, value in report.user_properties:
+                if name == "fault":
+                    sums[value[0]] += value[1]
+    if not sums:
+        return
+    terminalreporter.section("faults")
+    terminalreporter.line(f"{SEED}={os.environ[SEED]}")
+    terminalreporter.line("")
+    terminalreporter.line("| What was done | times |")
+    terminalreporter.line("| --- | ---: |")
+    results = {name: sums.pop(name, 0) for name in (HELD, LOST, DOUBLED)}
+    for kind, times in sorted(sums.items()):
+        terminalreporter.line(f"| {kind} | {times:,} |")
+    kills = sum(times for kind, times in sums.items() if kind.startswith("SIGKILL"))
+    terminalreporter.line(f"| **SIGKILL in all** | **{kills:,}** |")
+    for name, count in results.items():
+        terminalreporter.line(f"| **{name}** | **{count:,}** |")

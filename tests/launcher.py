@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import gc
+import itertools
 import json
 import os
 import runpy
@@ -18,6 +19,9 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
+
+FAIL_POINT = "CDC_TEST_FAIL_POINT"
+"""Where a process is to be killed, and at which time that it gets there: "committed:3"."""
 
 
 class Process:
@@ -112,11 +116,27 @@ def _serve(requests: socket.socket) -> None:
     sys.argv[1:] = request["arguments"]
 
 
+def _end_at(point: str, times: int) -> None:
+    """Have this process killed, as by SIGKILL, when it has reached a point so many times."""
+    reached = itertools.count(1)
+
+    def reach(at: str) -> None:
+        if at == point and next(reached) == times:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    failpoints.reach = reach
+
+
 if __name__ == "__main__":
     sys.path[0] = str(Path.cwd())
     import cdc_worker.cli
     import cdc_worker.doctor  # noqa: F401  # what it imports when it is needed
 
     gc.freeze()
+    from cdc_worker import failpoints
+
     _serve(socket.socket(fileno=int(sys.argv[1])))
+    if FAIL_POINT in os.environ:
+        name, _, number = os.environ.pop(FAIL_POINT).partition(":")
+        _end_at(name, int(number))
     runpy.run_module("cdc_worker", run_name="__main__", alter_sys=True)

@@ -15,6 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, LiteralString, Self, TypeVar
 
+import canaries
 import psycopg
 import pytest
 from launcher import launch
@@ -22,7 +23,7 @@ from psycopg import sql
 from psycopg.conninfo import make_conninfo
 from psycopg.rows import TupleRow, dict_row
 
-from cdc_worker import config, profile
+from cdc_worker import checkpoint, config, profile
 from cdc_worker.cluster import Cluster
 from cdc_worker.ddl import schema
 from cdc_worker.decoders import PLUGINS
@@ -61,7 +62,9 @@ class WorkerProcess:
     def __init__(self, arguments: Sequence[str], environment: dict[str, str], log: Path) -> None:
         self.log = log
         self._offset = log.stat().st_size if log.exists() else 0
+        canaries.keep(log)
         self.printed = log.with_suffix(".stdout")
+        canaries.keep_printed(arguments, self.printed)
         with log.open("ab") as stderr, self.printed.open("wb") as stdout:
             self.process = launch(arguments, environment, stdout=stdout, stderr=stderr)
 
@@ -147,7 +150,9 @@ class Crm:
                 process.kill()
             for file in (stdout, stderr):
                 file.seek(0)
-            return subprocess.CompletedProcess(arguments, code, stdout.read(), stderr.read())
+            said = stdout.read(), stderr.read()
+            canaries.hear(arguments, *said)
+            return subprocess.CompletedProcess(arguments, code, *said)
 
     def succeed(self, *arguments: str, **settings: str) -> str:
         """Run a command that must succeed; returns what it printed."""
@@ -193,7 +198,7 @@ class Crm:
         """Insert leads in one statement."""
         self.execute(
             "INSERT INTO lead (full_name, source, bd_in_charge, type, status, company_name)"
-            " SELECT 'Lead ' || n, 'website', 'jane', 'exchange', '1. lead generated', 'Company ' || n"
+            " SELECT 'Lead ' || n, 'website', 'jane', 'exchange', '1. lead generated', 'Company c4n4ry ' || n"
             " FROM generate_series(1, %s) n",
             count,
         )
@@ -209,9 +214,10 @@ class Crm:
 
 
 @contextmanager
-def stranger(server: Cluster, crm: Crm) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
+def stranger(server: Cluster, crm: Crm, *options: str) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
     """A program that is no cdc-worker and reads the slot, and the process of the server that serves it."""
-    command = [server.binaries.program("pg_recvlogical"), "--slot", crm.slot, "--start", "--file", "-", "--no-loop"]
+    program = server.binaries.program("pg_recvlogical")
+    command = [program, "--slot", crm.slot, "--start", "--file", "-", "--no-loop", *options]
     database = ["--dbname", crm.connection.info.dbname]
     process = subprocess.Popen(
         [*command, *database], env=server.environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
@@ -223,6 +229,19 @@ def stranger(server: Cluster, crm: Crm) -> Iterator[tuple[subprocess.Popen[bytes
     finally:
         process.kill()
         process.wait()
+
+
+HOLD_ROWS_UP = "SELECT pg_advisory_xact_lock(9)"
+"""Who executes that holds the rows up that `let_rows_wait` is about, until the end of the transaction."""
+
+
+def let_rows_wait(crm: Crm) -> None:
+    """Have each row that is inserted into activity wait, in the middle of a batch, while somebody holds it up."""
+    crm.execute(
+        "CREATE FUNCTION wait() RETURNS trigger LANGUAGE plpgsql AS"
+        " 'BEGIN PERFORM pg_advisory_xact_lock(9); RETURN NEW; END'"
+    )
+    crm.execute("CREATE TRIGGER wait BEFORE INSERT ON activity FOR EACH ROW EXECUTE FUNCTION wait()")
 
 
 GRANTS = (
@@ -238,6 +257,7 @@ GRANTS = (
     "GRANT INSERT ON cdc_worker.skipped TO {role}",
     "GRANT SELECT ON cdc_worker.skip TO {role}",
     "GRANT SELECT ON cdc_worker.backfill TO {role}",
+    "GRANT SELECT ON cdc_worker.gap TO {role}",
     "GRANT INSERT, SELECT (change_key) ON activity TO {role}",
     "GRANT USAGE ON SEQUENCE activity_activity_id_seq TO {role}",
 )
@@ -315,23 +335,58 @@ def make_crm(server: Cluster, directory: Path, *, template: str = "template1", p
     return crm
 
 
-PREPARED = "prepared"
+PREPARED, BEGUN = "prepared", "begun"
 
 
-def _template(server: Cluster, directory: Path) -> str:
-    """A database that is set up but for slot and checkpoint: a copy is set up in a fifth of the time."""
+def _has(server: Cluster, name: str) -> bool:
+    with psycopg.connect(server.dsn()) as connection:
+        return connection.execute("SELECT FROM pg_database WHERE datname = %s", (name,)).rowcount == 1
+
+
+def _named(server: Cluster, crm: Crm, name: str) -> str:
+    """Make a template of a database, under this name."""
+    names = sql.Identifier(crm.connection.info.dbname), sql.Identifier(name)
+    crm.execute("SELECT pg_drop_replication_slot(slot) FROM cdc_worker.checkpoint")
+    if name == PREPARED:
+        crm.connection.execute(sql.SQL("DROP PUBLICATION {}").format(sql.Identifier(crm.slot)))
+        crm.execute("TRUNCATE cdc_worker.checkpoint, cdc_worker.excluded CASCADE")
+    crm.close()
     with psycopg.connect(server.dsn(), autocommit=True) as connection:
-        found = connection.execute("SELECT datname FROM pg_database WHERE datname = %s", (PREPARED,)).fetchone()
-        if found is None:
-            crm = make_crm(server, directory)
-            crm.setup()
-            crm.execute("SELECT pg_drop_replication_slot(%s)", crm.slot)
-            crm.connection.execute(sql.SQL("DROP PUBLICATION {}").format(sql.Identifier(crm.slot)))
-            crm.execute("TRUNCATE cdc_worker.checkpoint, cdc_worker.tally, cdc_worker.partition, cdc_worker.excluded")
-            names = sql.Identifier(crm.connection.info.dbname), sql.Identifier(PREPARED)
-            crm.close()
-            connection.execute(sql.SQL("ALTER DATABASE {} RENAME TO {}").format(*names))
+        connection.execute(sql.SQL("ALTER DATABASE {} RENAME TO {}").format(*names))
+    return name
+
+
+def _prepared(server: Cluster, directory: Path) -> str:
+    """A database that is set up but for slot and checkpoint: a copy is set up in a fifth of the time."""
+    if not _has(server, PREPARED):
+        crm = make_crm(server, directory)
+        crm.setup()
+        _named(server, crm, PREPARED)
     return PREPARED
+
+
+def _begun(server: Cluster, directory: Path) -> str:
+    """One of which a copy lacks only a slot, and has another worker's name: that is done in a tenth of that again."""
+    if not _has(server, BEGUN):
+        crm = make_crm(server, directory, template=_prepared(server, directory))
+        crm.setup()
+        _named(server, crm, BEGUN)
+    return BEGUN
+
+
+def begin(crm: Crm) -> None:
+    """Have in a copy of `BEGUN` what `setup` leaves, which a test holds it against."""
+    ((before, plugin),) = crm.execute("SELECT worker, plugin FROM cdc_worker.checkpoint")
+    with crm.connection.transaction():
+        names = sql.Identifier(before), sql.Identifier(crm.slot)
+        crm.connection.execute(sql.SQL("ALTER PUBLICATION {} RENAME TO {}").format(*names))
+        captures = sql.Literal(f'What the worker "{crm.slot}" of cdc-worker captures')
+        crm.connection.execute(sql.SQL("COMMENT ON PUBLICATION {} IS {}").format(names[1], captures))
+    crm.execute("SELECT pg_create_logical_replication_slot(%s, %s)", crm.slot, plugin)
+    with crm.connection.transaction():
+        crm.connection.execute(checkpoint.create(crm.slot, crm.slot).text.encode())
+        crm.execute("UPDATE cdc_worker.excluded SET worker = %s", crm.slot)
+        crm.execute("DELETE FROM cdc_worker.checkpoint WHERE worker = %s", before)
 
 
 @contextmanager
@@ -342,12 +397,15 @@ def crm_on(
 
     It is set up if `prepared`; but for slot and checkpoint if it has not `begun`.
     """
-    if prepared:
-        crm = make_crm(server, directory, template=_template(server, directory), plugin=plugin)
+    if not prepared:
+        crm = make_crm(server, directory, plugin=plugin)
+    elif begun and plugin == "auto":
+        crm = make_crm(server, directory, template=_begun(server, directory))
+        begin(crm)
+    else:
+        crm = make_crm(server, directory, template=_prepared(server, directory), plugin=plugin)
         if begun:
             crm.setup()
-    else:
-        crm = make_crm(server, directory, plugin=plugin)
     try:
         yield crm
     finally:

@@ -21,10 +21,11 @@ import pytest
 from psycopg import sql
 from psycopg.rows import TupleRow
 from psycopg.waiting import wait
+from storms import Faults, kill
 from support import PATIENCE, Crm, WorkerProcess, crm_on, eventually, having, storm
 
 from cdc_worker import catalog, checkpoint, config, log, postgres, profile
-from cdc_worker.activities import Activity, Batch, Position, parsed_key
+from cdc_worker.activities import Activity, Batch, Clusters, Position, parsed_key
 from cdc_worker.backfill import Backfilled, Wishes, backfill, replacement
 from cdc_worker.changes import Change, Transaction
 from cdc_worker.cluster import Cluster
@@ -244,7 +245,7 @@ def waiting_for_locks(crm: Crm) -> int:
 
 
 @storm(3, chaos=20)
-def test_killed_again_and_again_it_writes_each_once(bare_crm: Crm, seed: int, rounds: int) -> None:
+def test_killed_again_and_again_it_writes_each_once(bare_crm: Crm, seed: int, faults: Faults, rounds: int) -> None:
     crm, chance = bare_crm, random.Random(seed)
     add_leads(crm, *range(1, 301))
     crm.setup()
@@ -254,7 +255,7 @@ def test_killed_again_and_again_it_writes_each_once(bare_crm: Crm, seed: int, ro
             with filling(crm, "lead", "--chunk-size", "7") as killed:
                 reached(crm, progress(crm) + chance.randrange(40), killed)
                 time.sleep(chance.random() / 100)
-                killed.kill()
+                kill(killed, faults)
         fill(crm, "lead")
         worker.terminate()
     assert told(crm) == [("lead_created", lead_id, None) for lead_id in range(1, 301)]
@@ -640,7 +641,7 @@ def replay(crm: Crm, *, before_commit: Callable[[], object] = lambda: None) -> N
     with psycopg.connect(crm.dsn) as connection:
         ((change_key, change),) = connection.execute("SELECT change_key, change FROM cdc_worker.dead_letter").fetchall()
         known = checkpoint.read(connection, settings.worker)
-    key = parsed_key(settings.worker, known.system_identifier, change_key)
+    key = parsed_key(settings.worker, Clusters(known.system_identifier), change_key)
     assert key is not None
     meant = recorded(given, "lead")
     event = Event(str(change["new"]["lead_id"]), key.rule, "created", key.place)
@@ -648,7 +649,7 @@ def replay(crm: Crm, *, before_commit: Callable[[], object] = lambda: None) -> N
         writing.execute("SET cdc_worker.protect = off")
         table = catalog.check(writing, given, settings.rules(given))
         late = {key.place: made_up(meant, event, [], [])}
-        statements = replacement(given.target, table, settings.worker, known.system_identifier, late)
+        statements = replacement(given.target, table, settings.worker, Clusters(known.system_identifier), late)
         sink = Sink(
             writing, given.target, table=table, time_zone="UTC", progress=Replay(change_key, statements), decode=str
         )

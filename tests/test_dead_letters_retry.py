@@ -16,7 +16,8 @@ from cdc_worker.activities import BY_TIME
 from cdc_worker.dead_letters import Selection, Tried
 from cdc_worker.erasure import forget
 from cdc_worker.profile import load
-from cdc_worker.worker import Stop, Worker
+from cdc_worker.stop import Stop
+from cdc_worker.worker import Worker
 
 LOG = structlog.get_logger()
 

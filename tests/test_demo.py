@@ -105,7 +105,7 @@ def test_the_demo_shows_the_day_finds_all_right_and_leaves_nothing(directory: Pa
     assert "\x1b" not in printed
 
 
-@pytest.mark.parametrize("plugin", PLUGINS)
+@pytest.mark.parametrize("plugin", [PLUGINS[0], *(pytest.param(of, marks=pytest.mark.chaos) for of in PLUGINS[1:])])
 def test_keep_leaves_all_up_until_it_is_interrupted(directory: Path, plugin: str) -> None:
     day = Demo([sys.executable, "-c", IN_HASTE.format(plugin)], directory)
     day.wait_for("Ctrl-C stops and removes everything.")
@@ -120,7 +120,7 @@ def test_keep_leaves_all_up_until_it_is_interrupted(directory: Path, plugin: str
     assert leaves_nothing(directory)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGINT, marks=pytest.mark.chaos), signal.SIGTERM])
 def test_a_demo_that_is_broken_off_leaves_nothing(directory: Path, number: signal.Signals) -> None:
     day = Demo([sys.executable, "-m", "cdc_worker", "demo"], directory)
     day.wait_for("lead_created")

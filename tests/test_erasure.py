@@ -17,7 +17,8 @@ from typing import Any
 import psycopg
 import pytest
 from psycopg import sql
-from support import Crm, WorkerProcess, eventually, grant, storm
+from storms import Faults, kill
+from support import HOLD_ROWS_UP, Crm, WorkerProcess, eventually, grant, let_rows_wait, storm
 
 from cdc_worker import shadow
 from cdc_worker.erasure import OUT_OF_REACH, Erasure
@@ -498,10 +499,11 @@ def changing(crm: Crm) -> Iterator[Changes]:
 def test_an_erasure_waits_for_the_batch_in_hand(crm: Crm) -> None:
     """What the worker has sent before is either blanked or comes again."""
     add_lead(crm)
+    let_rows_wait(crm)
     with crm.worker() as worker, psycopg.connect(crm.dsn) as locker:
         worker.wait_for("replication_started")
         eventually(crm.activities)
-        locker.execute("LOCK TABLE activity IN SHARE MODE")
+        locker.execute(HOLD_ROWS_UP)
         crm.execute("UPDATE lead SET title = 'CTO'")
         waiting = (
             "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()"
@@ -519,7 +521,7 @@ def test_an_erasure_waits_for_the_batch_in_hand(crm: Crm) -> None:
 
 
 @storm(4, chaos=40)
-def test_kills_and_erasures_lose_and_double_nothing(crm: Crm, seed: int, rounds: int) -> None:
+def test_kills_and_erasures_lose_and_double_nothing(crm: Crm, seed: int, faults: Faults, rounds: int) -> None:
     dice = random.Random(seed)
     shadow.install(crm.connection)
     add_lead(crm)
@@ -532,7 +534,7 @@ def test_kills_and_erasures_lose_and_double_nothing(crm: Crm, seed: int, rounds:
                     eventually(lambda: told(crm) > 0)
                     forget(crm, "--lead", "7")
                 threading.Event().wait(dice.random() * 0.2)
-                worker.kill()
+                kill(worker, faults)
             if turn >= 2:
                 assert told(crm) == 0
         changes.stop()

@@ -10,18 +10,42 @@ import pytest
 import cdc_worker
 
 CORE = [
-    *("errors", "lsn", "values", "protocol", "changes", "wal2json", "documents", "pgoutput", "decoders", "context"),
+    *(
+        "failpoints",
+        "errors",
+        "lsn",
+        "values",
+        "protocol",
+        "changes",
+        "wal2json",
+        "documents",
+        "pgoutput",
+        "decoders",
+        "context",
+    ),
     *("activities", "profile", "templates", "rules", "history", "truth", "reconcile"),
-    *("written", "transform", "recording", "kept"),
+    *("written", "transform", "recording", "kept", "watchdog"),
 ]
 
 EDGES = [
-    *("config", "log", "metrics", "postgres", "partitions", "catalog", "ddl", "checkpoint", "slot", "publication"),
     *(
+        "config",
+        "log",
+        "metrics",
+        "postgres",
+        "partitions",
+        "catalog",
+        "ddl",
+        "checkpoint",
+        "gap",
+        "slot",
+        "publication",
+    ),
+    *(
+        "process",
         "fence",
         "rows",
         "journal",
-        "process",
         "watch",
         "replication",
         "recorder",
@@ -33,7 +57,7 @@ EDGES = [
         "sink",
         "lookups",
     ),
-    *("progress", "backfill", "late", "unplaced", "replay", "ours", "rewrite", "dead_letters", "recover", "verify"),
+    *("progress", "backfill", "late", "unplaced", "replay", "ours", "rewrite", "dead_letters", "skips", "verify"),
     *(
         "cutover",
         "setup",
@@ -52,7 +76,10 @@ EDGES = [
         "profile_listing",
         "profile_trial",
         "profile_draft",
+        "stop",
+        "stream",
         "worker",
+        "recover",
         "binaries",
         "cluster",
         "shadow",

@@ -23,7 +23,8 @@ from cdc_worker.postgres import connect_reading
 from cdc_worker.profile import load as load_profile
 from cdc_worker.profile import parse
 from cdc_worker.rules import Lookup, compile_rules
-from cdc_worker.worker import Stop, Worker
+from cdc_worker.stop import Stop
+from cdc_worker.worker import Worker
 
 PROFILE = """
 name = "test"
@@ -210,8 +211,9 @@ def test_what_keeps_a_row_from_being_found_is_told_and_not_taken_for_silence(
     looking: Crm, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nothing is read meanwhile, and the server keeps its WAL."""
-    for name, value in {"SILENCE": 0.3, "STATUS_INTERVAL": 0.1, "WATCH_INTERVAL": 0.3, "gc": mock.Mock()}.items():
-        monkeypatch.setattr(f"cdc_worker.worker.{name}", value)
+    for name, value in {"SILENCE": 0.3, "STATUS_INTERVAL": 0.1, "WATCH_INTERVAL": 0.3}.items():
+        monkeypatch.setattr(f"cdc_worker.stream.{name}", value)
+    monkeypatch.setattr("cdc_worker.worker.gc", mock.Mock())
     settings = load(
         flags={"dsn": looking.dsn, "slot": looking.slot, "retained_alarm_bytes": "1048576", **looking.settings}
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import LiteralString
 
@@ -446,6 +447,33 @@ def test_a_partition_that_came_later_is_asked_for(new_crm: Crm) -> None:
     write(crm, "loose", ids="VALUES (25)")
     crm.record()
     assert [activity["description"] for activity in crm.activities()] == ["loose 25"]
+
+
+def test_a_partitioned_table_that_loses_its_key_or_gets_one_is_published_as_it_was(new_crm: Crm) -> None:
+    """With its key it is published itself, without by its partitions: nothing is lost before setup has seen to it."""
+    crm = make(new_crm, "pgoutput", "rooted", "loose")
+    crm.setup()
+    for statement in (
+        "ALTER TABLE rooted DROP CONSTRAINT rooted_pkey",
+        "CREATE TABLE rooted_3 PARTITION OF rooted FOR VALUES FROM (20) TO (30)",
+        "ALTER TABLE loose ADD PRIMARY KEY (id)",
+    ):
+        crm.connection.execute(statement.encode())
+        crm.execute("INSERT INTO rooted VALUES (1), (11)")
+        crm.execute("INSERT INTO loose VALUES (1), (11)")
+        check(crm)
+        crm.record()
+        assert sorted(a["description"] for a in crm.activities()) == ["loose 1", "loose 11", "rooted 1", "rooted 11"]
+        crm.execute("TRUNCATE rooted, loose, activity")
+    for change, lacks in (("DROP", "public.loose"), ("ADD", "")):
+        crm.connection.execute(f"ALTER PUBLICATION {crm.slot} {change} TABLE loose_1".encode())
+        with pytest.raises(errors.PublicationError, match=f"lacks {lacks}: ") if lacks else nullcontext():
+            check(crm)
+    crm.setup()
+    assert published(crm) == ["loose", "rooted_1", "rooted_2", "rooted_3"]
+    write(crm, "rooted", "loose")
+    crm.record()
+    assert healthy(crm, "publication")
 
 
 def test_generated_columns_do_not_keep_the_application_from_updating(each_server: Cluster, tmp_path: Path) -> None:

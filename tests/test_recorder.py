@@ -26,6 +26,7 @@ import zstandard
 from application import Application, Connection
 from factories import COMMITTED_AT, leadfi
 from psycopg import sql
+from storms import BACKEND_TERMINATED, TAKEN_OVER_ASLEEP, WALSENDER_TERMINATED, Faults, kill
 from support import Crm, WorkerProcess, either_plugin, eventually, storm
 from test_docs import shown
 from test_reload import LEADFI, THINGS, hang_up, with_profile, within_a_commit
@@ -388,7 +389,7 @@ def busy(connection: Connection, session: int, turn: int) -> None:
 
 @either_plugin
 @storm(3, chaos=40)
-def test_kills_at_any_moment_leave_nothing_out(recorded: Recorded, seed: int, rounds: int) -> None:
+def test_kills_at_any_moment_leave_nothing_out(recorded: Recorded, seed: int, faults: Faults, rounds: int) -> None:
     """After each, what the checkpoint has passed by then is there by then."""
     dice, crm = random.Random(seed), recorded.crm
     crm.add_leads(300)
@@ -399,7 +400,7 @@ def test_kills_at_any_moment_leave_nothing_out(recorded: Recorded, seed: int, ro
                 if dice.random() < 0.9:
                     worker.wait_for("replication_started")
                 threading.Event().wait(dice.random() ** 2)
-                worker.kill()
+                kill(worker, faults)
             passed.append(recorded.position())
             ends.append(set(commits(recorded.directory)))
     crm.record()
@@ -408,7 +409,9 @@ def test_kills_at_any_moment_leave_nothing_out(recorded: Recorded, seed: int, ro
 
 @pytest.mark.parametrize("plugin", ["wal2json", pytest.param("pgoutput", marks=pytest.mark.chaos)])
 @storm(1, chaos=8)
-def test_kills_within_one_large_commit_leave_it_whole(recorded: Recorded, seed: int, rounds: int) -> None:
+def test_kills_within_one_large_commit_leave_it_whole(
+    recorded: Recorded, seed: int, faults: Faults, rounds: int
+) -> None:
     dice, crm = random.Random(seed), recorded.crm
     crm.add_leads(22_000)
     for number in range(rounds):
@@ -417,7 +420,7 @@ def test_kills_within_one_large_commit_leave_it_whole(recorded: Recorded, seed: 
                 worker.wait_for("replication_started")
                 threading.Event().wait(dice.random() / rounds)
             with within_a_commit(crm):
-                worker.kill()
+                kill(worker, faults)
         assert commits(recorded.directory) == {}
     crm.record()
     assert recorded.holds() == 1
@@ -425,7 +428,7 @@ def test_kills_within_one_large_commit_leave_it_whole(recorded: Recorded, seed: 
 
 
 @storm(2, chaos=40)
-def test_terminated_connections_leave_nothing_out(recorded: Recorded, seed: int, rounds: int) -> None:
+def test_terminated_connections_leave_nothing_out(recorded: Recorded, seed: int, faults: Faults, rounds: int) -> None:
     dice, crm = random.Random(seed), recorded.crm
     crm.add_leads(300)
     end = (
@@ -436,14 +439,18 @@ def test_terminated_connections_leave_nothing_out(recorded: Recorded, seed: int,
         for _ in range(rounds):
             eventually(crm.reader)
             threading.Event().wait(dice.random() * 0.3)
-            crm.execute(end, f"cdc-worker {crm.slot}", dice.random() < 0.5)
+            reading = dice.random() < 0.5
+            ended = crm.execute(end, f"cdc-worker {crm.slot}", reading)
+            faults[WALSENDER_TERMINATED if reading else BACKEND_TERMINATED] += len(ended)
         assert worker.process.poll() is None, worker.said
     crm.record()
     assert recorded.holds() > rounds
 
 
 @storm(2, chaos=16)
-def test_a_stand_by_that_takes_over_goes_on_in_files_of_its_own(recorded: Recorded, seed: int, rounds: int) -> None:
+def test_a_stand_by_that_takes_over_goes_on_in_files_of_its_own(
+    recorded: Recorded, seed: int, faults: Faults, rounds: int
+) -> None:
     """The active worker is killed, or is replaced and wakes up later."""
     dice, crm = random.Random(seed), recorded.crm
     crm.add_leads(300)
@@ -457,10 +464,11 @@ def test_a_stand_by_that_takes_over_goes_on_in_files_of_its_own(recorded: Record
                 successor = stack.enter_context(crm.worker("--takeover"))
                 successor.wait_for("replication_started")
                 worker.process.send_signal(signal.SIGCONT)
+                faults[TAKEN_OVER_ASLEEP] += 1
             else:
                 successor = stack.enter_context(crm.worker())
                 successor.wait_for("waiting_for_slot")
-                worker.kill()
+                kill(worker, faults)
                 successor.wait_for("replication_started")
             worker = successor
         application.go_on(5)

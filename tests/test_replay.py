@@ -19,18 +19,22 @@ import pytest
 from application import Application, statuses
 from doctoring import mend
 from psycopg import sql
+from storms import Faults, kill
 from support import Crm, WorkerProcess, crm_on, eventually, role, storm
 from test_backfill import fill
 from test_lookups import looking_crm, told
 from test_sales_cookbook import add, change, use
+from test_verify import verified
 
 from cdc_worker import config, log, profile
-from cdc_worker.activities import Key, Place, parsed_key
+from cdc_worker.activities import Clusters, Key, Place, parsed_key
 from cdc_worker.cluster import Cluster
 from cdc_worker.errors import FencedError, RecordingUnreadableError, SettingsError, TargetUnusableError
 from cdc_worker.late import Late
 from cdc_worker.lsn import LSN
 from cdc_worker.replay import Replayed, Wishes, replay
+from cdc_worker.verify import Wishes as Repairs
+from cdc_worker.verify import verify
 
 
 @pytest.fixture
@@ -208,7 +212,9 @@ def empty(server: Cluster, crm: Crm, tmp_path: Path) -> Iterator[Crm]:
 
 
 @storm(1, chaos=10)
-def test_an_empty_database_gets_the_same(crm: Crm, empty: Crm, recording: Path, seed: int, rounds: int) -> None:
+def test_an_empty_database_gets_the_same(
+    crm: Crm, empty: Crm, recording: Path, seed: int, faults: Faults, *, rounds: int
+) -> None:
     workload = Workload(crm, seed)
     for _ in range(rounds):
         workload.run(40)
@@ -216,7 +222,7 @@ def test_an_empty_database_gets_the_same(crm: Crm, empty: Crm, recording: Path, 
         with crm.worker() as worker:
             worker.wait_for("replication_started")
             workload.run(20, many=1)
-            worker.kill()
+            kill(worker, faults)
     crm.record()
     done = replayed(empty, recording)
     assert written(empty) == written(crm)
@@ -391,6 +397,50 @@ def test_what_a_repair_made_up_gives_way_to_what_fills_the_hole(crm: Crm, record
         assert (added(done), done.replaced) == (1, 1)
         worker.terminate()
     assert written(crm) == before
+
+
+MOVED = "activity_type = 'lead_updated' AND metadata -> 'changes' ? 'lead_id'"
+
+BY_ANOTHER_KEY = {
+    MOVED: {"backfill lead_created", "repair lead_deleted"},
+    f"({MOVED}) OR activity_type = 'lead_created'": {"backfill lead_created", "repair lead_deleted"},
+    "metadata ->> 'new_status' = '3. negotiation'": {"repair status_changed"},
+}
+"""What of a row that gets another key is lost, and what is made up for it: under one key, or under both."""
+
+
+@pytest.mark.parametrize("refused", [False, True])
+def test_what_was_made_up_gives_way_by_whichever_key_its_row_was_known(
+    crm: Crm, recording: Path, *, refused: bool
+) -> None:
+    """Also where the target has refused it."""
+    crm.add_leads(1)
+    crm.execute("UPDATE lead SET status = '2. proposal'")
+    crm.execute("UPDATE lead SET status = '3. negotiation'")
+    crm.execute("UPDATE lead SET lead_id = 5")
+    crm.execute("UPDATE lead SET phone_number = '1'")
+    crm.execute("UPDATE lead SET status = '7. lost'")
+    crm.record()
+    before = written(crm)
+    cluster = crm.value("SELECT cdc_worker.cluster()")
+    settings = config.load(None, {"dsn": crm.dsn, "slot": crm.slot} | crm.settings)
+    with crm.worker() as worker:
+        worker.wait_for("replication_started")
+        for lost, made_up in BY_ANOTHER_KEY.items():
+            assert lose(crm, lost)
+            if refused:
+                crm.execute("ALTER TABLE activity ADD CONSTRAINT refused CHECK (change_key IS NULL) NOT VALID")
+            for _ in verify(settings, profile.load(settings.profile), ["lead"], Repairs(repair=True), log=log.get()):
+                pass
+            query = "SELECT change_key FROM cdc_worker.dead_letter" if refused else "SELECT change_key FROM activity"
+            keys = [parsed_key(crm.slot, Clusters(cluster), key) for (key,) in crm.execute(query)]
+            assert {f"{key.kind} {key.rule}" for key in keys if key is not None and key.kind != "stream"} == made_up
+            if refused:
+                crm.execute("ALTER TABLE activity DROP CONSTRAINT refused")
+            replayed(crm)
+            assert written(crm) == before, lost
+            assert crm.value("SELECT count(*) FROM cdc_worker.dead_letter") == 0, lost
+        worker.terminate()
 
 
 def test_who_was_erased_stays_erased(crm: Crm, recording: Path) -> None:
@@ -687,6 +737,20 @@ def test_what_triggers_have_told_is_left_out(crm: Crm, recording: Path) -> None:
     assert added(replayed(crm)) == 0
 
 
+@contextmanager
+def restored_on(other: Cluster, server: Cluster, crm: Crm, tmp_path: Path) -> Iterator[Crm]:
+    """The database from a dump, on another cluster."""
+    dump, database = tmp_path / "dump.sql", crm.connection.info.dbname
+    server.run("pg_dump", "--no-owner", "--file", str(dump), database)
+    other.createdb(database)
+    other.run("psql", "--quiet", "--file", str(dump), database)
+    restored = Crm(other.dsn(database), crm.slot, tmp_path)
+    try:
+        yield restored
+    finally:
+        restored.close()
+
+
 def test_what_another_cluster_has_recorded_is_told_under_its_own_keys(
     server: Cluster, own_server: Cluster, crm: Crm, recording: Path, tmp_path: Path
 ) -> None:
@@ -695,12 +759,7 @@ def test_what_another_cluster_has_recorded_is_told_under_its_own_keys(
     crm.execute("UPDATE lead SET status = '7. lost' WHERE lead_id = 2")
     crm.record()
     before = written(crm)
-    dump, database = tmp_path / "dump.sql", crm.connection.info.dbname
-    server.run("pg_dump", "--no-owner", "--file", str(dump), database)
-    own_server.createdb(database)
-    own_server.run("psql", "--quiet", "--file", str(dump), database)
-    restored = Crm(own_server.dsn(database), crm.slot, tmp_path)
-    try:
+    with restored_on(own_server, server, crm, tmp_path) as restored:
         restored.execute("DELETE FROM cdc_worker.checkpoint")
         restored.setup()
         restored.add_leads(1)
@@ -721,8 +780,39 @@ def test_what_another_cluster_has_recorded_is_told_under_its_own_keys(
         }
         assert [after[key]["description"] for key in before if before[key]["lead_id"] == 3] == [""]
         assert added(replayed(restored, recording)) == 0
-    finally:
-        restored.close()
+
+
+def test_what_was_made_up_for_after_a_restore_gives_way_to_what_the_cluster_before_has_recorded(
+    server: Cluster, own_server: Cluster, crm: Crm, recording: Path, tmp_path: Path
+) -> None:
+    """What is known to be missing there is so here."""
+    crm.settings["unsigned_control"] = "true"
+    crm.execute("ALTER TABLE activity ADD CONSTRAINT no_poison CHECK (metadata ->> 'new_status' <> 'poison') NOT VALID")
+    crm.add_leads(6)
+    crm.execute("UPDATE lead SET status = '7. lost' WHERE lead_id IN (1, 6)")
+    with crm.connection.transaction():
+        crm.execute("SELECT cdc_worker.set_context('{\"skip\": true}')")
+        crm.execute("UPDATE lead SET status = '9' WHERE lead_id = 2")
+    crm.execute("UPDATE lead SET status = 'poison' WHERE lead_id = 3")
+    crm.execute("DELETE FROM lead WHERE lead_id = 5")
+    crm.record()
+    crm.succeed("forget", "--lead", "4", "--yes")
+    assert lose(crm, "lead_id = 4 OR (activity_type <> 'lead_created' AND lead_id IN (1, 5))") == 3
+    with restored_on(own_server, server, crm, tmp_path) as restored:
+        restored.settings = {name: of for name, of in crm.settings.items() if name != "recording_directory"}
+        restored.execute("UPDATE lead SET status = '8' WHERE lead_id = 6")
+        printed = restored.succeed("recover")
+        assert "\npublic.lead: 6 rows, 0 agree, 3 disagree, 3 are explained, 3 repaired by 3 activities\n" in printed
+        made = [key for key in written(restored) if "/repair/" in key]
+        assert len(made) == 3
+        done = replayed(restored, recording)
+        assert (done.activities, done.replaced) == ({"status_changed": 1, "lead_deleted": 1, "lead_created": 1}, 2)
+        assert sorted(key.split("/")[4] for key in made if key in written(restored)) == ["6"]
+        with restored.worker() as worker:
+            worker.wait_for("replication_started")
+            found, _ = verified(restored)
+            worker.terminate()
+        assert {of.subject: of.explained for of in found} == {"2": "skipped", "3": "dead letter"}
 
 
 def test_the_cluster_of_a_recording_that_does_not_name_it_can_be_said(crm: Crm, witness: Witness) -> None:
@@ -735,15 +825,15 @@ def test_the_cluster_of_a_recording_that_does_not_name_it_can_be_said(crm: Crm, 
 
 def test_keys_without_positions_are_of_the_stream_and_not_its_own() -> None:
     place = Place(1, LSN(0x1F), 2)
-    assert parsed_key("crm", "7", "crm/7/000000000000001F/public.lead/2/lead_created") == Key(
+    assert parsed_key("crm", Clusters("7"), "crm/7/000000000000001F/public.lead/2/lead_created") == Key(
         "stream", "public.lead", "lead_created", place
     )
-    assert parsed_key("crm", "7", "crm/7/recording/000000000000001F/public.lead/2/lead_created") == Key(
+    assert parsed_key("crm", Clusters("7"), "crm/7/recording/000000000000001F/public.lead/2/lead_created") == Key(
         "stream", "public.lead", "lead_created", place
     )
     # Of a time nobody knows what else was in the WAL: it comes before all that has a position.
-    assert parsed_key("crm", "7", "crm/7/recording/T000000000000001F/public.lead/2/lead_created") == Key(
-        "stream", "public.lead", "lead_created", place._replace(current=0)
+    assert parsed_key("crm", Clusters("7"), "crm/7/recording/T000000000000001F/public.lead/2/lead_created") == Key(
+        "stream", "public.lead", "lead_created", place._replace(generation=0)
     )
 
 

@@ -105,10 +105,10 @@ def test_names_are_those_of_the_subjects_row_as_it_is_now(views: Crm) -> None:
     write(views, lead_id=2, metadata=told)
     assert views.execute(
         "SELECT lead_name, company_name, customer_name FROM v_manual_activities ORDER BY activity_id"
-    ) == [("Lead 1", "Company 1", "Acme"), ("Lead 2", None, "Before")]
+    ) == [("Lead 1", "Company c4n4ry 1", "Acme"), ("Lead 2", None, "Before")]
     assert views.execute(
         "SELECT lead_name, company_name, current_lead_status FROM v_lead_timeline ORDER BY activity_id"
-    ) == [("Lead 1", "Company 1", "1. lead generated"), ("Lead 2", None, "2. proposal")]
+    ) == [("Lead 1", "Company c4n4ry 1", "1. lead generated"), ("Lead 2", None, "2. proposal")]
     assert views.execute("SELECT customer_name FROM v_customer_timeline") == [("Acme",)]
 
 
@@ -123,9 +123,9 @@ def test_the_history_of_a_deleted_lead_still_shows(views: Crm) -> None:
     views.execute("DELETE FROM lead WHERE lead_id = 1")
     views.record()
     assert views.execute(HISTORY) == [
-        ("lead_deleted", "Lead 1", "Company 1", None),
-        ("status_changed", "Lead 1", "Company 1", None),
-        ("lead_created", "Lead 1", "Company 1", None),
+        ("lead_deleted", "Lead 1", "Company c4n4ry 1", None),
+        ("status_changed", "Lead 1", "Company c4n4ry 1", None),
+        ("lead_created", "Lead 1", "Company c4n4ry 1", None),
     ]
     assert views.execute("SELECT DISTINCT lead_name FROM v_system_activities ORDER BY 1") == [("Lead 1",), ("Lead 2",)]
 
@@ -150,7 +150,7 @@ def test_history_that_lost_its_links_still_shows(views: Crm) -> None:
     views.execute("DELETE FROM lead")
     views.execute("DELETE FROM customer")
     assert views.execute("SELECT lead_id, customer_uid FROM activity") == [(None, None), (None, None)]
-    assert views.execute(HISTORY) == [("lead_created", "Lead 1", "Company 1", None)]
+    assert views.execute(HISTORY) == [("lead_created", "Lead 1", "Company c4n4ry 1", None)]
     found = views.execute("SELECT customer_uid, customer_name FROM v_customer_timeline")
     assert found == [(2147483647, "Acme")]
 

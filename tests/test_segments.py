@@ -134,7 +134,7 @@ def source(*paths: Path | Literal["-"], rules: Rules = RULES, **more: Any) -> So
 
 def numbers(recorded: Sequence[Recorded]) -> list[Any]:
     """The rows that were inserted, in order."""
-    return [next(iter((c.new or {}).values())) for one in recorded for c in one.transaction.changes]
+    return [next(iter((c.new or {}).values()), None) for one in recorded for c in one.transaction.changes]
 
 
 def read(*paths: Path | Literal["-"], **more: Any) -> tuple[list[Any], list[Missing]]:
@@ -272,6 +272,28 @@ def test_a_file_may_be_cut_anywhere_in_what_nobody_asked_for(tmp_path: Path) -> 
     for size in range(len(lines)):
         (tmp_path / "a").write_bytes(lines[:size])
         assert read(tmp_path / "a", since=LSN(200))[0] == []
+
+
+@pytest.mark.parametrize("since", [0, 133, 152, 173])
+def test_wherever_a_plain_segment_is_cut_what_was_asked_for_is_read_or_named(tmp_path: Path, since: int) -> None:
+    """Also within a commit that nobody wants. Between two nobody can see that there were others."""
+    frames = [
+        [header(100, 160), *transaction(120, 1, 2, 3), *transaction(140, *range(12)), *transaction(160, 4, 5)],
+        [header(160, 200, number=1), *transaction(180, 6), *transaction(200, 7, 8)],
+    ]
+    whole_lines = [line for held in frames for line in held]
+    ends = [*accumulate(len(line) + 1 for line in whole_lines)]
+    between = {end for line, end in zip(whole_lines, ends, strict=True) if b'"action":"R"' in line or b'"C"' in line}
+    held_by = {120: ends[0], 140: ends[0], 160: ends[0], 180: len(text(frames[0])) + len(frames[1][0])}
+    held_by[200] = held_by[180]
+    path = tmp_path / "a.jsonl"
+    for size in range(since % 3, ends[-1], 3):
+        path.write_bytes(text(whole_lines)[:size])
+        of = source(path, since=LSN(since))
+        known = whole([*of])
+        told = [end for end, header_end in held_by.items() if end - 8 >= since and size > header_end]
+        unnamed = [end for end in told if end not in known and not is_named(end, of.missing)]
+        assert unnamed == [] or {size, size + 1} & between, size
 
 
 def test_plain_and_gzip_are_read_alike(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ import psycopg
 import pytest
 from application import Application, everything, owed, told
 from psycopg import sql
+from storms import Faults, kill
 from support import Crm, WorkerProcess, crm_on, eventually, grant, storm
 
 from cdc_worker import config, ddl, errors, postgres, profile, slot
@@ -127,6 +128,24 @@ def unfinished(crm: Crm, last: str) -> None:
     assert any(line == last for line in lines_of_setup(crm))
 
 
+def test_setting_up_goes_on_where_it_was_interrupted_each_time(server: Cluster, tmp_path: Path) -> None:
+    """After each line that is new, also after the slot is made and before there is a checkpoint."""
+    with crm_on(server, tmp_path) as whole, crm_on(server, tmp_path) as crm:
+        whole.setup()
+        said: dict[str, None] = {}
+        recorded = 0
+        while (line := next((line for line in lines_of_setup(crm) if line not in said), None)) is not None:
+            said[line] = None
+            crm.add_leads(1)
+            recorded += crm.value("SELECT count(*) FROM pg_replication_slots WHERE slot_name = %s", crm.slot)
+        assert len(said) > 10
+        assert shape(crm) == shape(whole)
+        assert recorded > 1
+        crm.record()
+        assert len(crm.activities()) == recorded
+
+
+@pytest.mark.chaos
 def test_setting_up_goes_on_where_it_was_interrupted(server: Cluster, tmp_path: Path) -> None:
     """After each line. After the slot is made, and before there is a checkpoint, nothing is lost either."""
     steps, shapes = 0, set()
@@ -164,7 +183,9 @@ def shape(crm: Crm) -> tuple[tuple[object, ...], ...]:
 
 
 @storm(6, chaos=40)
-def test_set_up_killed_again_and_again_beside_an_application_that_writes(bare_crm: Crm, seed: int, rounds: int) -> None:
+def test_set_up_killed_again_and_again_beside_an_application_that_writes(
+    bare_crm: Crm, seed: int, faults: Faults, rounds: int
+) -> None:
     chance = random.Random(seed)
     for name in ("legacy.sql", "old_migration.sql"):
         bare_crm.connection.execute((LEGACY / name).read_bytes())
@@ -176,7 +197,7 @@ def test_set_up_killed_again_and_again_beside_an_application_that_writes(bare_cr
         for _ in range(rounds):
             with WorkerProcess(["setup"], bare_crm.environment(), bare_crm.directory / "setup.log") as process:
                 time.sleep(chance.random())
-                process.kill()
+                kill(process, faults)
             application.go_on(5)
         bare_crm.succeed("setup")
         with bare_crm.worker():
@@ -461,6 +482,7 @@ def test_setup_grants_the_role_of_the_worker_what_it_needs_and_no_more(bare_crm:
             ("cdc_worker.dead_letter", "INSERT SELECT"),
             ("cdc_worker.erased", "SELECT UPDATE"),
             ("cdc_worker.excluded", "SELECT"),
+            ("cdc_worker.gap", "SELECT"),
             ("cdc_worker.partition", "INSERT SELECT UPDATE"),
             ("cdc_worker.process", "DELETE INSERT SELECT UPDATE"),
             ("cdc_worker.skip", "SELECT"),

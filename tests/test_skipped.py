@@ -27,6 +27,7 @@ from factories import (
 from hypothesis import given
 from hypothesis import strategies as st
 from psycopg.types.json import Jsonb
+from storms import Faults, kill
 from support import Crm, eventually, role, storm
 
 from cdc_worker import config, profile
@@ -333,7 +334,7 @@ INSIDE = "SELECT commit_lsn > '0/0' FROM cdc_worker.checkpoint"
 @pytest.mark.parametrize("wish", [{"skip": True}, {"collapse": "All"}], ids=["skip", "collapse"])
 @storm(3, chaos=20)
 def test_kills_within_a_commit_that_is_passed_over_lose_and_double_no_row(
-    obeying: Crm, seed: int, wish: dict[str, Any], rounds: int
+    obeying: Crm, seed: int, faults: Faults, wish: dict[str, Any], rounds: int
 ) -> None:
     crm, dice = obeying, random.Random(seed)
     with crm.connection.transaction():
@@ -347,7 +348,7 @@ def test_kills_within_a_commit_that_is_passed_over_lose_and_double_no_row(
         with crm.worker() as worker:
             eventually(lambda: worker.process.poll() is not None or crm.execute(NOTED) != before)  # noqa: B023  # at once
             threading.Event().wait(dice.random() * 0.2)
-            worker.kill()
+            kill(worker, faults)
         if not crm.value(INSIDE):
             break  # all of it is written
         inside += 1

@@ -158,7 +158,7 @@ def test_late_because_of_a_gap(crm: Crm) -> None:
     position = seen(crm).checkpoint
     crm.execute("SELECT pg_drop_replication_slot(%s)", crm.slot)
     found = seen(crm)
-    assert found.late == f'gap: slot "{crm.slot}" does not exist: changes from {position} on are not kept'
+    assert (found.late or "").startswith(f'gap: slot "{crm.slot}" does not exist: changes from {position} (')
     assert (found.plugin, found.retained_bytes, found.wal_status) == (None, None, None)
     assert f"slot:         {crm.slot}, which is gone\n" in crm.succeed("status")
 
@@ -191,8 +191,24 @@ def test_late_because_the_target_is_locked_and_by_whom(crm: Crm) -> None:
         crm.add_leads(1)
         locked = f"target locked: by process {other.info.backend_pid} (pg_dump, 127.0.0.1, idle in transaction, for "
         eventually(lambda: late(crm).startswith(locked))
+        assert not seen(crm).healthy
         other.rollback()
         eventually(lambda: late(crm) == "")
+        assert seen(crm).healthy
+
+
+def test_what_the_watchdog_sees_is_the_last_error(crm: Crm) -> None:
+    """Once the worker has had the time to write it down. It stays there when it is over, as all that went wrong."""
+    with crm.worker() as worker, psycopg.connect(crm.dsn) as other:
+        worker.wait_for("replication_started")
+        other.execute("LOCK TABLE activity")
+        crm.add_leads(1)
+        reason = worker.wait_for("worker_unhealthy")["reason"]
+        failure = eventually(lambda: seen(crm).last_error)
+        assert failure is not None
+        assert failure.error == f"unhealthy: {reason}"
+        other.rollback()
+        worker.wait_for("worker_healthy")
 
 
 def test_late_because_a_prepared_transaction_locks_the_target(quiet: Cluster, crm: Crm) -> None:
@@ -249,6 +265,7 @@ def test_late_because_of_dead_letters(crm: Crm) -> None:
             "dead letters: 1 changes wait to be seen to, the last because the target refused the row"
             " (SQLSTATE 23514, constraint activity_description_check); see: cdc-worker dead-letters list"
         )
+        assert seen(crm).healthy, "no worker could do more"
 
 
 def test_late_because_commits_wait_for_a_synchronous_standby(binaries: Binaries, tmp_path: Path) -> None:

@@ -48,7 +48,7 @@ def test_every_column_of_an_activity_is_filled(crm: Crm) -> None:
         "metadata": {
             "lead_id": lead_id,
             "lead_name": "Lead 1",
-            "company_name": "Company 1",
+            "company_name": "Company c4n4ry 1",
             "source": "website",
             "type": "exchange",
             "status": "1. lead generated",

@@ -16,9 +16,9 @@ import psycopg
 import pytest
 import servers
 from doctoring import ailing, healthy
+from storms import Faults, Writers, kill, recorded_exactly
 from support import Crm, WorkerProcess, crm_on, eventually, role, storm, stranger
 from test_docs import shown, varying
-from test_promise import Writers, recorded_exactly
 
 from cdc_worker import config, errors, profile, shadow, slot
 from cdc_worker.cluster import Binaries, Cluster
@@ -126,7 +126,9 @@ def test_every_name_is_of_another_slot_also_where_it_is_cut(crm: Crm) -> None:
 # Under load
 
 
-def test_a_worker_under_load_is_switched_there_and_back_and_goes_on_by_itself(crm: Crm, seed: int) -> None:
+def test_a_worker_under_load_is_switched_there_and_back_and_goes_on_by_itself(
+    crm: Crm, seed: int, faults: Faults
+) -> None:
     shadow.install(crm.connection)
     with streaming(crm) as worker, Writers(crm, seed, sessions=2) as writers:
         for number, plugin in enumerate(("pgoutput", "wal2json", "pgoutput"), start=2):
@@ -140,7 +142,7 @@ def test_a_worker_under_load_is_switched_there_and_back_and_goes_on_by_itself(cr
             *("wal2json", "pgoutput", "wal2json", "pgoutput")
         ]
     assert writers.commits > 50
-    recorded_exactly(crm)
+    recorded_exactly(crm, faults)
     settled(crm, "pgoutput")
 
 
@@ -179,17 +181,21 @@ def test_a_worker_that_does_not_answer_is_ended_and_goes_on_when_it_wakes_up(
 
 
 @storm(3, chaos=40)
-def test_random_kills_of_worker_and_switch_lose_and_double_nothing(crm: Crm, seed: int, rounds: int) -> None:
+def test_random_kills_of_worker_and_switch_lose_and_double_nothing(
+    crm: Crm, seed: int, faults: Faults, rounds: int
+) -> None:
     dice = random.Random(seed)
     shadow.install(crm.connection)
     with Writers(crm, seed, sessions=2):
         for _ in range(rounds):
-            with crm.worker() as worker, running(crm):
+            with crm.worker() as worker, running(crm) as switching:
                 worker.wait_for("replication_started")
                 threading.Event().wait(dice.random() ** 2)
+                kill(switching, faults)
+                kill(worker, faults)
     with streaming(crm):
         switch(crm, "pgoutput")
-    recorded_exactly(crm)
+    recorded_exactly(crm, faults)
     settled(crm, "pgoutput")
 
 

@@ -247,10 +247,11 @@ TABLE = TargetTable(
     deferrable=False,
     row_security=False,
     deadlock_timeout=1,
+    shape="",
 )
 
 
-@settings(max_examples=100)
+@settings(max_examples=40)
 @given(profiles(), COMMITS, st.none() | ROWS)
 def test_whatever_a_change_is_it_becomes_rows_of_the_target_or_dead_letters(
     profile: Profile, commit: list[Change | Message], found: Row | None
@@ -421,7 +422,7 @@ def secret_changes() -> st.SearchStrategy[Change]:
     )
 
 
-@settings(max_examples=50)
+@settings(max_examples=25)
 @given(st.data(), st.lists(secret_changes(), min_size=1, max_size=4), SECRET_ROWS)
 def test_no_masked_value_is_ever_told(data: st.DataObject, commit: list[Change | Message], found: Row) -> None:
     masked = {"a": "hidden", "b": "hash", "c": "hidden"}

@@ -15,7 +15,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from cdc_worker import reconcile
-from cdc_worker.activities import Activity, Place, parsed_key
+from cdc_worker.activities import Activity, Clusters, Place, parsed_key
 from cdc_worker.changes import Change, Row, Transaction
 from cdc_worker.history import Event, recorded, standing
 from cdc_worker.lsn import LSN
@@ -31,13 +31,14 @@ READING = compile_backfill(LEADFI)
 OF_NOBODY = compile_rules(reconcile.of_nobody(LEADFI))
 RECORDED = recorded(LEADFI, "lead")
 LOG = Log(LEADFI, "lead")
-TELLER = Teller(LOG, prefix="w/1/", named=lambda key: key[0])
+ON_ONE = Clusters("1")
 
 
 @dataclass
 class Book:
     """The log of leads as a target has it, and the leads that there are."""
 
+    clusters: Clusters = ON_ONE
     written: list[Activity] = field(default_factory=list)
     rows: dict[str, Row] = field(default_factory=dict)
     lsn: int = 0x1000
@@ -45,7 +46,9 @@ class Book:
     def commit(self, *changes: Change, record: bool = True) -> None:
         """Changes that are committed, and recorded."""
         self.lsn += 0x100
-        came = transform(RULES, assembled(changes, commit_lsn=self.lsn), worker="w", system_identifier="1")
+        came = transform(
+            RULES, assembled(changes, commit_lsn=self.lsn), worker="w", system_identifier=self.clusters.current
+        )
         self.written += [outcome for outcome in came if isinstance(outcome, Activity) and record]
         for change in changes:
             if change.operation == "truncate":
@@ -55,9 +58,17 @@ class Book:
             if change.new is not None:
                 self.rows[text(change.new["lead_id"])] = change.new
 
+    def restore(self, *clusters: str) -> None:
+        """Go on on another cluster, whose positions begin lower."""
+        self.clusters, self.lsn = Clusters(clusters[-1], clusters[:-1]), 0x10
+
+    @property
+    def teller(self) -> Teller:
+        return Teller(LOG, worker="w", clusters=self.clusters, named=lambda key: key[0])
+
     def event(self, activity: Activity) -> Event | None:
         """As a journal reads it."""
-        parsed = parsed_key("w", "1", activity.change_key)
+        parsed = parsed_key("w", self.clusters, activity.change_key)
         assert parsed is not None
         metadata = json.loads(msgspec.json.encode(activity.fields["metadata"]), parse_float=Decimal)
         what, before = RECORDED.what(parsed.rule), tuple[str, ...]()
@@ -69,7 +80,10 @@ class Book:
         if not subject:
             return None
         return Event(
-            subject, parsed.rule, what, parsed.place, parsed.kind, False, before, activity.change_key, metadata
+            *(subject, parsed.rule, what, parsed.place, parsed.kind),
+            before=before,
+            change_key=activity.change_key,
+            metadata=metadata,
         )
 
     def events(self) -> dict[str, list[Event]]:
@@ -82,18 +96,20 @@ class Book:
         return found
 
     def emptied(self) -> list[Place]:
-        keys = (parsed_key("w", "1", activity.change_key) for activity in self.written)
+        keys = (parsed_key("w", self.clusters, activity.change_key) for activity in self.written)
         return [key.place for key in keys if key is not None and key.rule in RECORDED.emptied]
 
     def stories(self, silence: Silence | None = None) -> Mapping[str, Story]:
-        return TELLER.stories(self.events(), emptied=self.emptied(), silence=silence or Silence())
+        return self.teller.stories(self.events(), emptied=self.emptied(), silence=silence or Silence())
 
     def breaks(self, silence: Silence | None = None) -> list[Break]:
         """All that is missing."""
         return [
             gap
             for subject, story in self.stories(silence).items()
-            for gap in TELLER.breaks(subject, story, LOG.values(self.rows[subject]) if subject in self.rows else None)
+            for gap in self.teller.breaks(
+                subject, story, LOG.values(self.rows[subject]) if subject in self.rows else None
+            )
         ]
 
     def repair(self) -> None:
@@ -106,7 +122,7 @@ class Book:
             assert made is not None
             read = made.change.operation == "read"
             rules = READING if read else OF_NOBODY
-            transformer = Transformer(rules, worker="w", system_identifier="1")
+            transformer = Transformer(rules, worker="w", system_identifier=self.clusters.current)
             at = LSN(self.lsn)
             commit = Transaction(0, at, at, COMMITTED_AT, [made.change], [], [made.change], 0, True, True)
             number = reconcile.number(gap)
@@ -126,7 +142,7 @@ class Book:
                         outcome,
                         rule=rule,
                         worker="w",
-                        system_identifier="1",
+                        clusters=self.clusters,
                         moment=reconcile.Moment("now", LSN(self.lsn), COMMITTED_AT),
                         number=number,
                     )
@@ -224,6 +240,30 @@ def test_what_was_never_recorded_is_made_up_for(
     for _ in range(3):
         book.repair()
     assert book.breaks() == []
+
+
+@given(STEPS, STEPS, STEPS, STEPS, st.integers(0, 3))
+def test_what_was_lost_with_a_cluster_is_made_up_for_on_the_next(
+    before: Sequence[Any], gap: Sequence[Any], after: Sequence[Any], later: Sequence[Any], lost: int
+) -> None:
+    book = lived(before)
+    for _ in range(lost):
+        if book.written:
+            book.written.pop(len(book.written) // 2)
+    for steps, clusters in ((after, ("1", "2")), (later, ("1", "2", "3"))):
+        kept = [*book.written]
+        lived(gap, book)
+        book.restore(*clusters)
+        lived(gap[::-1], book)
+        book.written = kept
+        lived(steps, book)
+        for _ in range(4):
+            book.repair()
+        assert book.breaks() == []
+        keys = [of.change_key for of in book.written]
+        assert len(keys) == len({*keys})
+        lived(steps, book)
+        assert book.breaks() == []
 
 
 def story(book: Book) -> list[tuple[str, str, list[str]]]:
@@ -344,6 +384,31 @@ def test_a_row_that_is_gone_and_was_never_deleted_has_no_deletion() -> None:
     assert story(book) == [("deletion", "7", [])]
 
 
+def test_on_another_cluster_the_log_goes_on_where_it_was_left_on_the_one_before() -> None:
+    book = Book()
+    book.commit(inserted("lead", lead()), inserted("lead", lead(lead_id=8)), inserted("lead", lead(lead_id=9)))
+    book.commit(updated("lead", lead(), status="2"))
+    book.restore("1", "2")
+    assert story(book) == []
+    book.commit(updated("lead", book.rows["7"], status="3"), deleted("lead", lead(lead_id=8)), record=False)
+    assert story(book) == [("change", "7", ["status"]), ("deletion", "8", [])]
+    book.commit(updated("lead", book.rows["7"], status="4"))
+    assert story(book) == [("change", "7", ["status"]), ("deletion", "8", [])]
+    book.repair()
+    assert [of.change_key for of in book.written[-2:]] == [
+        f"w/2/repair/public.lead/7/status_changed/1:{0x1200:016X}-0.1000",
+        f"w/2/repair/public.lead/8/lead_deleted/1:{0x1100:016X}-1.1000",
+    ]
+    assert story(book) == []
+    book.commit(inserted("lead", lead(lead_id=8)), record=False)
+    book.repair()
+    assert book.written[-1].change_key == f"w/2/repair/public.lead/8/lead_created/1:{0x1100:016X}-1.2000"
+    # Of the order of clusters that aren't known nothing is known.
+    book.commit(updated("lead", book.rows["7"], status="5"), record=False)
+    book.clusters = Clusters("3")
+    assert story(book) == []
+
+
 def test_an_identity_that_is_told_later_shows_what_was_lost() -> None:
     book = Book()
     book.commit(inserted("lead", lead()))
@@ -382,11 +447,11 @@ def test_what_triggers_recorded_meanwhile_is_silence_and_so_is_what_was_blanked(
     begin = LSN(book.lsn + 1)
     book.commit(updated("lead", lead(), status="2"), record=False)
     end = LSN(book.lsn + 1)
-    assert book.breaks(Silence(stretches=[(begin, end)])) == []
-    assert book.breaks(Silence(blank={"7": end})) == []
+    assert book.breaks(Silence(stretches=[(begin, Place(1, end))])) == []
+    assert book.breaks(Silence(blank={"7": Place(1, end)})) == []
     book.commit(updated("lead", book.rows["7"], status="3"))
     book.commit(updated("lead", book.rows["7"], status="4"), record=False)
-    assert [gap.what for gap in book.breaks(Silence(stretches=[(begin, end)]))] == ["change"]
+    assert [gap.what for gap in book.breaks(Silence(stretches=[(begin, Place(1, end))]))] == ["change"]
 
 
 def test_what_came_to_be_after_a_deletion_that_was_made_up_for_stands_after_it() -> None:
@@ -466,7 +531,7 @@ def test_of_a_row_that_was_there_before_only_what_is_told_counts() -> None:
     assert story(book) == []
     book.commit(updated("lead", lead(), status="2"), record=False)
     assert story(book) == [("change", "7", ["status"])]
-    before_that = Silence(stretches=[(LSN(0), LSN(0x1080))])
+    before_that = Silence(stretches=[(LSN(0), Place(1, LSN(0x1080)))])
     assert [gap.what for gap in book.breaks(before_that)] == ["change"]
     book.repair()
     assert book.breaks(before_that) == []

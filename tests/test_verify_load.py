@@ -84,15 +84,16 @@ def at_work(crm: Crm, seed: int, *, keys: int) -> Iterator[list[Application]]:
 
 
 @storm(1, chaos=30)
-def test_nothing_is_found_in_a_true_log_of_ten_thousand_rows_under_load(crm: Crm, seed: int, rounds: int) -> None:
+def test_nothing_is_found_in_a_true_log_of_thousands_of_rows_under_load(crm: Crm, seed: int, rounds: int) -> None:
+    rows = 3_000 if rounds == 1 else 10_000
     with running(crm):
-        crm.add_leads(10_000)
-        with at_work(crm, seed, keys=10_300) as applications:
+        crm.add_leads(rows)
+        with at_work(crm, seed, keys=rows + 300) as applications:
             number = 0
-            while number < rounds or sum(application.done for application in applications) < 2_000:
+            while number < rounds or sum(application.done for application in applications) < 1_000:
                 disagreements, done = verified(crm, "lead", chunk_size=(1_000, 300)[number % 2])
                 assert disagreements == []
-                assert done["lead"].subjects >= 9_000
+                assert done["lead"].subjects >= rows * 0.9
                 number += 1
         disagreements, _ = verified(crm)
         assert disagreements == []

@@ -13,7 +13,8 @@ from support import Crm, either_plugin, eventually
 
 from cdc_worker import config, profile, shadow
 from cdc_worker.cluster import Cluster
-from cdc_worker.worker import Stop, Worker
+from cdc_worker.stop import Stop
+from cdc_worker.worker import Worker
 
 pytestmark = either_plugin
 
@@ -68,8 +69,8 @@ def test_a_server_that_reads_a_long_transaction_of_other_tables_is_waited_for(
     crm: Crm, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It may not answer meanwhile, and if it were given up it would begin anew, for ever."""
-    for name, value in {"SILENCE": 0.1, "STATUS_INTERVAL": 0.05, "gc": mock.Mock()}.items():
-        monkeypatch.setattr(f"cdc_worker.worker.{name}", value)
+    for name, value in {"stream.SILENCE": 0.1, "stream.STATUS_INTERVAL": 0.05, "worker.gc": mock.Mock()}.items():
+        monkeypatch.setattr(f"cdc_worker.{name}", value)
     database = sql.Identifier(crm.connection.info.dbname)
     crm.connection.execute(sql.SQL("ALTER DATABASE {} SET wal_sender_timeout = 0").format(database))
     crm.execute("CREATE TABLE other AS SELECT generate_series(1, 600000) AS id")
