@@ -6,9 +6,10 @@ VENV := .venv
 JOBS ?= 4
 # Of each of three targets.
 FUZZ_SECONDS ?= 120
+SOAK_SECONDS ?= 1200
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test matrix chaos fuzz lint types bench format clean
+.PHONY: help demo test matrix chaos soak fuzz lint types audit bench format clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST)
@@ -22,8 +23,12 @@ test: $(VENV)/.installed-dev ## Run the suite against private PostgreSQL servers
 matrix: $(VENV)/.installed-dev ## Run what must hold on every server on all that this machine has: 14 to 18 (JOBS, PYTEST_ARGS)
 	@$(VENV)/bin/python -m pytest -n $(JOBS) --dist worksteal -m 'each_server and not chaos' -rfE $(PYTEST_ARGS)
 
-chaos: $(VENV)/.installed-dev ## Run the storms at their full length: kills, crashes, terminated connections (JOBS, PYTEST_ARGS)
-	@$(VENV)/bin/python -m pytest -n $(JOBS) --dist worksteal -m chaos $(PYTEST_ARGS)
+# On all servers that are there, which takes many times as long: PYTEST_ARGS='-m chaos'.
+chaos: $(VENV)/.installed-dev ## Run the storms at their full length: kills, crashes, cut networks; ends with a table of them (JOBS, PYTEST_ARGS)
+	@$(VENV)/bin/python -m pytest -n $(JOBS) --dist worksteal -m 'chaos and not matrix' $(PYTEST_ARGS)
+
+soak: $(VENV)/.installed-dev ## Let all that goes wrong happen at random and together, and print what came of it (SOAK_SECONDS)
+	@SOAK_SECONDS=$(SOAK_SECONDS) $(VENV)/bin/python tests/soak.py
 
 fuzz: $(VENV)/.installed-fuzz ## Give the decoders whatever may reach more of their code (FUZZ_SECONDS)
 	@$(VENV)/bin/python -m fuzz --seconds $(FUZZ_SECONDS)
@@ -34,6 +39,9 @@ lint: $(VENV)/.installed-dev ## Check style and format
 
 types: $(VENV)/.installed-dev ## Check types
 	@$(VENV)/bin/mypy
+
+audit: $(VENV)/.installed-audit ## Ask whether a dependency, as installed, is known to be vulnerable (AUDIT_ARGS)
+	@$(VENV)/bin/python scripts/audit $(AUDIT_ARGS)
 
 bench: $(VENV)/.installed-dev ## Measure throughput beside pg_recvlogical, and latency (BENCH_ARGS)
 	@$(VENV)/bin/python -m bench $(BENCH_ARGS)
@@ -56,4 +64,8 @@ $(VENV)/.installed-dev: pyproject.toml
 
 $(VENV)/.installed-fuzz: $(VENV)/.installed-dev
 	@PYTHON='$(PYTHON)' scripts/venv $(VENV) '.[fuzz]'
+	@touch $@
+
+$(VENV)/.installed-audit: $(VENV)/.installed
+	@PYTHON='$(PYTHON)' scripts/venv $(VENV) '.[audit]'
 	@touch $@
