@@ -176,7 +176,7 @@ WHERE conrelid = to_regclass(format('%%I.%%I', %s::text, %s::text)) AND contype 
 
 _TARGET: Final = """
 SELECT EXISTS (SELECT FROM pg_constraint WHERE conrelid = target AND condeferrable), row_security_active(target),
-       (SELECT setting::float / 1000 FROM pg_settings WHERE name = 'deadlock_timeout')
+       extract(epoch FROM current_setting('deadlock_timeout')::interval)::float
 FROM to_regclass(format('%%I.%%I', %s::text, %s::text)) AS target
 """
 

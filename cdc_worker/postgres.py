@@ -453,9 +453,7 @@ class Session:
 
 def session(connection: Connection) -> Session:
     """Who serves this connection."""
-    return Session(
-        *fetch_one(connection, "SELECT pid, backend_start FROM pg_stat_activity WHERE pid = pg_backend_pid()")
-    )
+    return Session(*fetch_one(connection, "SELECT pid, backend_start FROM pg_stat_get_activity(pg_backend_pid())"))
 
 
 _END: Final = """

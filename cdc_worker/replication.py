@@ -77,10 +77,9 @@ class Replication:
 
     def wal_sender_timeout(self) -> float:
         """After so many seconds without a word from us the server hangs up; 0 for never."""
-        return (
-            int(fetch_one(self._connection, "SELECT setting FROM pg_settings WHERE name = 'wal_sender_timeout'")[0])
-            / 1e3
-        )
+        # Of pg_settings the server would make all rows.
+        query = "SELECT extract(epoch FROM current_setting('wal_sender_timeout')::interval)::float"
+        return float(fetch_one(self._connection, query)[0])
 
     def start(
         self,
