@@ -20,7 +20,7 @@ from cdc_worker.values import Value
 
 # A failure prints the blob that repeats it. The machine's speed is no failure.
 settings.register_profile(
-    "core", deadline=None, print_blob=True, suppress_health_check=[HealthCheck.too_slow], max_examples=200
+    "core", deadline=None, print_blob=True, suppress_health_check=[HealthCheck.too_slow], max_examples=100
 )
 settings.load_profile("core")
 

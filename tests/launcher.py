@@ -5,6 +5,7 @@ What comes of it is a process as any other, with a number, an environment, files
 
 from __future__ import annotations
 
+import atexit
 import functools
 import gc
 import itertools
@@ -15,10 +16,11 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NoReturn
 
 FAIL_POINT = "CDC_TEST_FAIL_POINT"
 """Where a process is to be killed, and at which time that it gets there: "committed:3"."""
@@ -127,6 +129,33 @@ def _end_at(point: str, times: int) -> None:
     failpoints.reach = reach
 
 
+def _run() -> int:
+    """Run `python -m cdc_worker`; returns what its process would end with."""
+    try:
+        runpy.run_module("cdc_worker", run_name="__main__", alter_sys=True)
+    except SystemExit as end:
+        if isinstance(end.code, str):
+            sys.stderr.write(f"{end.code}\n")
+            return 1
+        return end.code or 0
+    except BaseException:  # the interpreter would print it as well
+        sys.excepthook(*sys.exc_info())
+        return 1
+    return 0
+
+
+def _end(code: int) -> NoReturn:
+    """End as the interpreter does, but for taking all apart that was shared: that takes longer than most commands."""
+    threading._shutdown()  # type: ignore[attr-defined]  # waits for threads that are no daemons
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            code = 120  # see Py_FinalizeEx
+    os._exit(code)
+
+
 if __name__ == "__main__":
     sys.path[0] = str(Path.cwd())
     import cdc_worker.cli
@@ -139,4 +168,4 @@ if __name__ == "__main__":
     if FAIL_POINT in os.environ:
         name, _, number = os.environ.pop(FAIL_POINT).partition(":")
         _end_at(name, int(number))
-    runpy.run_module("cdc_worker", run_name="__main__", alter_sys=True)
+    _end(_run())

@@ -236,7 +236,11 @@ HOLD_ROWS_UP = "SELECT pg_advisory_xact_lock(9)"
 
 
 def let_rows_wait(crm: Crm) -> None:
-    """Have each row that is inserted into activity wait, in the middle of a batch, while somebody holds it up."""
+    """Have each row that is inserted into activity wait, in the middle of a batch, while somebody holds it up.
+
+    To be executed before the worker connects, which gives up what waits for longer than a part of deadlock_timeout.
+    """
+    crm.execute(f"ALTER DATABASE {crm.connection.info.dbname} SET deadlock_timeout = '1h'")
     crm.execute(
         "CREATE FUNCTION wait() RETURNS trigger LANGUAGE plpgsql AS"
         " 'BEGIN PERFORM pg_advisory_xact_lock(9); RETURN NEW; END'"

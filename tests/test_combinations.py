@@ -159,7 +159,7 @@ def without_noted(outcomes: list[Outcome], written: list[Outcome]) -> list[Outco
 
 
 @given(SCRIPTS, CUTS, CUTS, SCOPES, st.integers(1, 8))
-@settings(max_examples=200)
+@settings(max_examples=100)
 def test_whatever_waits_a_commit_goes_on_where_it_was_written_to(
     script: list[Change | Message], cuts: set[int], later: set[int], scope: Scope, few: int
 ) -> None:

@@ -194,7 +194,7 @@ def test_what_is_read_again_from_an_earlier_position_is_known(bare_crm: Crm, cha
             crm.execute("DROP ROLE django")
 
 
-@storm(4, chaos=30)
+@storm(2, chaos=30)
 def test_kills_lose_and_double_nothing(cookbook: Crm, seed: int, rounds: int) -> None:
     stop = threading.Event()
     failures: list[Exception] = []

@@ -19,7 +19,7 @@ from cdc_worker.cluster import Cluster
 pytestmark = either_plugin
 
 
-@storm(6, chaos=100)
+@storm(3, chaos=100)
 def test_random_kills_under_concurrent_writers_lose_and_double_nothing(
     crm: Crm, seed: int, faults: Faults, rounds: int
 ) -> None:
@@ -30,7 +30,7 @@ def test_random_kills_under_concurrent_writers_lose_and_double_nothing(
     recorded_exactly(crm, faults)
 
 
-@storm(4, chaos=30)
+@storm(2, chaos=30)
 def test_kills_within_one_large_transaction_lose_and_double_nothing(
     crm: Crm, seed: int, faults: Faults, rounds: int
 ) -> None:
@@ -68,7 +68,7 @@ def test_kills_while_rows_that_share_an_lsn_are_written(crm: Crm, seed: int, fau
 
 
 @pytest.mark.parametrize("durable", [True, False], ids=["durable", "synchronous_commit off"])
-@storm(2, chaos=20)
+@storm(1, chaos=20)
 def test_crashes_of_the_server_lose_and_double_nothing(
     own_crm: Crm, own_server: Cluster, seed: int, faults: Faults, *, durable: bool, rounds: int
 ) -> None:
@@ -93,7 +93,7 @@ def test_crashes_of_the_server_lose_and_double_nothing(
     recorded_exactly(crm, faults)
 
 
-@storm(6, chaos=60)
+@storm(3, chaos=60)
 def test_terminated_connections_lose_and_double_nothing(crm: Crm, seed: int, faults: Faults, rounds: int) -> None:
     dice = random.Random(seed)
     shadow.install(crm.connection)

@@ -388,7 +388,7 @@ def busy(connection: Connection, session: int, turn: int) -> None:
 
 
 @either_plugin
-@storm(3, chaos=40)
+@storm(2, chaos=40)
 def test_kills_at_any_moment_leave_nothing_out(recorded: Recorded, seed: int, faults: Faults, rounds: int) -> None:
     """After each, what the checkpoint has passed by then is there by then."""
     dice, crm = random.Random(seed), recorded.crm
@@ -447,7 +447,7 @@ def test_terminated_connections_leave_nothing_out(recorded: Recorded, seed: int,
     assert recorded.holds() > rounds
 
 
-@storm(2, chaos=16)
+@storm(1, chaos=16)
 def test_a_stand_by_that_takes_over_goes_on_in_files_of_its_own(
     recorded: Recorded, seed: int, faults: Faults, rounds: int
 ) -> None:

@@ -512,7 +512,7 @@ IN_ONE_TRANSACTION = [
 ]
 
 
-@storm(2, chaos=20)
+@storm(1, chaos=20)
 def test_kills_within_one_large_transaction_that_looks_up_its_own_rows(cookbook: Crm, seed: int, rounds: int) -> None:
     cookbook.connection.execute(SIGNALS)
     with cookbook.connection.transaction():

@@ -182,7 +182,7 @@ def shape(crm: Crm) -> tuple[tuple[object, ...], ...]:
     )
 
 
-@storm(6, chaos=40)
+@storm(3, chaos=40)
 def test_set_up_killed_again_and_again_beside_an_application_that_writes(
     bare_crm: Crm, seed: int, faults: Faults, rounds: int
 ) -> None:

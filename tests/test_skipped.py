@@ -332,7 +332,7 @@ INSIDE = "SELECT commit_lsn > '0/0' FROM cdc_worker.checkpoint"
 
 
 @pytest.mark.parametrize("wish", [{"skip": True}, {"collapse": "All"}], ids=["skip", "collapse"])
-@storm(3, chaos=20)
+@storm(2, chaos=20)
 def test_kills_within_a_commit_that_is_passed_over_lose_and_double_no_row(
     obeying: Crm, seed: int, faults: Faults, wish: dict[str, Any], rounds: int
 ) -> None:

@@ -271,7 +271,7 @@ def test_a_worker_that_slept_while_it_was_taking_over_ends_nobody(hasty: Cluster
         successor.execute("SELECT")
 
 
-@storm(4, chaos=16)
+@storm(2, chaos=16)
 def test_workers_stopped_at_any_moment_write_nothing_twice(crm: Crm, seed: int, faults: Faults, rounds: int) -> None:
     """Each in turn is stopped under load, replaced, and woken up at some later time."""
     chance = random.Random(seed)

@@ -251,7 +251,7 @@ TABLE = TargetTable(
 )
 
 
-@settings(max_examples=40)
+@settings(max_examples=20)
 @given(profiles(), COMMITS, st.none() | ROWS)
 def test_whatever_a_change_is_it_becomes_rows_of_the_target_or_dead_letters(
     profile: Profile, commit: list[Change | Message], found: Row | None
@@ -422,7 +422,7 @@ def secret_changes() -> st.SearchStrategy[Change]:
     )
 
 
-@settings(max_examples=25)
+@settings(max_examples=15)
 @given(st.data(), st.lists(secret_changes(), min_size=1, max_size=4), SECRET_ROWS)
 def test_no_masked_value_is_ever_told(data: st.DataObject, commit: list[Change | Message], found: Row) -> None:
     masked = {"a": "hidden", "b": "hash", "c": "hidden"}
