@@ -557,7 +557,7 @@ VALUES (%s, 'Ada', %s, 'web', 'jane', 't')
 """
 
 
-@storm(1, chaos=20)
+@storm(1, chaos=8)
 def test_a_row_met_by_stream_and_two_backfills_is_created_once(bare_crm: Crm, seed: int, rounds: int) -> None:
     for number in range(rounds):
         race(bare_crm, seed + number)
