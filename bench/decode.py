@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from typing import Any
 
+import click
 import psycopg
 from psycopg import sql
 
+from bench.figures import Spread, ratio, spread
+from bench.server import Opener, supported
+from bench.sizes import Sizes
+from bench.tables import table
 from cdc_worker import decoders, profile, wal2json
 from cdc_worker.changes import Assembler
 from cdc_worker.decoders import Decoder
@@ -28,7 +33,7 @@ TYPES = {
 }
 """Of columns, in turn, with a value by the row's number."""
 
-PROFILE = """
+TARGET = """
 name = "bench"
 [target]
 table = "activity"
@@ -36,6 +41,9 @@ table = "activity"
 activity_type = "type"
 description = "description"
 change_key = "change_key"
+"""
+
+RULES = """
 [tables.{table}]
 [[tables.{table}.rules]]
 on = "update"
@@ -56,34 +64,25 @@ END LOOP; END $$
 SENT = "SELECT data FROM pg_logical_slot_peek_binary_changes(%s, NULL, NULL, VARIADIC %s)"
 
 
-def supported(connection: Connection, slot: str, options: dict[str, str]) -> dict[str, str]:
-    """The options of wal2json without those that this one doesn't know."""
-    known = dict(options)
-    for name in wal2json.OPTIONAL:
-        try:
-            connection.execute(
-                "SELECT 1 FROM pg_logical_slot_peek_binary_changes(%s, NULL, 1, %s, %s)", (slot, name, options[name])
-            )
-        except psycopg.errors.InvalidParameterValue:
-            del known[name]
-    return known
+def make(connection: Connection, table: str, columns: int, rows: int = CHANGES_A_COMMIT, *, text: int = 0) -> None:
+    """A table of so many columns, a key and a status among them, with identity FULL; one may have a long `text`."""
+    types = [*TYPES.items()] * (columns // len(TYPES) + 1)
+    others = [(f"column_{number}", *types[number]) for number in range(columns - 2)]
+    if text:
+        # What compresses is no long text.
+        long = f"(SELECT string_agg(md5({{n}}::text || part), '') FROM generate_series(1, {text // 32}) part)"
+        others[0] = (others[0][0], "text", long)
+    kinds = ", ".join(f"{column} {kind}" for column, kind, _ in others)
+    connection.execute(f"CREATE TABLE {table} (id integer PRIMARY KEY, status text, {kinds})".encode())
+    connection.execute(f"ALTER TABLE {table} REPLICA IDENTITY FULL".encode())
+    row = ", ".join(value.replace("{n}", "n") for _, _, value in others).replace("%%", "%")
+    connection.execute(f"INSERT INTO {table} SELECT n, 'generated', {row} FROM generate_series(1, {rows}) n".encode())
 
 
 def sent(connection: Connection, table: str, columns: int, count: int) -> dict[str, list[bytes]]:
     """What each plugin sends of so many updates of single rows of a table, whose identity is FULL."""
-    types = [*TYPES.items()] * (columns // len(TYPES) + 1)
-    others = [(f"column_{number}", *types[number]) for number in range(columns - 2)]
+    make(connection, table, columns)
     name = sql.Identifier(table)
-    connection.execute(
-        sql.SQL("CREATE TABLE {} (id integer PRIMARY KEY, status text, {})").format(
-            name, sql.SQL(", ").join(sql.SQL(f"{column} {kind}") for column, kind, _ in others)
-        )
-    )
-    connection.execute(sql.SQL("ALTER TABLE {} REPLICA IDENTITY FULL").format(name))
-    row = ", ".join(value.replace("{n}", "n") for _, _, value in others).replace("%%", "%")
-    connection.execute(
-        f"INSERT INTO {table} SELECT n, 'generated', {row} FROM generate_series(1, {CHANGES_A_COMMIT}) n".encode()
-    )
     connection.execute(sql.SQL("CREATE PUBLICATION {} FOR TABLE {}").format(name, name))
     for plugin in decoders.PLUGINS:
         connection.execute("SELECT pg_create_logical_replication_slot(%s, %s)", (f"{table}_{plugin}", plugin))
@@ -94,7 +93,7 @@ def sent(connection: Connection, table: str, columns: int, count: int) -> dict[s
         slot = f"{table}_{plugin}"
         options, _ = decoders.options(plugin, [("public", table)], (), publication=table)
         if plugin == wal2json.PLUGIN:
-            options = supported(connection, slot, options)
+            options = supported(connection, options)
         arguments = [part for option in options.items() for part in option]
         rows = connection.execute(SENT.encode(), (slot, arguments))
         found[plugin] = [bytes(data) for (data,) in rows]
@@ -128,15 +127,14 @@ def seconds(work: Callable[[], object]) -> float:
     return time.process_time() - started
 
 
-def measured(connection: Connection, columns: int, count: int, rounds: int) -> list[Sequence[object]]:
-    """Lines of a table: microseconds a change, decoded only, and up to what the rules tell, in rounds in turn."""
+def measured(connection: Connection, columns: int, count: int, rounds: int) -> Iterator[tuple[str, dict[str, Spread]]]:
+    """Of each work, by plugin: microseconds a change, in rounds in turn."""
     table = f"columns_{columns}"
     payloads = sent(connection, table, columns, count)
-    rules = compile_rules(profile.parse(PROFILE.format(table=table), source="bench"))
+    rules = compile_rules(profile.parse(TARGET + RULES.format(table=table), source="bench"))
     outcomes = {plugin: [*told(decoder_of(plugin, table), payloads[plugin], rules)] for plugin in payloads}
     if not outcomes["wal2json"] == outcomes["pgoutput"] or len(outcomes["pgoutput"]) != count:
         raise RuntimeError("the plugins don't tell the same")
-    lines: list[Sequence[object]] = []
     works: dict[str, Callable[[str], object]] = {
         "decode": lambda plugin: decoded(decoder_of(plugin, table), payloads[plugin]),
         "decode, diff and rules": lambda plugin: deque(told(decoder_of(plugin, table), payloads[plugin], rules), 0),
@@ -145,8 +143,24 @@ def measured(connection: Connection, columns: int, count: int, rounds: int) -> l
         taken: dict[str, list[float]] = {plugin: [] for plugin in payloads}
         for number in range(rounds):
             for plugin in sorted(payloads, reverse=bool(number % 2)):
-                taken[plugin].append(seconds(partial(work, plugin)))
-        ratios = [ours / theirs for ours, theirs in zip(taken["pgoutput"], taken["wal2json"], strict=True)]
-        each = [f"{statistics.median(taken[plugin]) / count * 1e6:.1f}" for plugin in ("wal2json", "pgoutput")]
-        lines.append((columns, name, *each, f"{statistics.median(ratios):.2f}", f"{min(ratios):.2f}–{max(ratios):.2f}"))
-    return lines
+                taken[plugin].append(seconds(partial(work, plugin)) / count * 1e6)
+        yield name, {plugin: spread(each) for plugin, each in taken.items()}
+
+
+def measure(opened: Opener, sizes: Sizes) -> dict[str, Any]:
+    """What a change costs by itself, with either decoder."""
+    count = max(CHANGES_A_COMMIT, sizes.count // 10 // CHANGES_A_COMMIT * CHANGES_A_COMMIT)
+    lines: list[Sequence[object]] = [("columns", "", "wal2json", "pgoutput", "ratio", "of rounds")]
+    found: list[dict[str, Any]] = []
+    with opened() as server:
+        if not server.has_wal2json:
+            raise click.ClickException("the server has no wal2json to compare with")
+        for columns in (6, 40):
+            for work, taken in measured(server.connection, columns, count, sizes.rounds):
+                ratios = ratio(taken["pgoutput"], taken["wal2json"])
+                each = [f"{taken[plugin]['median']:.1f}" for plugin in ("wal2json", "pgoutput")]
+                of_rounds = f"{ratios['min']:.2f}–{ratios['max']:.2f}"
+                lines.append((columns, work, *each, f"{ratios['median']:.2f}", of_rounds))
+                found.append({"columns": columns, "work": work, "microseconds": taken, "ratio": ratios})
+    table(f"Microseconds a change, in {sizes.rounds} rounds of {count:,} updates with a full old row", lines)
+    return {"changes": count, "works": found}
