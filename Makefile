@@ -43,7 +43,8 @@ types: $(VENV)/.installed-dev ## Check types
 audit: $(VENV)/.installed-audit ## Ask whether a dependency, as installed, is known to be vulnerable (AUDIT_ARGS)
 	@$(VENV)/bin/python scripts/audit $(AUDIT_ARGS)
 
-bench: $(VENV)/.installed-dev ## Measure throughput beside pg_recvlogical, and latency (BENCH_ARGS)
+# For two hours or so; with Debezium's engine beside it: .venv/bin/pip install '.[bench-debezium]', and Java.
+bench: $(VENV)/.installed-bench ## Measure throughput, latency and price beside peers, into docs/benchmarks (BENCH_ARGS)
 	@$(VENV)/bin/python -m bench $(BENCH_ARGS)
 
 format: $(VENV)/.installed-dev ## Mend what can be mended of style and format
@@ -64,6 +65,10 @@ $(VENV)/.installed-dev: pyproject.toml
 
 $(VENV)/.installed-fuzz: $(VENV)/.installed-dev
 	@PYTHON='$(PYTHON)' scripts/venv $(VENV) '.[fuzz]'
+	@touch $@
+
+$(VENV)/.installed-bench: $(VENV)/.installed-dev
+	@PYTHON='$(PYTHON)' scripts/venv $(VENV) . '.[bench]'
 	@touch $@
 
 $(VENV)/.installed-audit: $(VENV)/.installed
