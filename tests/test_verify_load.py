@@ -83,7 +83,7 @@ def at_work(crm: Crm, seed: int, *, keys: int) -> Iterator[list[Application]]:
     assert [application.failure for application in applications] == [None, None]
 
 
-@storm(1, chaos=30)
+@storm(1, chaos=6)
 def test_nothing_is_found_in_a_true_log_of_thousands_of_rows_under_load(crm: Crm, seed: int, rounds: int) -> None:
     rows = 3_000 if rounds == 1 else 10_000
     with running(crm):
