@@ -99,7 +99,7 @@ def test_nothing_is_found_in_a_true_log_of_thousands_of_rows_under_load(crm: Crm
         assert disagreements == []
 
 
-@storm(1, chaos=10)
+@storm(1, chaos=3)
 def test_a_log_that_is_damaged_under_load_is_repaired_under_load(crm: Crm, seed: int, rounds: int) -> None:
     chance = random.Random(seed)
     with running(crm):
