@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Final
 
 from bench.aims import AIMS
+from bench.application import CONDITIONS
 from bench.figures import ratio
 from bench.tables import Row, markdown, number, ranged
 
@@ -175,18 +176,12 @@ def latency(part: Mapping[str, Any]) -> Iterator[str]:
 
 def application(part: Mapping[str, Any]) -> Iterator[str]:
     yield APPLICATION
-    names = {
-        "nothing": "nothing",
-        "identity": "REPLICA IDENTITY FULL",
-        "worker": "the worker",
-        "triggers": "the old triggers",
-    }
     for load, title in (("saturated", "as fast as can be"), ("fixed", f"{part['rate']:,} a second")):
         rows: list[Row] = [(title, "updates /s", "p50 ms", "p95 ms", "p99 ms", "/s, to triggers", "p50, to triggers")]
         triggers = part["loads"][load]["triggers"]
         for condition, found in part["loads"][load].items():
             beside = (ranged(ratio(found[measure], triggers[measure])) for measure in ("throughput", "p50_ms"))
-            rows.append((names[condition], *map(ranged, found.values()), *beside))
+            rows.append((CONDITIONS[condition], *map(ranged, found.values()), *beside))
         yield markdown(rows)
 
 
