@@ -345,7 +345,8 @@ class Batch:
     ) -> None:
         """Take what came of a slice of a commit: of all of it if `complete`, else of its first `done` changes."""
         before = self.end.lsn
-        self.given += ((person, transaction.commit_lsn) for person in given)
+        if given:
+            self.given += ((person, transaction.commit_lsn) for person in given)
         if outcomes:
             self._slices.append(_Slice(len(self.outcomes), before, transaction.commit_lsn))
             self.outcomes += outcomes

@@ -8,7 +8,7 @@ first change that has them: a `Decoder` remembers them, and reads all messages o
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from datetime import timedelta
 from functools import partial
 from typing import Any, Final, Literal, Protocol, cast
@@ -17,6 +17,7 @@ import msgspec
 
 from cdc_worker.changes import Begin, Change, Commit, Decoded, Message, Payload, Row
 from cdc_worker.errors import MessageUnreadableError
+from cdc_worker.lazy import Layout, lazy_row
 from cdc_worker.lsn import LSN
 from cdc_worker.protocol import EPOCH
 from cdc_worker.values import READERS, Value
@@ -66,7 +67,7 @@ _KEY: Final = 1
 class _Relation:
     """A table, as changes have it from here on."""
 
-    __slots__ = ("columns", "full", "key", "name", "payload", "places", "readers", "typeoids", "wanted")
+    __slots__ = ("columns", "full", "key", "layout", "name", "payload", "readers", "typeoids", "wanted")
 
     def __init__(
         self,
@@ -79,55 +80,25 @@ class _Relation:
     ) -> None:
         self.name = name
         self.columns = [column for column, _, _ in columns]
-        self.places = {column: place for place, column in enumerate(self.columns)}
-        if len(self.places) < len(columns):
-            raise ValueError("two columns have one name")
-        self.typeoids = [typeoid for _, typeoid, _ in columns]
-        self.readers: list[Callable[[str], Value] | None] = [READERS.get(typeoid) for typeoid in self.typeoids]
+        self.typeoids = {column: typeoid for column, typeoid, _ in columns}
+        self.readers = [READERS.get(typeoid) for _, typeoid, _ in columns]
+        self.layout = Layout(self.columns, self.readers)
         self.key = [place for place, (_, _, key) in enumerate(columns) if key]
         self.full = full
         self.wanted = wanted
         self.payload = payload
 
 
-class _Row(Mapping[str, Value]):
-    """A row, whose values are made when they are asked for."""
-
-    __slots__ = ("relation", "texts")
-
-    def __init__(self, relation: _Relation, texts: _Texts) -> None:
-        self.relation = relation
-        self.texts = texts
-
-    def __getitem__(self, column: str) -> Value:
-        relation = self.relation
-        place = relation.places[column]
-        text = self.texts[place]
-        if text is _UNSENT:
-            raise KeyError(column)
-        read = relation.readers[place]
-        if read is None or text is None:
-            return cast(str | None, text)
-        return read(cast(str, text))
-
-    def __contains__(self, column: object) -> bool:
-        place = self.relation.places.get(column)  # type: ignore[call-overload]  # as a dict, it has no other keys
-        return place is not None and self.texts[place] is not _UNSENT
-
-    def __iter__(self) -> Iterator[str]:
-        columns, texts = self.relation.columns, self.texts
-        if _UNSENT not in texts:
-            return iter(columns)
-        return iter([column for column, text in zip(columns, texts, strict=True) if text is not _UNSENT])
-
-    def __len__(self) -> int:
-        return len(self.texts) - self.texts.count(_UNSENT)
-
-    def __repr__(self) -> str:
-        return repr(dict(self))
-
-    def __reduce__(self) -> tuple[type[dict[str, Value]], tuple[dict[str, Value]]]:
-        return dict, (dict(self),)
+def _row(relation: _Relation, texts: _Texts) -> Row:
+    """A row: of one that was sent whole nothing is read before it is asked for."""
+    if _UNSENT not in texts:
+        return lazy_row(relation.layout, texts)
+    columns = zip(relation.columns, relation.readers, texts, strict=True)
+    return {
+        column: cast(str | None, text) if read is None or text is None else read(cast(str, text))
+        for column, read, text in columns
+        if text is not _UNSENT
+    }
 
 
 class Decoder:
@@ -198,7 +169,7 @@ class Decoder:
         _expect(data, 5, b"N")
         row, end = _tuple(data, 6, relation, self._text)
         _expect_end(data, end)
-        return Change("insert", *relation.name, None, _Row(relation, row))
+        return Change("insert", *relation.name, None, _row(relation, row))
 
     def _update(self, data: bytes) -> Change | None:
         relation = self._relation(data)
@@ -222,7 +193,7 @@ class Decoder:
                     new[index] = before  # an unchanged TOASTed column isn't sent
                 elif before != after and not _same(relation.readers[index], before, after):
                     changed.append(relation.columns[index])
-        return Change("update", *relation.name, _Row(relation, old), _Row(relation, new), tuple(changed))
+        return Change("update", *relation.name, _row(relation, old), _row(relation, new), tuple(changed))
 
     def _delete(self, data: bytes) -> Change | None:
         relation = self._relation(data)
@@ -230,7 +201,7 @@ class Decoder:
             return None
         row, end = _old(data, 5, relation, self._text)
         _expect_end(data, end)
-        return Change("delete", *relation.name, _Row(relation, row), None)
+        return Change("delete", *relation.name, _row(relation, row), None)
 
     def _truncate(self, data: bytes) -> tuple[Change, ...] | None:
         (count,) = _NUMBER(data, 1)
@@ -291,7 +262,8 @@ class Decoder:
             case Message():
                 told = {"action": "M", **msgspec.structs.asdict(message)}
             case Change():
-                told = _told(message)
+                data = bytes(payload)
+                told = _told(message, {} if message.operation == "truncate" else self._relation(data).typeoids)
             case _:
                 raise TypeError(f"{message!r} is no line")
         return _encode(told)
@@ -361,14 +333,12 @@ _encode: Final = msgspec.json.Encoder(decimal_format="number").encode
 _ACTIONS: Final = {"insert": "I", "update": "U", "delete": "D", "truncate": "T"}
 
 
-def _told(change: Change) -> dict[str, Any]:
+def _told(change: Change, typeoids: Mapping[str, int]) -> dict[str, Any]:
     rows: dict[Literal["columns", "identity"], Row | None] = {"columns": change.new, "identity": change.old}
     told: dict[str, Any] = {"action": _ACTIONS[change.operation], "schema": change.schema, "table": change.table}
     for name, row in rows.items():
         if row is not None:
-            assert isinstance(row, _Row)
-            oids = zip(row.relation.columns, row.relation.typeoids, strict=True)
-            told[name] = [{"name": c, "typeoid": oid, "value": row[c]} for c, oid in oids if c in row]
+            told[name] = [{"name": c, "typeoid": typeoids[c], "value": value} for c, value in row.items()]
     return told
 
 

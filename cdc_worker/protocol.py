@@ -17,6 +17,13 @@ from cdc_worker.lsn import INVALID, LSN
 EPOCH = datetime(2000, 1, 1, tzinfo=UTC)
 
 _XLOG_DATA = struct.Struct(">cQQq")
+
+HEADER = _XLOG_DATA.size
+"""So many bytes stand before what the output plugin wrote."""
+
+XLOG_DATA = ord("w")
+"""With which a message begins in which that is."""
+
 _KEEPALIVE = struct.Struct(">cQqB")
 _STATUS_UPDATE = struct.Struct(">cQQQqB")
 
@@ -39,15 +46,10 @@ class PrimaryKeepalive(NamedTuple):
 
 def parse(data: memoryview) -> XLogData | PrimaryKeepalive:
     """Read one CopyData message. Raises MessageUnreadableError for a kind or length that the protocol doesn't have."""
-    if (of_plugin := payload(data)) is None:
+    if len(data) < HEADER or data[0] != XLOG_DATA:
         return keepalive(data)
     _, start, end, _ = _XLOG_DATA.unpack_from(data)
-    return XLogData(LSN(start), LSN(end), of_plugin)
-
-
-def payload(data: memoryview) -> memoryview | None:
-    """What the output plugin wrote, if this is XLogData: for those to whom its positions tell nothing more."""
-    return data[25:] if len(data) >= 25 and data[0] == 0x77 else None  # w
+    return XLogData(LSN(start), LSN(end), data[HEADER:])
 
 
 def keepalive(data: memoryview) -> PrimaryKeepalive:

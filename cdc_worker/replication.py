@@ -49,6 +49,7 @@ class Replication:
         """
         self._connection = connection
         self._pgconn = connection.pgconn
+        self._get_copy_data = connection.pgconn.get_copy_data
         self._on_dropped = on_dropped
         self._recode: str | None = None
         self.encoding = "utf-8"
@@ -130,14 +131,14 @@ class Replication:
 
         Raises PublicationError where the server has left changes out, as it has warned.
         """
-        size, data = self._pgconn.get_copy_data(1)
+        size, data = self._get_copy_data(1)
         if self._left_out:
             raise _publication_missing()
         if size > 0:
-            payload = protocol.payload(data)
-            if payload is None:
+            if size < protocol.HEADER or data[0] != protocol.XLOG_DATA:
                 return protocol.keepalive(data)
             self._data = data
+            payload = data[protocol.HEADER :]
             if self._recode is None:
                 return payload
             # Bytes that mean nothing in the server's encoding stay as they are: the decoder knows what they spoil.

@@ -115,7 +115,7 @@ class Reference:
 
 def credited(context: Context, column: str = "") -> tuple[str, dict[str, Any]]:
     """Who did it, and how metadata tells it; `column` is whom the row names."""
-    if said := text(context.said.get(CHANGED_BY)):
+    if context.said and (said := text(context.said.get(CHANGED_BY))):
         return said, {"changed_by": said, "context_source": "message"}
     if column:
         return column, {"changed_by": column, "context_source": "column"}
@@ -176,6 +176,8 @@ class Rule:
             columns = list(change.changed)
         elif self._changed == ("unclaimed",):
             columns = [column for column in change.changed if column not in claimed]
+        elif self._changed == change.changed and not self._compared:
+            columns = [*self._changed]
         else:
             columns = [column for column in self._changed if column in change.changed]
             for column, old, new in self._compared:
@@ -195,30 +197,26 @@ class Rule:
         try:
             if self._required and any(is_empty(get(event)) for get in self._required):
                 return None
-            return self._build(event)
+            heard = event.heard
+            try:
+                metadata = {key: value for key, get in self._metadata if (value := get(event)) is not ABSENT}
+            except KeyError:
+                metadata = self._what_is_there(event)
+            created_by, source = credited(heard, text(self._actor(event)) if self._actor is not None else "")
+            metadata |= source
+            if heard.told:
+                metadata = {**heard.told, **metadata}
+            fields = {
+                "type": text(self._type(event)),
+                "description": text(self._description(event)),
+                "metadata": metadata,
+                "occurred_at": event.committed_at,
+                "created_by": created_by,
+            }
+            for name, get in self._fields:
+                fields[name] = value if (value := get(event)) is not ABSENT else None
         except KeyError as error:
             raise _unknown(error) from None
-
-    def _build(self, event: Event) -> dict[str, Any] | None:
-        heard = event.heard
-        created_by, source = credited(heard, text(self._actor(event)) if self._actor is not None else "")
-        try:
-            metadata = {key: value for key, get in self._metadata if (value := get(event)) is not ABSENT}
-        except KeyError:
-            metadata = self._what_is_there(event)
-        metadata |= source
-        if heard.told:
-            metadata = {**heard.told, **metadata}
-        fields = {
-            "type": text(self._type(event)),
-            "description": text(self._description(event)),
-            "metadata": metadata,
-            "occurred_at": event.committed_at,
-            "created_by": created_by,
-        }
-        for name, get in self._fields:
-            value = get(event)
-            fields[name] = None if value is ABSENT else value
         return fields if self._function is None else self._called(event, fields)
 
     def _what_is_there(self, event: Event) -> dict[str, Any]:

@@ -723,7 +723,7 @@ def encoder(target: Target, table: TargetTable, zone: ZoneInfo) -> Callable[[Act
     """
     names = list(target.columns.values())
     columns = table.columns
-    constants = "".join(_SEPARATOR + _text(value) for value in target.constants.values()) + _END
+    constants = [_text(value) for value in target.constants.values()]
     local = {field for column, field in target.columns.items() if columns[column] == "timestamp without time zone"}
 
     limits = [
@@ -744,32 +744,34 @@ def encoder(target: Target, table: TargetTable, zone: ZoneInfo) -> Callable[[Act
         if whole and "metadata" in names:
             values[names.index("metadata")] = _text({**metadata, "untruncated": whole})
 
-    known = (datetime.min.replace(tzinfo=UTC), timedelta(0))  # since then the zone has had this offset
+    since = until = datetime.min.replace(tzinfo=UTC)
+    offset = timedelta(0)  # of the zone in between
 
     def at_home(moment: datetime) -> str:
-        nonlocal known
-        since, offset = known
-        if not since <= moment < since + _QUARTER:
+        nonlocal since, until, offset
+        if not since <= moment < until:
             since = datetime.fromtimestamp(moment.timestamp() // 900 * 900, UTC)
+            until = since + _QUARTER
             offset = since.astimezone(zone).utcoffset() or timedelta(0)
-            known = (since, offset)
         return (moment + offset).isoformat(" ")[:-6]  # without +00:00
 
     def encode(activity: Activity) -> bytes:
         fields = activity.fields
         values = []
         for name in names:
-            value = activity.change_key if name == "change_key" else fields.get(name)
-            if name in local and isinstance(value, datetime):
+            value = fields.get(name) if name != "change_key" else activity.change_key
+            if type(value) is str:
+                values.append(value)
+            elif name in local and isinstance(value, datetime):
                 values.append(at_home(value))
             else:
-                values.append(value if type(value) is str else _text(value))
+                values.append(_text(value))
         for place, _, length in limits:
             if len(values[place]) > length:
                 cut(values, fields["metadata"])
                 break
-        line = _SEPARATOR.join(values) + constants
-        return _escaped(line).encode()
+        values += constants
+        return _copied(values)
 
     return encode
 
@@ -779,20 +781,24 @@ _QUARTER: Final = timedelta(minutes=15)
 
 _INTEGERS: Final = ("smallint", "integer", "bigint")
 
-# Text in Postgres has no NUL, so what begins with one stands for what must not be escaped with the values.
-_SEPARATOR: Final = "\0s"
+# Text in Postgres has no NUL, so what begins with one is no text.
 _NULL: Final = "\0n"
-_END: Final = "\0e"
 
 
-def _escaped(line: str) -> str:
-    line = line.replace("\\", "\\\\").replace("\t", "\\t").replace("\n", "\\n").replace("\r", "\\r")
-    return line.replace(_SEPARATOR, "\t").replace(_NULL, "\\N").replace(_END, "\n")
+def _escaped(text: str) -> str:
+    return text.replace("\\", "\\\\").replace("\t", "\\t").replace("\n", "\\n").replace("\r", "\\r")
 
 
 def copied(values: Iterable[Any]) -> bytes:
     """A line of COPY's text format."""
-    return _escaped(_SEPARATOR.join(map(_text, values)) + _END).encode()
+    return _copied([*map(_text, values)])
+
+
+def _copied(values: Sequence[str]) -> bytes:
+    line = "\t".join(values)
+    if "\\" in line or "\n" in line or "\r" in line or line.count("\t") >= len(values):
+        line = "\t".join(map(_escaped, values))
+    return (line.replace(_NULL, "\\N") + "\n").encode()
 
 
 def parsed(line: bytes) -> list[str | None]:

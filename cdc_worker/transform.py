@@ -299,7 +299,8 @@ class Transformer:
         if transaction.first:
             self._start(transaction)
         self._out, self.given, self.refused = [], [], frozenset()
-        self.answered, self._answers, self._masked = [], self._numbered(transaction), transaction.masked
+        self.answered, self._masked = [], transaction.masked
+        self._answers = self._numbered(transaction) if transaction.answers else transaction.answers
         if transaction.masked:
             self._origin = msgspec.structs.replace(self._origin, masked=self._hidden_in(transaction.masked))
         messages = iter(transaction.messages)
@@ -317,9 +318,12 @@ class Transformer:
             self._hear(message, transaction.xid)
             until, message = next(messages, (-1, None))
         if transaction.last:
-            self._sum_up()
-            self._expire(self._index + FACT_DISTANCE + 1)
-        self._release()
+            if self._passed is not None or self._summary is not None:
+                self._sum_up()
+            if self._open:
+                self._expire(self._index + FACT_DISTANCE + 1)
+        if self._held:
+            self._release()
         return self._told() if self._erased else self._out
 
     def take_up(
@@ -339,8 +343,6 @@ class Transformer:
 
     def _numbered(self, transaction: Transaction) -> Answers:
         """What is known of the changes of a slice, numbered as here: it may have some of tables without rules."""
-        if not transaction.answers:
-            return transaction.answers
         counted = (
             number
             for number, change in enumerate(transaction.changes, transaction.index)
@@ -495,13 +497,12 @@ class Transformer:
         if self._erased and change.operation == "insert":
             self._give(change.new, table, index)
         self._index = index + 1
-        if table.name in self._excluded:
+        if self._excluded and table.name in self._excluded:
             return
-        if not table.rules[change.operation]:
+        operation = change.operation
+        if not table.rules[operation] or (operation == "update" and not change.changed):
             return
-        if change.operation == "update" and not change.changed:
-            return
-        if self._context.skip or self._context.collapse is not None:
+        if self._context is not NOTHING and (self._context.skip or self._context.collapse is not None):
             if self._commit_lsn == self._resumed.commit_lsn and index < self._resumed.changes:
                 return
             if not self._context.skip:
@@ -510,12 +511,12 @@ class Transformer:
                 self._summary.count(change)
             self._pass_over(change, table, index)
             return
-        if change.operation == "update" and change.old_row_unknown:
+        if operation == "update" and change.old_row_unknown:
             key = change_key(self._prefix, *table.name, ordinal, "*")
             reason = "the change carries no old row: the table needs REPLICA IDENTITY FULL"
             self._put(self._letter(key, "old_values_unknown", reason, change))
             return
-        if change.operation == "truncate" and change.partition is not None:
+        if operation == "truncate" and change.partition is not None:
             key = change_key(self._prefix, *table.name, ordinal, "*")
             reason = f"the partition {'.'.join(change.partition)} was emptied: which rows it had isn't told"
             self._put(self._letter(key, "old_values_unknown", reason, change))
@@ -536,8 +537,8 @@ class Transformer:
             missing = self._find(event, rule, table, index) if rule.facts else ()
             if missing or rule.lookups:
                 self._hold(event, rule, key, index, missing)
-            else:
-                self._put(self._built(event, rule, key, index))
+            elif (outcome := self._built(event, rule, key, index)) is not None:
+                self._put(outcome)
 
     def _pass_by(self, change: Unread, table: Table | None) -> None:
         """Take a change that couldn't be read, of this table or perhaps of any."""
@@ -590,7 +591,8 @@ class Transformer:
             self.missing.update((change.schema, change.table, column) for column in event.missing)
         if fields is None:
             return None
-        return Activity(key, fields, change, index, self._origin_of(event), event.found or NOTHING_FOUND)
+        origin = self._origin if event.heard is self._context else self._origin_of(event)
+        return Activity(key, fields, change, index, origin, event.found or NOTHING_FOUND)
 
     def _origin_of(self, event: Event) -> Origin:
         origin = self._origin
@@ -602,9 +604,7 @@ class Transformer:
         """One of the change that is being taken."""
         return DeadLetter(key, kind, reason, change, self._index - 1, self._committed_at, origin=self._origin)
 
-    def _put(self, outcome: Outcome | None) -> None:
-        if outcome is None:
-            return
+    def _put(self, outcome: Outcome) -> None:
         if self._held:
             # Behind one that waits, all wait: the order of the changes is the order of what comes out.
             self._held.append(_Held(outcome.index, _packed(outcome)))
@@ -709,13 +709,13 @@ class Transformer:
         elif missing:
             self._pack(held)
         else:
-            self._put(self._built(event, rule, key, index))
+            if (outcome := self._built(event, rule, key, index)) is not None:
+                self._put(outcome)
             return
         if not self._held:
             # `done` counts whole changes, so the outcomes of this one stay together.
             while self._out and self._out[-1].index == index:
-                outcome = self._out.pop()
-                self._held.appendleft(_Held(index, _packed(outcome)))
+                self._held.appendleft(_Held(index, _packed(self._out.pop())))
         self._held.append(held)
         if missing:
             self._open.append(held)

@@ -270,7 +270,7 @@ def test_a_recording_has_of_it_what_was_decoded(data: st.DataObject) -> None:
     decoder = Decoder()
     _, change = decode(relation(*table, identity=identity, table='l"é'), sent, decoder=decoder)
     assert isinstance(change, Change)
-    line = decoder.line(change, b"")
+    line = decoder.line(change, sent)
     found = wal2json.decode(line)
     assert found == change
     assert wal2json.table_of(line) == ("public", 'l"é')
