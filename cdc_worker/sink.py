@@ -745,27 +745,28 @@ def encoder(target: Target, table: TargetTable, zone: ZoneInfo) -> Callable[[Act
             values[names.index("metadata")] = _text({**metadata, "untruncated": whole})
 
     since = until = datetime.min.replace(tzinfo=UTC)
-    offset = timedelta(0)  # of the zone in between
+    second = ""  # in between, in the zone
 
     def at_home(moment: datetime) -> str:
-        nonlocal since, until, offset
+        nonlocal since, until, second
         if not since <= moment < until:
-            since = datetime.fromtimestamp(moment.timestamp() // 900 * 900, UTC)
-            until = since + _QUARTER
-            offset = since.astimezone(zone).utcoffset() or timedelta(0)
-        return (moment + offset).isoformat(" ")[:-6]  # without +00:00
+            since = moment.replace(microsecond=0)
+            until = since + _SECOND
+            second = since.astimezone(zone).replace(tzinfo=None).isoformat(" ")
+        return f"{second}.{moment.microsecond:06}"
+
+    def printed(name: str, value: Any) -> str:
+        return at_home(value) if name in local and isinstance(value, datetime) else _text(value)
+
+    key = names.index("change_key") if "change_key" in names else None
+    others = [name for name in names if name != "change_key"]
 
     def encode(activity: Activity) -> bytes:
         fields = activity.fields
-        values = []
-        for name in names:
-            value = fields.get(name) if name != "change_key" else activity.change_key
-            if type(value) is str:
-                values.append(value)
-            elif name in local and isinstance(value, datetime):
-                values.append(at_home(value))
-            else:
-                values.append(_text(value))
+        get = fields.get
+        values = [value if type(value := get(name)) is str else printed(name, value) for name in others]
+        if key is not None:
+            values.insert(key, activity.change_key)
         for place, _, length in limits:
             if len(values[place]) > length:
                 cut(values, fields["metadata"])
@@ -776,8 +777,8 @@ def encoder(target: Target, table: TargetTable, zone: ZoneInfo) -> Callable[[Act
     return encode
 
 
-_QUARTER: Final = timedelta(minutes=15)
-"""Zones change their offsets at full quarters of an hour at most."""
+_SECOND: Final = timedelta(seconds=1)
+"""Commits come many in one, and zones have changed their offsets at full seconds."""
 
 _INTEGERS: Final = ("smallint", "integer", "bigint")
 

@@ -271,7 +271,7 @@ def _template(source: str, names: Names) -> Getter:
                     raise ValueError(f"{source!r}: {{changes}} is no text, it stands alone")
                 pattern += "%s"
                 values.append(_formatted(_expression(piece, names), piece.spec))
-            return lambda event: pattern % tuple([part(event) for part in values])
+            return lambda event: pattern % tuple([v if type(v := get(event)) is str else text(v) for get in values])
 
 
 def _constant(constant: Any) -> Getter:
@@ -306,8 +306,9 @@ _FRACTIONAL: Final = _NUMERIC - {"d", "n"}
 
 
 def _formatted(getter: Getter, spec: str) -> Getter:
+    """A function that reads a value as the spec has it; without one, as it is."""
     if not spec:
-        return lambda event: found if type(found := getter(event)) is str else text(found)
+        return getter
     if (cut := _CUT.fullmatch(spec)) is not None:
         return _cut(getter, int(cut[1]), cut[2] or "…")
     if _SPEC.fullmatch(spec) is None:

@@ -298,8 +298,8 @@ class Transformer:
         """Outcomes that are certain now. With the last slice of a commit, all of them are."""
         if transaction.first:
             self._start(transaction)
-        self._out, self.given, self.refused = [], [], frozenset()
-        self.answered, self._masked = [], transaction.masked
+        self._out, self.given, self.refused, self.answered = [], [], frozenset(), []
+        self._masked = transaction.masked
         self._answers = self._numbered(transaction) if transaction.answers else transaction.answers
         if transaction.masked:
             self._origin = msgspec.structs.replace(self._origin, masked=self._hidden_in(transaction.masked))

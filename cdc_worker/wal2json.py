@@ -260,14 +260,16 @@ MAX_LAYOUTS: Final = 10_000
 
 
 class _Layout(Layout):
-    """How a table's updates are written: what stands behind each value but the last, and behind the last new one."""
+    """How a table's updates are written, cut where a value begins: what stands behind each but the last, and behind
+    the last new one.
+    """
 
     __slots__ = ("ends", "middle", "range", "schema", "table")
 
     def __init__(self, line: _Update, cells: Sequence[str]) -> None:
         """Raises ValueError where the line, cut behind each column's name, has another shape."""
         names = [column.name for column in line.columns]
-        of_new, of_old = cells[: len(names)], cells[len(names) :]
+        of_new = cells[1 : len(names) + 1]
         self.ends = [cell[cell.rindex(_COLUMN) :] for cell in of_new[:-1]]
         self.middle = of_new[-1][of_new[-1].rindex(_IDENTITY) :]
         super().__init__(
@@ -278,14 +280,12 @@ class _Layout(Layout):
         self.range = range(len(names))
         if [(c.name, c.typeoid, c.type) for c in line.identity] != [(c.name, c.typeoid, "") for c in line.columns]:
             raise ValueError("its old row has other columns than its new one")
-        assert len(of_old) == len(of_new)
 
     def update(self, cells: list[str]) -> Change | None:
         """The change of a line that is written like this, None for any other. Nothing is read that nobody asks for."""
-        columns = self.columns
+        columns, ends = self.columns, self.ends
         count = len(columns)
-        new, old = cells[:count], cells[count:]
-        ends = self.ends
+        new, old = cells[1 : count + 1], cells[count + 1 :]
         if len(old) != count or not new[-1].endswith(self.middle) or not old[-1].endswith(_END):
             return None
         new[-1] = new[-1].removesuffix(self.middle)
@@ -353,15 +353,16 @@ class Decoder:
 
     def _update(self, payload: Payload) -> Decoded:
         try:
-            head, *cells = str(payload, "utf-8").split(_VALUE)
+            cells = str(payload, "utf-8").split(_VALUE)
         except UnicodeDecodeError:
             return decode(payload)
+        head = cells[0]
         key = head[head.find(_SCHEMA) :]
         layout = self._layouts.get(key)
         if layout is not None and (change := layout.update(cells)) is not None:
             return change
         decoded = decode(payload)
-        if isinstance(decoded, Change) and decoded.old and decoded.new and len(cells) == 2 * len(decoded.new):
+        if isinstance(decoded, Change) and decoded.old and decoded.new and len(cells) == 1 + 2 * len(decoded.new):
             self._learn(key, payload, cells, decoded)
         return decoded
 
