@@ -129,6 +129,12 @@ def update(
 
     Columns that have changed `also` are those of which that isn't seen, because they are masked.
     """
+    if not also and len(old) == len(sent):
+        try:
+            changed = tuple([name for name, value in sent.items() if old[name] != value])
+            return Change("update", schema, table, old, sent, changed, partition)
+        except KeyError:
+            pass  # they have other columns
     changed = tuple([name for name, value in sent.items() if name not in old or old[name] != value or name in also])
     new = sent if old.keys() <= sent.keys() else {**old, **sent}  # an unchanged TOASTed column isn't sent
     return Change("update", schema, table, old, new, changed, partition)

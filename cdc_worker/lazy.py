@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, ItemsView, Iterator, KeysView, Mapping, Sequence, ValuesView
-from typing import Any, NoReturn
+from typing import Any
 
 from cdc_worker.values import Value
 
@@ -25,7 +25,7 @@ class Layout:
 class LazyRow(dict[str, Value]):
     """A row with all columns of its layout, of which `sent` has what is to be read.
 
-    It is a dict for its values' sake: one that is there is found as fast as in any other. Nothing changes it, and what
+    It is a dict for its values' sake: one that is there is found as fast as in any other. Nobody changes it, and what
     reads the memory of a dict without asking it, as msgspec's encoders do, is to be given a `dict` of it.
     """
 
@@ -41,7 +41,7 @@ class LazyRow(dict[str, Value]):
         read = layout.readers[place]
         if read is not None and value is not None:
             value = read(self.sent[place])
-        super().__setitem__(column, value)
+        self[column] = value
         return value
 
     def __contains__(self, column: object) -> bool:
@@ -93,11 +93,6 @@ class LazyRow(dict[str, Value]):
 
     def __ror__(self, other: Any) -> Any:
         return other | dict(self)
-
-    def _refused(self, *_: Any, **__: Any) -> NoReturn:
-        raise TypeError("a row stays as it was sent")
-
-    __setitem__ = __delitem__ = __ior__ = update = setdefault = pop = popitem = clear = _refused
 
 
 def lazy_row(layout: Layout, sent: Sequence[Any]) -> LazyRow:

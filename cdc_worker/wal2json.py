@@ -10,8 +10,6 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from datetime import datetime
 from decimal import Decimal
-from itertools import compress
-from operator import ne
 from typing import Any, Final, NamedTuple
 
 import msgspec
@@ -19,7 +17,6 @@ import msgspec
 from cdc_worker import values
 from cdc_worker.changes import Begin, Change, Commit, Decoded, Message, Payload, Row, update
 from cdc_worker.errors import MessageUnreadableError
-from cdc_worker.lazy import Layout, lazy_row
 from cdc_worker.lsn import LSN
 from cdc_worker.values import FLOATS, MAX_DIGITS, NUMBERS, Value, integer
 
@@ -149,15 +146,13 @@ _COMMIT: Final = Commit()
 _FLOATS: Final = frozenset(("real", "double precision"))
 
 
-_AS_TOLD: Final = frozenset((str, bool))
+_AS_TOLD: Final = frozenset((int, bool, type(None)))
 
 
 def _value(column: Column) -> Value:
     value = column.value
     if isinstance(value, str):  # with numeric-data-types-as-string
         return values.value(column.typeoid, value)
-    if isinstance(value, bool):
-        return value
     if not isinstance(value, Decimal):
         raise ValueError("a value is an array or an object")
     # float4 and float8 print an exponent where numeric prints every digit: a float prints it as Postgres does.
@@ -168,9 +163,10 @@ def _value(column: Column) -> Value:
 
 def row_of(columns: Iterable[Column]) -> Row:
     """The values of columns by their names. Raises ValueError."""
+    # Of all that is done for a change this takes the most time, and the order of the tests is that of what is there.
     return {
-        c.name: c.value
-        if c.value is None or type(c.value) is int or (c.typeoid not in NUMBERS and type(c.value) in _AS_TOLD)
+        c.name: value
+        if ((kind := type(value := c.value)) is str and c.typeoid not in NUMBERS) or kind in _AS_TOLD
         else _value(c)
         for c in columns
     }
@@ -247,138 +243,15 @@ def begin_told(commit: bytes) -> bytes:
     return b'{"action":"B"' + commit.removeprefix(_COMMITS)
 
 
-_ACTION: Final = 11
-"""The place of the letter that tells what a line is of."""
-
-_UPDATE: Final = ord("U")
-
-_SCHEMA, _VALUE, _COLUMN, _IDENTITY, _END = '"schema":', ',"value":', '},{"name":', '}],"identity":[', "}]}"
-"""What can't stand within a JSON string, where a quote has a backslash before it: a line may be cut there."""
-
-MAX_LAYOUTS: Final = 10_000
-"""So many tables' layouts are remembered."""
-
-
-class _Layout(Layout):
-    """How a table's updates are written, cut where a value begins: what stands behind each but the last, and behind
-    the last new one.
-    """
-
-    __slots__ = ("ends", "middle", "range", "schema", "table")
-
-    def __init__(self, line: _Update, cells: Sequence[str]) -> None:
-        """Raises ValueError where the line, cut behind each column's name, has another shape."""
-        names = [column.name for column in line.columns]
-        of_new = cells[1 : len(names) + 1]
-        self.ends = [cell[cell.rindex(_COLUMN) :] for cell in of_new[:-1]]
-        self.middle = of_new[-1][of_new[-1].rindex(_IDENTITY) :]
-        super().__init__(
-            names,
-            [_reader(len(end), column.typeoid) for end, column in zip([*self.ends, ""], line.columns, strict=True)],
-        )
-        self.schema, self.table = line.schema, line.table
-        self.range = range(len(names))
-        if [(c.name, c.typeoid, c.type) for c in line.identity] != [(c.name, c.typeoid, "") for c in line.columns]:
-            raise ValueError("its old row has other columns than its new one")
-
-    def update(self, cells: list[str]) -> Change | None:
-        """The change of a line that is written like this, None for any other. Nothing is read that nobody asks for."""
-        columns, ends = self.columns, self.ends
-        count = len(columns)
-        new, old = cells[1 : count + 1], cells[count + 1 :]
-        if len(old) != count or not new[-1].endswith(self.middle) or not old[-1].endswith(_END):
-            return None
-        new[-1] = new[-1].removesuffix(self.middle)
-        old[-1] = old[-1].removesuffix(_END)
-        if not all(map(str.endswith, new, ends)):
-            return None
-        changed = []
-        for place in compress(self.range, map(ne, new, old)):
-            if place < count - 1 and not old[place].endswith(ends[place]):
-                return None
-            read = self.readers[place]
-            assert read is not None
-            if read(new[place]) != read(old[place]):
-                changed.append(columns[place])
-        return Change("update", self.schema, self.table, lazy_row(self, old), lazy_row(self, new), tuple(changed))
-
-
-def _reader(behind: int, typeoid: int) -> Callable[[str], Value]:
-    """A function that reads a value of which this many characters stand behind it."""
-    until = -behind or None
-    number = typeoid in NUMBERS
-
-    def read(cell: str) -> Value:
-        text = cell[:until]
-        if text[:1] == '"' and "\\" not in text and not number:
-            return text[1:-1]
-        try:
-            return _read_value(text, typeoid)
-        except (ValueError, ArithmeticError, RecursionError) as error:
-            sent = f"wal2json sent a value of {len(text)} characters that can't be read"
-            raise MessageUnreadableError(sent) from error
-
-    return read
-
-
-_decode_value = msgspec.json.Decoder(float_hook=Decimal).decode
-
-
-def _read_value(text: str, typeoid: int) -> Value:
-    try:
-        value = _decode_value(text)
-    except msgspec.ValidationError:
-        value = json.loads(text, parse_int=integer, parse_float=Decimal)
-    return row_of([Column("", value, typeoid)])[""]
-
-
 class Decoder:
-    """What the plugin sends over one connection, one message at a time; see `decoders.Decoder`.
-
-    Of updates, which are most of it, a line that is written as the ones before it of the same table is cut where the
-    values are, and of these only what somebody asks for is read.
-    """
+    """What the plugin sends, one message at a time; see `decoders.Decoder`."""
 
     plugin: Final = PLUGIN
     by_itself: Final = True
 
-    def __init__(self) -> None:
-        self._layouts: dict[str, _Layout] = {}
-
     def decode(self, payload: Payload) -> Decoded:
         """See `decode`."""
-        if len(payload) > _ACTION and payload[_ACTION] == _UPDATE:
-            return self._update(payload)
         return decode(payload)
-
-    def _update(self, payload: Payload) -> Decoded:
-        try:
-            cells = str(payload, "utf-8").split(_VALUE)
-        except UnicodeDecodeError:
-            return decode(payload)
-        head = cells[0]
-        key = head[head.find(_SCHEMA) :]
-        layout = self._layouts.get(key)
-        if layout is not None and (change := layout.update(cells)) is not None:
-            return change
-        decoded = decode(payload)
-        if isinstance(decoded, Change) and decoded.old and decoded.new and len(cells) == 1 + 2 * len(decoded.new):
-            self._learn(key, payload, cells, decoded)
-        return decoded
-
-    def _learn(self, key: str, payload: Payload, cells: list[str], change: Change) -> None:
-        """Remember how the line of a change is written, if it has both rows whole."""
-        try:
-            line = _decoder.decode(payload)
-            if type(line) is not _Update or line.changed:
-                return
-            layout = _Layout(line, cells)
-        except ValueError:
-            return
-        if layout.update(cells) == change:
-            if len(self._layouts) >= MAX_LAYOUTS:
-                self._layouts.clear()
-            self._layouts[key] = layout
 
     def line(self, message: Decoded, payload: Payload) -> Payload:
         """What a recording has of it: itself."""
