@@ -42,7 +42,19 @@ from psycopg import sql
 from pydantic import BaseModel, Field
 
 from cdc_worker import catalog, checkpoint, errors, failpoints, postgres, profile, rows
-from cdc_worker.activities import Activity, Batch, Clusters, DeadLetter, Key, Line, Place, Position, Scope, own_key
+from cdc_worker.activities import (
+    Activity,
+    Advance,
+    Batch,
+    Clusters,
+    DeadLetter,
+    Key,
+    Line,
+    Place,
+    Position,
+    Scope,
+    own_key,
+)
 from cdc_worker.catalog import TargetTable
 from cdc_worker.changes import Change, Row, Transaction
 from cdc_worker.config import Settings
@@ -313,13 +325,14 @@ class Mark:
         *,
         activities: int = 0,
         dead_letters: int = 0,
-    ) -> str:
+    ) -> Advance:
         """The statement that moves it from one position to another, if nobody else has, and nobody was erased."""
-        query = sql.SQL(
+        query = (
             "UPDATE cdc_worker.backfill SET last_key = {}::text[], rows = rows + {}, activities = activities + {},"
             " dead_letters = dead_letters + {}, written_at = now() WHERE worker = {} AND table_name = {} AND part = {}"
             " AND nonce = {} AND finished_at IS NULL AND last_key IS NOT DISTINCT FROM {}::text[]"
-        ).format(
+        )
+        values = (
             self._key(after),
             self._done(after) - self._done(before),
             activities,
@@ -330,7 +343,7 @@ class Mark:
             self.nonce,
             self._key(before),
         )
-        return query.as_string()
+        return Advance(query, values)
 
     def fenced(self) -> errors.FencedError:
         """Another process has moved it, or a person was erased."""

@@ -15,7 +15,7 @@ from psycopg import sql
 from psycopg.abc import Params
 
 from cdc_worker import errors, failpoints
-from cdc_worker.activities import Position, Scope, Stretch
+from cdc_worker.activities import Advance, Position, Scope, Stretch
 from cdc_worker.ddl import Step
 from cdc_worker.lsn import LSN
 from cdc_worker.postgres import Connection, fetch_one
@@ -62,18 +62,13 @@ class Checkpoint:
         *,
         activities: int = 0,
         dead_letters: int = 0,
-    ) -> str:
+    ) -> Advance:
         """The statement that moves the checkpoint from `before` to `after`, with what is written beside it.
 
         It touches no row if another process has become the owner, or if there is a cut-over or an erasure that this one
         has not heard of: each makes a new nonce, in the transaction in which it happens.
         """
-        query = sql.SQL(
-            "UPDATE cdc_worker.checkpoint SET lsn = {}, commit_lsn = {}, changes = {},"
-            " committed_at = coalesce({}::timestamptz, committed_at), written_at = now(),"
-            " activities = activities + {}, dead_letters = dead_letters + {}"
-            " WHERE worker = {} AND owner = {} AND nonce = {} AND lsn = {} AND commit_lsn = {} AND changes = {}"
-        ).format(
+        values = (
             str(after.lsn),
             str(after.commit_lsn),
             after.changes,
@@ -87,7 +82,15 @@ class Checkpoint:
             str(before.commit_lsn),
             before.changes,
         )
-        return query.as_string()
+        return Advance(_ADVANCE, values)
+
+
+_ADVANCE: Final = (
+    "UPDATE cdc_worker.checkpoint SET lsn = {}, commit_lsn = {}, changes = {},"
+    " committed_at = coalesce({}::timestamptz, committed_at), written_at = now(),"
+    " activities = activities + {}, dead_letters = dead_letters + {}"
+    " WHERE worker = {} AND owner = {} AND nonce = {} AND lsn = {} AND commit_lsn = {} AND changes = {}"
+)
 
 
 def utc(at: datetime) -> str:

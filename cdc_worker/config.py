@@ -98,6 +98,9 @@ class Settings(BaseSettings):
     idle_advance_bytes: Annotated[int, Field(ge=1 << 16)] = Field(
         1 << 20, description="Bytes of WAL that must have gone by before such a write."
     )
+    linger: Annotated[float, Field(ge=0, le=1)] = Field(
+        0, description="Seconds between two batches while the worker keeps up: fewer commits, for later activities."
+    )
     retained_alarm_bytes: Annotated[int, Field(ge=1 << 20)] = Field(
         4 << 30, description="Bytes of WAL kept for the slot beyond which the worker and the doctor raise an alarm."
     )

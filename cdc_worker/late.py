@@ -29,6 +29,7 @@ from psycopg.types.json import set_json_loads
 from cdc_worker import backfill, catalog, checkpoint, errors, failpoints, kept, postgres, rows
 from cdc_worker.activities import (
     Activity,
+    Advance,
     Batch,
     DeadLetter,
     Key,
@@ -99,13 +100,13 @@ class Progress:
         *,
         activities: int = 0,
         dead_letters: int = 0,
-    ) -> str:
+    ) -> Advance:
         """The statement that moves it, unless it is to look again."""
-        query = sql.SQL(
+        query = (
             "UPDATE cdc_worker.replay SET lsn = {}, activities = activities + {}, dead_letters = dead_letters + {},"
             " written_at = now() WHERE replay = {} AND nonce = {}"
         )
-        return query.format(str(after.lsn), activities, dead_letters, self.replay, self.nonce).as_string()
+        return Advance(query, (str(after.lsn), activities, dead_letters, self.replay, self.nonce))
 
     def fenced(self) -> errors.FencedError:
         """It is to look again."""
@@ -488,7 +489,7 @@ class Late:
     def transaction(self, at: Position, *, activities: int = 0, dead_letters: int = 0) -> Iterator[Connection]:
         """A transaction in which its user writes by itself, unless it is to look again. Flush before it."""
         with self.writing.transaction():
-            advance = self.progress.advance(at, at, activities=activities, dead_letters=dead_letters)
+            advance = self.progress.advance(at, at, activities=activities, dead_letters=dead_letters).literal
             if self.writing.execute(advance.encode()).rowcount == 0:
                 raise self.progress.fenced()
             yield self.writing

@@ -24,7 +24,7 @@ from psycopg.pq.abc import PGresult
 from psycopg.waiting import Ready, Wait
 
 from cdc_worker import catalog, errors, failpoints, kept, postgres
-from cdc_worker.activities import Activity, Batch, DeadLetter, Line, Position, Prepared, Skipped
+from cdc_worker.activities import Activity, Advance, Batch, DeadLetter, Line, Position, Prepared, Skipped
 from cdc_worker.catalog import TargetTable
 from cdc_worker.changes import Change, Payload
 from cdc_worker.postgres import Connection, is_about_the_row, is_transient
@@ -51,6 +51,9 @@ MAX_LOCKING: Final = 25
 
 MAX_HURRIES: Final = 100
 """So often a batch is tried that gives up what is locked, before all is begun anew: it may be another command's row."""
+
+MAX_AT_ONCE: Final = 16
+"""So many rows are inserted one by one: from there on a COPY is cheaper, though its answer is waited for twice."""
 
 MAX_REFUSALS: Final = 1_000
 """So many rows in a row refused with one SQLSTATE are no longer about the rows."""
@@ -123,7 +126,7 @@ class Progress(Protocol):
         *,
         activities: int = 0,
         dead_letters: int = 0,
-    ) -> str:
+    ) -> Advance:
         """The statement that moves it; one that finds no row to update means that we may not write."""
 
     def fenced(self) -> errors.CdcWorkerError:
@@ -183,12 +186,19 @@ class Sink:
             self._key_text = f"\t{_escaped('.'.join(name))}\t"
         # A target that somebody has locked is waited for before there is anything that would hold up vacuum: neither a
         # snapshot nor a number of a transaction.
-        lock = sql.SQL("BEGIN; LOCK TABLE ONLY {} IN ROW EXCLUSIVE MODE").format(sql.Identifier(*name)).as_string()
-        self._begin_divided = f"{lock}; SET CONSTRAINTS ALL IMMEDIATE"
-        self._begin = self._begin_divided if table.deferrable else lock
+        lock = sql.SQL("LOCK TABLE ONLY {} IN ROW EXCLUSIVE MODE").format(sql.Identifier(*name)).as_string()
+        begin = ["BEGIN", lock]
+        self._begin_divided = "; ".join([*begin, _IMMEDIATE])
+        self._begin_whole = [*begin, _IMMEDIATE] if table.deferrable else begin
+        self._begin = "; ".join(self._begin_whole)
         self._hurry = ""
         if table.referred:
             self._hurry = f"; {hurry(table)}"
+            self._begin_whole.append(hurry(table))
+        self._names: dict[str, bytes] = {}  # of statements that are prepared for `_write_at_once`
+        self._prepared: set[bytes] = set()
+        # What is drawn, done besides or refused to a COPY takes steps that depend on each other.
+        self._at_once = not (self._draw or self._into_keys or table.row_security or also is not _nothing_else)
         self._free = [_FREE.format(sql.Identifier(*of)).as_string() for of in table.referred]
         self._refused_in_a_row = 0
         self._refused_with = ""
@@ -298,6 +308,11 @@ class Sink:
         written.dead_letters = [outcome for outcome in batch.outcomes if type(outcome) is DeadLetter]
         skipped = [outcome for outcome in batch.outcomes if type(outcome) is Skipped]
         counts = len(rows), len(written.dead_letters)
+        few = 0 < len(rows) <= MAX_AT_ONCE and self._at_once
+        if few and not (written.dead_letters or skipped or batch.given):
+            yield from self._write_at_once(self._moved(batch.end, batch, *counts), rows)
+            self.position, self._refused_in_a_row = batch.end, 0
+            return
         advance = self._advance(batch.end, batch, *counts)
         if written.dead_letters or skipped or (rows and (self._catalog.row_security or self._draw)):
             # By itself: only a COPY can be given up halfway.
@@ -314,6 +329,59 @@ class Sink:
         self.position = batch.end
         if rows:
             self._refused_in_a_row = 0
+
+    def _write_at_once(self, advance: Advance, rows: Sequence[Line]) -> Writing[None]:
+        """Write few rows without waiting for an answer in between, which for so few takes longer than all the rest.
+
+        Since nothing can be given up halfway, a progress that is another's is an error as well: after any, they are
+        written step by step.
+        """
+        pgconn = self._pgconn
+        sent: list[bytes] = []  # of each command the name of the statement that it prepares
+
+        def send(statement: str, parameters: Sequence[Any] = ()) -> None:
+            name = self._names.setdefault(statement, f"at_once_{len(self._names)}".encode())
+            # Only now: to prepare it would otherwise wait for what is locked, with a snapshot.
+            if name not in self._prepared and name not in sent:
+                pgconn.send_prepare(name, statement.encode())
+                sent.append(name)
+            pgconn.send_query_prepared(name, [_parameter(of) for of in parameters])
+            sent.append(b"")
+
+        pgconn.enter_pipeline_mode()
+        for statement in self._begin_whole:
+            send(statement)
+        send(_MOVED.format(advance.prepared), advance.values)
+        for row in rows:
+            send(self._into.one, parsed(row.text))
+        failpoints.reach("before_commit")
+        send("COMMIT")
+        pgconn.pipeline_sync()
+        yield from self._flush()
+        refusal: RefusedError | None = None
+        ended = None
+        commands = iter(sent)
+        command = next(commands)
+        while True:
+            while pgconn.is_busy():
+                yield Wait.R
+                pgconn.consume_input()
+            result = pgconn.get_result()
+            if result is None:
+                if ended is None:
+                    raise psycopg.OperationalError("the server ended the writing connection")
+                command, ended = next(commands, b""), None
+                continue
+            ended = result.status
+            if ended == pq.ExecStatus.PIPELINE_SYNC:
+                break
+            if ended == pq.ExecStatus.FATAL_ERROR:
+                refusal = refusal or _refused_error(result)
+            elif command and ended == pq.ExecStatus.COMMAND_OK:
+                self._prepared.add(command)
+        pgconn.exit_pipeline_mode()
+        if refusal is not None:
+            raise refusal
 
     def _write_divided(self, batch: Batch, start: int, written: Written) -> Writing[int]:
         """Write in one transaction what the target accepts of the outcomes from `start` on; returns where it stopped.
@@ -456,20 +524,18 @@ class Sink:
             hint="mend its grants or columns; what was not written comes again",
         )
 
+    def _moved(self, after: Position, batch: Batch | None, activities: int, dead_letters: int) -> Advance:
+        committed_at = batch.committed_at if batch else None
+        before = self.position
+        return self._progress.advance(before, after, committed_at, activities=activities, dead_letters=dead_letters)
+
     def _advance(self, after: Position, batch: Batch | None = None, activities: int = 0, dead_letters: int = 0) -> str:
-        advance = self._progress.advance(
-            self.position,
-            after,
-            batch.committed_at if batch else None,
-            activities=activities,
-            dead_letters=dead_letters,
-        )
         # Also for commits of the batch that come after `after`: theirs are true already.
         given = [
             _GIVEN.format(self._progress.worker, *person, at=str(lsn)).as_string()
             for person, lsn in (batch.given if batch else ())
         ]
-        return "; ".join([advance, *given])
+        return "; ".join([self._moved(after, batch, activities, dead_letters).literal, *given])
 
     def _insert(self, dead_letters: Sequence[DeadLetter]) -> Writing[None]:
         if not dead_letters:
@@ -597,16 +663,24 @@ class Sink:
                 self._pgconn.consume_input()
 
 
+def _parameter(value: Any) -> bytes | None:
+    """As text."""
+    if value is None:
+        return None
+    return (postgres.array(value) if isinstance(value, list) else str(value)).encode()
+
+
 def _deleted(results: Sequence[PGresult]) -> int:
     """How many rows statements have deleted."""
     return sum(of.command_tuples or 0 for of in results if (of.command_status or b"").startswith(b"DELETE"))
 
 
 class _Into(NamedTuple):
-    """What puts rows into a table: as the lines of a COPY, or as VALUES."""
+    """What puts rows into a table: as the lines of a COPY, as VALUES that follow, or as the parameters of one row."""
 
     copy: str
     values: str
+    one: str
 
 
 def _into(table: tuple[str, str], columns: Sequence[str], *, numbered: bool = False) -> _Into:
@@ -615,7 +689,9 @@ def _into(table: tuple[str, str], columns: Sequence[str], *, numbered: bool = Fa
     # A COPY gives an identity its value also where it is GENERATED ALWAYS.
     insert = sql.SQL("INSERT INTO {} ({}) {}VALUES ")
     overriding = sql.SQL("OVERRIDING SYSTEM VALUE " if numbered else "")
-    return _Into(copy.format(name, names).as_string(), insert.format(name, names, overriding).as_string())
+    values = insert.format(name, names, overriding).as_string()
+    parameters = ", ".join(f"${place}" for place in range(1, len(columns) + 1))
+    return _Into(copy.format(name, names).as_string(), values, f"{values}({parameters})")
 
 
 def _existing(table: tuple[str, str], key: str) -> str:
@@ -636,7 +712,12 @@ _GIVEN: Final = sql.SQL(
 # To prepare it takes the lock that the check of a foreign key takes, and no right to read or to lock the table.
 _FREE: Final = sql.SQL("SELECT FROM {} FOR KEY SHARE")
 
+# No row is an error.
+_MOVED: Final = "WITH moved AS ({} RETURNING 1) SELECT 1 / count(*) FROM moved"
+
 _LOCKED: Final = "55P03"
+
+_IMMEDIATE: Final = "SET CONSTRAINTS ALL IMMEDIATE"
 
 _INSERT_DEAD_LETTERS: Final = b"""
 INSERT INTO cdc_worker.dead_letter
@@ -806,7 +887,11 @@ def parsed(line: bytes) -> list[str | None]:
     """The values of a line of COPY's text format."""
     unescaped = {"\\\\": "\\", "\\t": "\t", "\\n": "\n", "\\r": "\r"}
     return [
-        None if value == "\\N" else re.sub(r"\\[\\tnr]", lambda found: unescaped[found[0]], value)
+        value
+        if "\\" not in value
+        else None
+        if value == "\\N"
+        else re.sub(r"\\[\\tnr]", lambda found: unescaped[found[0]], value)
         for value in line.decode().removesuffix("\n").split("\t")
     ]
 

@@ -52,6 +52,7 @@ GRACE: Final = 0.8
 # In seconds, as all that follows.
 STATUS_INTERVAL: Final = 10.0
 STATUS_INTERVAL_BEHIND: Final = 0.5
+CONFIRMING_INTERVAL: Final = 0.05
 PROGRESS_INTERVAL: Final = 10.0
 WRITING_INTERVAL: Final = 0.002
 WRITING_USUAL: Final = 0.1
@@ -154,7 +155,7 @@ class Stream:
         self._writing: Writing[Written] | None = None
         self._written: Batch = self._batch
         self._wants = Wait.R
-        self._wal_end = self._told = sink.position.lsn
+        self._wal_end = self._told = self._confirmed = sink.position.lsn
         now = time.monotonic()
         self._heard_at = self._status_at = self._advanced_at = self._began_at = self._asked_at = now
         self._opened_at = self._moved_at = self._kept_alive_at = self._stepped_at = self._fetched_at = now
@@ -172,7 +173,7 @@ class Stream:
             self._stop.turned()
             drained = self._receive() if not self._batch.full else self._writing is not None
             now = time.monotonic()
-            if self._writing is None and (drained or self._batch.full):
+            if self._writing is None and (self._batch.full or (drained and not self._lingers(now))):
                 self._ask(now)
                 self._begin(now)
             if self._writing is None:
@@ -206,6 +207,11 @@ class Stream:
         batch = self._batch
         done = bool(self._sink.position.commit_lsn) and not batch.end.commit_lsn
         return not batch.empty or self._marked or done
+
+    def _lingers(self, now: float) -> bool:
+        """Whether more is to come together before the next batch, because the last one began just now."""
+        in_haste = self._stop.is_set() or self._stop.reload_requested or self._until is not None
+        return now < self._began_at + self._settings.linger and self._owed and not in_haste
 
     @property
     def _reloading(self) -> bool:
@@ -392,8 +398,9 @@ class Stream:
     def _confirm(self, written: Written) -> None:
         batch, totals = self._written, self._totals
         failpoints.reach("idle_advanced" if batch.empty else "committed")
-        self._send_status()
-        failpoints.reach("confirmed")
+        if time.monotonic() >= self._status_at + CONFIRMING_INTERVAL:
+            self._send_status()
+            failpoints.reach("confirmed")
         refused = {letter.change_key for letter in written.dead_letters}
         totals.batches += 1
         totals.transactions += batch.transactions
@@ -432,11 +439,13 @@ class Stream:
             applied=self._received if self._idle else flushed,
             reply_requested=reply_requested,
         )
-        self._told = self._received
+        self._told, self._confirmed = self._received, flushed
         self._status_at = time.monotonic()
 
     @property
     def _status_due(self) -> float:
+        if self._confirmed < self._sink.position.lsn:
+            return self._status_at + CONFIRMING_INTERVAL
         # The position of our own last commit, which comes back empty, need not wait: without it there seems to be lag.
         behind = self._told < self._received
         return self._status_at + (
@@ -566,6 +575,7 @@ class Stream:
             due.append(self._look_due)
         if self._writing is None:
             due.append(self._asking_due)
+            due.append(self._began_at + self._settings.linger)
         return min(at for at in (*due, now + STATUS_INTERVAL) if at > now)
 
     def _wait(self, timeout: float) -> None:
@@ -575,7 +585,7 @@ class Stream:
         if self._writing is not None and time.monotonic() < self._began_at + WRITING_USUAL:
             # What arrives now can't be written yet: let it come together, instead of waking up for each row of it.
             timeout = min(timeout, WRITING_INTERVAL)
-        elif self._reads and self._fetching is None:
+        elif self._reads and self._fetching is None and not self._lingers(time.monotonic()):
             reading.append(self._replication)
         if self._fetching is not None and self._lookups is not None:
             reading.append(self._lookups)

@@ -37,12 +37,11 @@ from typing import Any, Final, Literal, NamedTuple
 from zoneinfo import ZoneInfo
 
 import msgspec
-from psycopg import sql
 from psycopg.types.json import set_json_loads
 from pydantic import BaseModel, Field
 
 from cdc_worker import catalog, checkpoint, errors, failpoints, postgres, reconcile, rows, slot
-from cdc_worker.activities import Activity, Batch, Clusters, DeadLetter, Place, Position, Scope, parsed_key
+from cdc_worker.activities import Activity, Advance, Batch, Clusters, DeadLetter, Place, Position, Scope, parsed_key
 from cdc_worker.changes import STREAM, Row, Transaction
 from cdc_worker.config import Settings
 from cdc_worker.fence import PATIENCE, Fence
@@ -684,10 +683,10 @@ class _Unerased:
         *,
         activities: int = 0,
         dead_letters: int = 0,
-    ) -> str:
+    ) -> Advance:
         """The statement that makes sure of that until the end of its transaction."""
-        query = sql.SQL("UPDATE cdc_worker.checkpoint SET nonce = nonce WHERE worker = {} AND nonce = {}")
-        return query.format(self.worker, self.nonce).as_string()
+        query = "UPDATE cdc_worker.checkpoint SET nonce = nonce WHERE worker = {} AND nonce = {}"
+        return Advance(query, (self.worker, self.nonce))
 
     def fenced(self) -> errors.FencedError:
         """A person was erased, or a table cut over."""

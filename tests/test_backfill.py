@@ -25,7 +25,7 @@ from storms import Faults, kill
 from support import PATIENCE, Crm, WorkerProcess, crm_on, eventually, having, storm
 
 from cdc_worker import catalog, checkpoint, config, log, postgres, profile
-from cdc_worker.activities import Activity, Batch, Clusters, Position, parsed_key
+from cdc_worker.activities import Activity, Advance, Batch, Clusters, Position, parsed_key
 from cdc_worker.backfill import Backfilled, Wishes, backfill, replacement
 from cdc_worker.changes import Change, Transaction
 from cdc_worker.cluster import Cluster
@@ -610,13 +610,13 @@ def race(crm: Crm, seed: int) -> None:
 
 
 class Replay:
-    """What a replay's progress is to the sink: it marks its dead letter, and lets what was made up give way."""
+    """What a replay's progress is to the sink: it marks its dead letter."""
 
     worker = "replay"
     position = Position(LSN(0))
 
-    def __init__(self, change_key: str, statements: str) -> None:
-        self._change_key, self._statements = change_key, statements
+    def __init__(self, change_key: str) -> None:
+        self._change_key = change_key
 
     def advance(
         self,
@@ -626,9 +626,9 @@ class Replay:
         *,
         activities: int = 0,
         dead_letters: int = 0,
-    ) -> str:
-        mark = sql.SQL("UPDATE cdc_worker.dead_letter SET attempts = attempts + 1 WHERE change_key = {}")
-        return f"{mark.format(self._change_key).as_string()}; {self._statements}"
+    ) -> Advance:
+        mark: LiteralString = "UPDATE cdc_worker.dead_letter SET attempts = attempts + 1 WHERE change_key = {}"
+        return Advance(mark, (self._change_key,))
 
     def fenced(self) -> CdcWorkerError:
         return CdcWorkerError("there is no such dead letter")
@@ -651,7 +651,13 @@ def replay(crm: Crm, *, before_commit: Callable[[], object] = lambda: None) -> N
         late = {key.place: made_up(meant, event, [], [])}
         statements = replacement(given.target, table, settings.worker, Clusters(known.system_identifier), late)
         sink = Sink(
-            writing, given.target, table=table, time_zone="UTC", progress=Replay(change_key, statements), decode=str
+            writing,
+            given.target,
+            table=table,
+            time_zone="UTC",
+            progress=Replay(change_key),
+            decode=str,
+            also=lambda rows: f"{statements}; ",
         )
         inserted = Change("insert", "public", "lead", None, change["new"])
         lsn = key.place.lsn
