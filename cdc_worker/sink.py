@@ -310,9 +310,14 @@ class Sink:
         counts = len(rows), len(written.dead_letters)
         few = 0 < len(rows) <= MAX_AT_ONCE and self._at_once
         if few and not (written.dead_letters or skipped or batch.given):
-            yield from self._write_at_once(self._moved(batch.end, batch, *counts), rows)
-            self.position, self._refused_in_a_row = batch.end, 0
-            return
+            try:
+                yield from self._write_at_once(self._moved(batch.end, batch, *counts), rows)
+                self.position, self._refused_in_a_row = batch.end, 0
+                return
+            except RefusedError as refusal:
+                if is_transient(refusal.sqlstate):
+                    raise
+                yield from self._forget_prepared()
         advance = self._advance(batch.end, batch, *counts)
         if written.dead_letters or skipped or (rows and (self._catalog.row_security or self._draw)):
             # By itself: only a COPY can be given up halfway.
@@ -333,8 +338,8 @@ class Sink:
     def _write_at_once(self, advance: Advance, rows: Sequence[Line]) -> Writing[None]:
         """Write few rows without waiting for an answer in between, which for so few takes longer than all the rest.
 
-        Since nothing can be given up halfway, a progress that is another's is an error as well: after any, they are
-        written step by step.
+        Since nothing can be given up halfway, a progress that is another's is an error as well. What an error means is
+        told by writing them step by step: a prepared statement also fails where a column has got another type.
         """
         pgconn = self._pgconn
         sent: list[bytes] = []  # of each command the name of the statement that it prepares
@@ -382,6 +387,12 @@ class Sink:
         pgconn.exit_pipeline_mode()
         if refusal is not None:
             raise refusal
+
+    def _forget_prepared(self) -> Writing[None]:
+        """Roll back, and let all be prepared anew."""
+        forgotten = "".join(f"; DEALLOCATE {name.decode()}" for name in self._prepared)
+        self._prepared.clear()
+        yield from self._run(f"ROLLBACK{forgotten}")
 
     def _write_divided(self, batch: Batch, start: int, written: Written) -> Writing[int]:
         """Write in one transaction what the target accepts of the outcomes from `start` on; returns where it stopped.
