@@ -7,10 +7,9 @@ from bisect import bisect_right
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Any, ClassVar, Final, Literal, LiteralString, NamedTuple
+from typing import Any, ClassVar, Final, Literal, NamedTuple
 
 import msgspec
-from psycopg import sql
 
 from cdc_worker.changes import NOT_MASKED, Change, Masked, Operation, Payload, Row, Transaction
 from cdc_worker.context import NOTHING, Context
@@ -29,23 +28,6 @@ class Position(NamedTuple):
     def __str__(self) -> str:
         inside = f" and {self.changes} changes of the commit at {self.commit_lsn}" if self.commit_lsn else ""
         return f"{self.lsn}{inside}"
-
-
-class Advance(NamedTuple):
-    """The statement that moves a position, with {} in the place of each of these values."""
-
-    statement: LiteralString
-    values: Sequence[Any]
-
-    @property
-    def literal(self) -> str:
-        """With its values in it."""
-        return sql.SQL(self.statement).format(*self.values).as_string()
-
-    @property
-    def prepared(self) -> str:
-        """With the numbers of parameters in their place."""
-        return self.statement.format(*(f"${number}" for number in range(1, len(self.values) + 1)))
 
 
 class Origin(msgspec.Struct, frozen=True, gc=False):

@@ -44,7 +44,6 @@ from pydantic import BaseModel, Field
 from cdc_worker import catalog, checkpoint, errors, failpoints, postgres, profile, rows
 from cdc_worker.activities import (
     Activity,
-    Advance,
     Batch,
     Clusters,
     DeadLetter,
@@ -64,7 +63,7 @@ from cdc_worker.journal import Journal
 from cdc_worker.log import Logger
 from cdc_worker.lookups import Lookups
 from cdc_worker.lsn import LSN
-from cdc_worker.postgres import Connection
+from cdc_worker.postgres import Connection, Statement
 from cdc_worker.profile import Profile, Target
 from cdc_worker.progress import shown
 from cdc_worker.rows import Read, RowKey, Rows
@@ -325,7 +324,7 @@ class Mark:
         *,
         activities: int = 0,
         dead_letters: int = 0,
-    ) -> Advance:
+    ) -> Statement:
         """The statement that moves it from one position to another, if nobody else has, and nobody was erased."""
         query = (
             "UPDATE cdc_worker.backfill SET last_key = {}::text[], rows = rows + {}, activities = activities + {},"
@@ -343,7 +342,7 @@ class Mark:
             self.nonce,
             self._key(before),
         )
-        return Advance(query, values)
+        return Statement(query, values)
 
     def fenced(self) -> errors.FencedError:
         """Another process has moved it, or a person was erased."""

@@ -15,10 +15,10 @@ from psycopg import sql
 from psycopg.abc import Params
 
 from cdc_worker import errors, failpoints
-from cdc_worker.activities import Advance, Position, Scope, Stretch
+from cdc_worker.activities import Position, Scope, Stretch
 from cdc_worker.ddl import Step
 from cdc_worker.lsn import LSN
-from cdc_worker.postgres import Connection, fetch_one
+from cdc_worker.postgres import Connection, Statement, fetch_one
 from cdc_worker.rules import qualified
 
 
@@ -62,7 +62,7 @@ class Checkpoint:
         *,
         activities: int = 0,
         dead_letters: int = 0,
-    ) -> Advance:
+    ) -> Statement:
         """The statement that moves the checkpoint from `before` to `after`, with what is written beside it.
 
         It touches no row if another process has become the owner, or if there is a cut-over or an erasure that this one
@@ -72,7 +72,7 @@ class Checkpoint:
             str(after.lsn),
             str(after.commit_lsn),
             after.changes,
-            committed_at and committed_at.isoformat(),
+            None if committed_at is None else committed_at.isoformat(),
             activities,
             dead_letters,
             self.worker,
@@ -82,7 +82,7 @@ class Checkpoint:
             str(before.commit_lsn),
             before.changes,
         )
-        return Advance(_ADVANCE, values)
+        return Statement(_ADVANCE, values)
 
 
 _ADVANCE: Final = (

@@ -29,7 +29,6 @@ from psycopg.types.json import set_json_loads
 from cdc_worker import backfill, catalog, checkpoint, errors, failpoints, kept, postgres, rows
 from cdc_worker.activities import (
     Activity,
-    Advance,
     Batch,
     DeadLetter,
     Key,
@@ -47,7 +46,7 @@ from cdc_worker.config import Settings
 from cdc_worker.log import Logger
 from cdc_worker.lookups import Lookups
 from cdc_worker.lsn import INVALID, LSN
-from cdc_worker.postgres import Connection, fetch_one
+from cdc_worker.postgres import Connection, Statement, fetch_one
 from cdc_worker.profile import Profile
 from cdc_worker.rules import qualified
 from cdc_worker.sink import Sink, finished
@@ -100,13 +99,13 @@ class Progress:
         *,
         activities: int = 0,
         dead_letters: int = 0,
-    ) -> Advance:
+    ) -> Statement:
         """The statement that moves it, unless it is to look again."""
         query = (
             "UPDATE cdc_worker.replay SET lsn = {}, activities = activities + {}, dead_letters = dead_letters + {},"
             " written_at = now() WHERE replay = {} AND nonce = {}"
         )
-        return Advance(query, (str(after.lsn), activities, dead_letters, self.replay, self.nonce))
+        return Statement(query, (str(after.lsn), activities, dead_letters, self.replay, self.nonce))
 
     def fenced(self) -> errors.FencedError:
         """It is to look again."""

@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any, Final, LiteralString, TypeVar
+from typing import Any, Final, LiteralString, NamedTuple, TypeVar
 
 import psycopg
 from psycopg import sql
@@ -717,6 +717,28 @@ def _standbys(setting: str) -> tuple[str, int, list[str]]:
     if counted is None:
         return "FIRST", 1, listed(setting)
     return (counted[1] or "FIRST").upper(), int(counted[2]), listed(counted[3])
+
+
+class Statement(NamedTuple):
+    """A statement with {} in the place of each of its values."""
+
+    text: LiteralString
+    values: Sequence[str | int | list[str] | None] = ()
+
+    @property
+    def literal(self) -> str:
+        """With its values in it."""
+        return sql.SQL(self.text).format(*self.values).as_string()
+
+    @property
+    def prepared(self) -> str:
+        """With the numbers of parameters in their place."""
+        return self.text.format(*(f"${number}" for number in range(1, len(self.values) + 1)))
+
+    @property
+    def parameters(self) -> list[str | None]:
+        """The values as text."""
+        return [of if of is None else array(of) if isinstance(of, list) else str(of) for of in self.values]
 
 
 def array(values: Iterable[str]) -> str:

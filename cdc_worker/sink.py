@@ -24,10 +24,10 @@ from psycopg.pq.abc import PGresult
 from psycopg.waiting import Ready, Wait
 
 from cdc_worker import catalog, errors, failpoints, kept, postgres
-from cdc_worker.activities import Activity, Advance, Batch, DeadLetter, Line, Position, Prepared, Skipped
+from cdc_worker.activities import Activity, Batch, DeadLetter, Line, Position, Prepared, Skipped
 from cdc_worker.catalog import TargetTable
 from cdc_worker.changes import Change, Payload
-from cdc_worker.postgres import Connection, is_about_the_row, is_transient
+from cdc_worker.postgres import Connection, Statement, is_about_the_row, is_transient
 from cdc_worker.profile import Target
 from cdc_worker.rules import qualified
 
@@ -126,7 +126,7 @@ class Progress(Protocol):
         *,
         activities: int = 0,
         dead_letters: int = 0,
-    ) -> Advance:
+    ) -> Statement:
         """The statement that moves it; one that finds no row to update means that we may not write."""
 
     def fenced(self) -> errors.CdcWorkerError:
@@ -335,7 +335,7 @@ class Sink:
         if rows:
             self._refused_in_a_row = 0
 
-    def _write_at_once(self, advance: Advance, rows: Sequence[Line]) -> Writing[None]:
+    def _write_at_once(self, advance: Statement, rows: Sequence[Line]) -> Writing[None]:
         """Write few rows without waiting for an answer in between, which for so few takes longer than all the rest.
 
         Since nothing can be given up halfway, a progress that is another's is an error as well. What an error means is
@@ -344,19 +344,19 @@ class Sink:
         pgconn = self._pgconn
         sent: list[bytes] = []  # of each command the name of the statement that it prepares
 
-        def send(statement: str, parameters: Sequence[Any] = ()) -> None:
+        def send(statement: str, parameters: Sequence[str | None] = ()) -> None:
             name = self._names.setdefault(statement, f"at_once_{len(self._names)}".encode())
             # Only now: to prepare it would otherwise wait for what is locked, with a snapshot.
             if name not in self._prepared and name not in sent:
                 pgconn.send_prepare(name, statement.encode())
                 sent.append(name)
-            pgconn.send_query_prepared(name, [_parameter(of) for of in parameters])
+            pgconn.send_query_prepared(name, [of if of is None else of.encode() for of in parameters])
             sent.append(b"")
 
         pgconn.enter_pipeline_mode()
         for statement in self._begin_whole:
             send(statement)
-        send(_MOVED.format(advance.prepared), advance.values)
+        send(_MOVED.format(advance.prepared), advance.parameters)
         for row in rows:
             send(self._into.one, parsed(row.text))
         failpoints.reach("before_commit")
@@ -535,7 +535,7 @@ class Sink:
             hint="mend its grants or columns; what was not written comes again",
         )
 
-    def _moved(self, after: Position, batch: Batch | None, activities: int, dead_letters: int) -> Advance:
+    def _moved(self, after: Position, batch: Batch | None, activities: int, dead_letters: int) -> Statement:
         committed_at = batch.committed_at if batch else None
         before = self.position
         return self._progress.advance(before, after, committed_at, activities=activities, dead_letters=dead_letters)
@@ -672,13 +672,6 @@ class Sink:
         while self._pgconn.flush():
             if (yield Wait.RW) & Ready.R:
                 self._pgconn.consume_input()
-
-
-def _parameter(value: Any) -> bytes | None:
-    """As text."""
-    if value is None:
-        return None
-    return (postgres.array(value) if isinstance(value, list) else str(value)).encode()
 
 
 def _deleted(results: Sequence[PGresult]) -> int:

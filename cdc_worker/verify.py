@@ -41,7 +41,7 @@ from psycopg.types.json import set_json_loads
 from pydantic import BaseModel, Field
 
 from cdc_worker import catalog, checkpoint, errors, failpoints, postgres, reconcile, rows, slot
-from cdc_worker.activities import Activity, Advance, Batch, Clusters, DeadLetter, Place, Position, Scope, parsed_key
+from cdc_worker.activities import Activity, Batch, Clusters, DeadLetter, Place, Position, Scope, parsed_key
 from cdc_worker.changes import STREAM, Row, Transaction
 from cdc_worker.config import Settings
 from cdc_worker.fence import PATIENCE, Fence
@@ -51,7 +51,7 @@ from cdc_worker.late import repairing
 from cdc_worker.log import Logger
 from cdc_worker.lookups import Lookups
 from cdc_worker.lsn import INVALID, LSN
-from cdc_worker.postgres import Connection
+from cdc_worker.postgres import Connection, Statement
 from cdc_worker.profile import Profile
 from cdc_worker.progress import shown
 from cdc_worker.reconcile import Moment
@@ -683,10 +683,10 @@ class _Unerased:
         *,
         activities: int = 0,
         dead_letters: int = 0,
-    ) -> Advance:
+    ) -> Statement:
         """The statement that makes sure of that until the end of its transaction."""
         query = "UPDATE cdc_worker.checkpoint SET nonce = nonce WHERE worker = {} AND nonce = {}"
-        return Advance(query, (self.worker, self.nonce))
+        return Statement(query, (self.worker, self.nonce))
 
     def fenced(self) -> errors.FencedError:
         """A person was erased, or a table cut over."""

@@ -25,7 +25,7 @@ from storms import Faults, kill
 from support import PATIENCE, Crm, WorkerProcess, crm_on, eventually, having, storm
 
 from cdc_worker import catalog, checkpoint, config, log, postgres, profile
-from cdc_worker.activities import Activity, Advance, Batch, Clusters, Position, parsed_key
+from cdc_worker.activities import Activity, Batch, Clusters, Position, parsed_key
 from cdc_worker.backfill import Backfilled, Wishes, backfill, replacement
 from cdc_worker.changes import Change, Transaction
 from cdc_worker.cluster import Cluster
@@ -33,6 +33,7 @@ from cdc_worker.errors import CdcWorkerError
 from cdc_worker.fence import Fence
 from cdc_worker.history import Event, made_up, recorded
 from cdc_worker.lsn import LSN
+from cdc_worker.postgres import Statement
 from cdc_worker.rows import Rows
 from cdc_worker.sink import Sink
 from cdc_worker.transform import transform
@@ -626,9 +627,9 @@ class Replay:
         *,
         activities: int = 0,
         dead_letters: int = 0,
-    ) -> Advance:
+    ) -> Statement:
         mark: LiteralString = "UPDATE cdc_worker.dead_letter SET attempts = attempts + 1 WHERE change_key = {}"
-        return Advance(mark, (self._change_key,))
+        return Statement(mark, (self._change_key,))
 
     def fenced(self) -> CdcWorkerError:
         return CdcWorkerError("there is no such dead letter")

@@ -17,6 +17,7 @@ CORE = [
         "values",
         "protocol",
         "changes",
+        "lazy",
         "wal2json",
         "documents",
         "pgoutput",
