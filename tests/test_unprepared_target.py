@@ -17,7 +17,7 @@ from psycopg.rows import TupleRow
 from support import Crm, eventually, grant, storm
 
 from cdc_worker import shadow
-from cdc_worker.sink import MAX_LOCKING, MAX_REFUSALS
+from cdc_worker.sink import MAX_AT_ONCE, MAX_LOCKING, MAX_REFUSALS
 
 COLUMNS = {
     "activity_type": "type",
@@ -739,13 +739,13 @@ def writing(crm: Crm) -> str:
     with crm.worker() as worker, psycopg.connect(crm.dsn) as locker:
         worker.wait_for("replication_started")
         locker.execute("LOCK TABLE activity")
-        crm.add_leads(3)
+        crm.add_leads(MAX_AT_ONCE + 1)
         held_up = BACKEND.format("query") + " AND wait_event_type = 'Lock'"
         ((query,),) = eventually(
             lambda: crm.connection.execute(held_up.encode(), [f"cdc-worker {crm.slot}"]).fetchall()
         )
         locker.rollback()
-        eventually(lambda: len(crm.types()) == 3)
+        eventually(lambda: len(crm.types()) == MAX_AT_ONCE + 1)
         assert worker.terminate() == 0
     return str(query)
 
