@@ -23,12 +23,19 @@ from cdc_worker.ddl import schema
 
 LEGACY = Path(__file__).parent.parent / "tests" / "legacy"
 
+LINGER = 0.02
+"""Seconds."""
+
 CONDITIONS = {
     "nothing": "nothing",
     "identity": "REPLICA IDENTITY FULL",
     "worker": "the worker",
+    "linger": f"the worker, with a linger of {LINGER * 1000:.0f} ms",
     "triggers": "the old triggers",
 }
+
+SETTINGS: dict[str, dict[str, str]] = {"worker": {}, "linger": {"linger": str(LINGER)}}
+"""Of the worker, where there is one."""
 
 RATE = 2_000
 """Transactions a second of the fixed rate."""
@@ -100,11 +107,11 @@ def stretch(server: Server, name: str, load: Sequence[str], seconds: int) -> lis
 @contextmanager
 def recording(server: Server, name: str) -> Iterator[None]:
     """With the worker, if it is that, which has nothing to do before, and at the end is waited for until it hasn't."""
-    if name != "worker":
+    if name not in SETTINGS:
         yield
         return
     server.begin_now("application", server.plugins[0])
-    with server.daemon("application") as worker:
+    with server.daemon("application", **SETTINGS[name]) as worker:
         server.caught_up(worker, f"began {time.monotonic()}")
         yield
         server.caught_up(worker, f"ended {time.monotonic()}")
