@@ -137,7 +137,7 @@ class TargetTable:
     locks the row that it refers to. A target that setup prepared has none. `referred` are the tables that any foreign
     key refers to: these are locked for a moment with each row, whatever the row has in the key's columns. Where no
     column takes the change keys, `numbered` is its primary key, with the sequence that it comes from, if it does.
-    `shape` is what `shape` tells.
+    `shape` is what `shape` tells. If it has `rules` on INSERT, that does something else than a COPY.
     """
 
     columns: dict[str, str]
@@ -149,6 +149,7 @@ class TargetTable:
     shape: str
     numbered: tuple[str, str] | None = None
     referred: tuple[tuple[str, str], ...] = ()
+    rules: bool = False
 
 
 _LENGTHS: Final = """
@@ -176,7 +177,8 @@ WHERE conrelid = to_regclass(format('%%I.%%I', %s::text, %s::text)) AND contype 
 
 _TARGET: Final = """
 SELECT EXISTS (SELECT FROM pg_constraint WHERE conrelid = target AND condeferrable), row_security_active(target),
-       extract(epoch FROM current_setting('deadlock_timeout')::interval)::float
+       extract(epoch FROM current_setting('deadlock_timeout')::interval)::float,
+       EXISTS (SELECT FROM pg_rewrite WHERE ev_class = target AND ev_type = '3')
 FROM to_regclass(format('%%I.%%I', %s::text, %s::text)) AS target
 """
 
@@ -240,10 +242,10 @@ def target_table(connection: Connection, target: Target) -> TargetTable:
         found = connection.execute(_NUMBERED, table).fetchone()
         if found is not None and found[0] not in written:
             numbered = found[0], found[1]
-    deferrable, row_security, deadlock_timeout = fetch_one(connection, _TARGET, *table)
+    deferrable, row_security, deadlock_timeout, rules = fetch_one(connection, _TARGET, *table)
     ((told,),) = connection.execute(shape(target))
     return TargetTable(
-        types, lengths, foreign_keys, deferrable, row_security, deadlock_timeout, told, numbered, referred
+        types, lengths, foreign_keys, deferrable, row_security, deadlock_timeout, told, numbered, referred, rules
     )
 
 

@@ -197,8 +197,10 @@ class Sink:
             self._begin_whole.append(hurry(table))
         self._names: dict[str, bytes] = {}  # of statements that are prepared for `_write_at_once`
         self._prepared: set[bytes] = set()
+        connection.prepare_threshold = None  # all that is prepared here is ours
         # What is drawn, done besides or refused to a COPY takes steps that depend on each other.
-        self._at_once = not (self._draw or self._into_keys or table.row_security or also is not _nothing_else)
+        step_by_step = self._draw or self._into_keys or table.row_security or also is not _nothing_else
+        self._at_once = not (step_by_step or table.rules)
         self._free = [_FREE.format(sql.Identifier(*of)).as_string() for of in table.referred]
         self._refused_in_a_row = 0
         self._refused_with = ""
@@ -390,9 +392,8 @@ class Sink:
 
     def _forget_prepared(self) -> Writing[None]:
         """Roll back, and let all be prepared anew."""
-        forgotten = "".join(f"; DEALLOCATE {name.decode()}" for name in self._prepared)
         self._prepared.clear()
-        yield from self._run(f"ROLLBACK{forgotten}")
+        yield from self._run("ROLLBACK; DEALLOCATE ALL")
 
     def _write_divided(self, batch: Batch, start: int, written: Written) -> Writing[int]:
         """Write in one transaction what the target accepts of the outcomes from `start` on; returns where it stopped.
@@ -835,9 +836,13 @@ def encoder(target: Target, table: TargetTable, zone: ZoneInfo) -> Callable[[Act
     def at_home(moment: datetime) -> str:
         nonlocal since, until, second
         if not since <= moment < until:
-            since = moment.replace(microsecond=0)
-            until = since + _SECOND
-            second = since.astimezone(zone).replace(tzinfo=None).isoformat(" ")
+            try:
+                since = moment.replace(microsecond=0)
+                until = since + _SECOND
+                second = since.astimezone(zone).replace(tzinfo=None).isoformat(" ")
+            except OverflowError:  # at an end of Python's calendar, where a day is as good as another
+                until = since
+                return moment.replace(tzinfo=None).isoformat(" ")
         return f"{second}.{moment.microsecond:06}"
 
     def printed(name: str, value: Any) -> str:

@@ -99,6 +99,15 @@ def test_who_is_no_longer_the_owner_writes_none_of_few_rows(crm: Crm) -> None:
     recorded(crm, 2)
 
 
+def test_rules_of_the_target_apply_to_none_of_few_rows_as_they_apply_to_none_of_many(crm: Crm) -> None:
+    crm.execute("CREATE RULE elsewhere AS ON INSERT TO activity DO INSTEAD NOTHING")
+    crm.add_leads(1)
+    crm.record()
+    crm.add_leads(MAX_AT_ONCE + 1)
+    crm.record()
+    recorded(crm, MAX_AT_ONCE + 2)
+
+
 @pytest.mark.parametrize("lingers", [False, True])
 def test_batches_that_linger_are_as_many_as_their_time_has_room_for(crm: Crm, *, lingers: bool) -> None:
     linger = 0.5 if lingers else 0.0

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import hmac
 import json
 import re
 from collections.abc import Collection, Mapping
+from contextlib import suppress
+from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from fractions import Fraction
 from typing import Any
@@ -264,6 +267,31 @@ def test_whatever_a_change_is_it_becomes_rows_of_the_target_or_dead_letters(
         values = parsed(encode(outcome))
         assert values[-2:] == [outcome.change_key, "\t\\N'"], "a value has become two"
         assert isinstance(json.loads(values[2] or ""), dict)
+
+
+MOMENTS = st.datetimes(timezones=st.just(UTC))
+NEARBY = st.tuples(MOMENTS, st.lists(st.timedeltas(timedelta(seconds=-5), timedelta(seconds=5)), max_size=4))
+
+
+@given(NEARBY, st.sampled_from(["UTC", "Europe/Berlin", "Asia/Kathmandu", "America/St_Johns", "Pacific/Kiritimati"]))
+def test_times_are_those_of_the_zone_whatever_was_told_before(
+    nearby: tuple[datetime, list[timedelta]], name: str
+) -> None:
+    moment, distances = nearby
+    target = Target.model_validate({"table": "activity", "columns": {"n": "occurred_at"}})
+    table = dataclasses.replace(TABLE, columns={"n": "timestamp without time zone"})
+    encode = encoder(target, table, ZoneInfo(name))
+    change = Change("insert", "public", "lead", None, {})
+    for distance in (timedelta(0), *distances):
+        expected = None  # beyond the calendar it is told somehow
+        at = moment
+        with suppress(OverflowError):
+            at = moment + distance
+            expected = at.astimezone(ZoneInfo(name)).replace(tzinfo=None)
+        (printed,) = parsed(encode(Activity("k", {"type": "t", "metadata": {}, "occurred_at": at}, change, 0)))
+        assert printed is not None
+        if expected is not None:
+            assert datetime.fromisoformat(printed) == expected
 
 
 # Data stays data.
