@@ -1,18 +1,22 @@
-"""How late an activity is: from the commit's timestamp to the moment when another session sees it.
+"""How late an activity is: from the commit's timestamp to when the worker knows that it is durable.
 
-That session asks every millisecond, so what is told is a little more than what it was.
+By then everybody sees it. The worker's log tells when that was of each batch: a session that looked for them every
+millisecond would take more of two processors than the worker, and be what is measured.
 """
 
 from __future__ import annotations
 
+import json
 import time
-from collections.abc import Sequence
-from datetime import UTC, datetime
+from collections.abc import Iterator, Sequence
+from datetime import datetime
+from itertools import repeat
+from pathlib import Path
 from typing import Any, TypeVar
 
 from bench import clients
 from bench.figures import percentile, rounded, spread, tail
-from bench.server import LEADS, TOLD, Opener, Server
+from bench.server import LEADS, Opener, Server
 from bench.sizes import Sizes
 from bench.tables import number, table
 
@@ -21,7 +25,7 @@ T = TypeVar("T")
 RATES = (100, 500, 2_000)
 """Transactions a second."""
 
-NEWER = "SELECT activity_id, date_created FROM activity WHERE activity_id > %s ORDER BY activity_id"
+NEWER = "SELECT date_created FROM activity WHERE activity_id > %s ORDER BY activity_id"
 
 WARMING = 1
 """Seconds at the beginning of a stretch that don't count: pgbench connects, and caches are empty."""
@@ -67,32 +71,32 @@ def stretch(server: Server, plugin: str, rate: int, seconds: int) -> Arrivals:
     server.connection.execute("VACUUM lead")
     server.connection.execute("CHECKPOINT")
     mark = f"after {plugin} at {rate} {time.monotonic():.3f}"
-    found: list[tuple[datetime, datetime]] = []
-    with server.daemon(slot) as worker:
+    log = server.directory / "latency.log"
+    with server.daemon(slot, log=log, log_level="debug", log_format="json") as worker:
         server.caught_up(worker, f"{plugin} at {rate} {time.monotonic()}")
-        last = server.newest()
+        before = server.newest()
         with server.loading("-c", "8", "-R", str(rate), "-T", str(seconds + WARMING)) as load:
-            marked = done = False
-            while not done:
-                done = marked and bool(server.value(TOLD, mark))
-                rows = server.connection.execute(NEWER, (last,), prepare=True).fetchall()
-                # Both clocks are one, and the server's zone is UTC.
-                now = datetime.now(UTC).replace(tzinfo=None)
-                found += [(committed_at, now) for _, committed_at in rows]
-                if rows:
-                    last = rows[-1][0]
-                if not marked and load.poll() is not None:
-                    # However late it is, what comes before this has to come first.
-                    server.connection.execute("UPDATE lead SET status = %s WHERE lead_id = 1", (mark,))
-                    marked = True
-                if worker.poll() is not None:
-                    raise clients.FailedError("the worker has ended")
-                time.sleep(0.001)
-    found.pop()
+            load.wait()
+        # However late it is, what comes before this has to come first.
+        server.caught_up(worker, mark)
     clients.drop(server, slot)
+    committed = [at for (at,) in server.connection.execute(NEWER, (0,))]
+    # Both clocks are one, and the server's zone is UTC.
+    found = [*zip(committed, durable(log), strict=True)][before:-1]
     since = found[0][0]
     late = [((at - since).total_seconds() - WARMING, (seen - at).total_seconds() * 1000) for at, seen in found]
     return [(at, milliseconds) for at, milliseconds in late if at >= 0]
+
+
+def durable(log: Path) -> Iterator[datetime]:
+    """When each activity was durable, in order, in UTC. Raises FailedError where the log tells of anything else."""
+    for line in log.read_text().splitlines():
+        told = json.loads(line)
+        if told["event"] == "batch_written":
+            if told["dead_letters"] or told["already_there"]:
+                raise clients.FailedError(f"a batch was not written whole: {line}")
+            at = datetime.fromisoformat(told["timestamp"]).replace(tzinfo=None)
+            yield from repeat(at, told["activities"])
 
 
 def over_time(rounds: Sequence[Arrivals]) -> list[tuple[float, float, float]]:

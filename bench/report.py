@@ -49,7 +49,7 @@ of psycopg2 and Debezium end with their last change.
 """
 
 LATENCY: Final = """\
-From the commit's timestamp to the moment when another connection, which asks every millisecond, sees the activity. All
+From the commit's timestamp to the moment when the worker knows that the activity is durable, and everybody sees it. All
 rounds are pooled here; the first second of each doesn't count.
 """
 

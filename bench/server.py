@@ -195,10 +195,15 @@ class Server:
             raise click.ClickException("the worker's activities are not what they should be")
 
     @contextmanager
-    def daemon(self, slot: str, **settings: str) -> Iterator[subprocess.Popen[bytes]]:
-        """The worker, from when it reads its slot."""
+    def daemon(self, slot: str, *, log: Path | None = None, **settings: str) -> Iterator[subprocess.Popen[bytes]]:
+        """The worker, from when it reads its slot, with its log in a file if that is given."""
         command = [sys.executable, "-m", "cdc_worker", "run"]
-        process = subprocess.Popen(command, env=self.environment(slot, **settings))
+        environment = self.environment(slot, **settings)
+        if log is None:
+            process = subprocess.Popen(command, env=environment)
+        else:
+            with log.open("wb") as file:
+                process = subprocess.Popen(command, env=environment, stdout=file, stderr=file)
         active = "SELECT count(*) > 0 FROM pg_replication_slots WHERE slot_name = %s AND active"
         try:
             self.until(process, active, slot)
