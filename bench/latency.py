@@ -25,7 +25,7 @@ T = TypeVar("T")
 RATES = (100, 500, 2_000)
 """Transactions a second."""
 
-NEWER = "SELECT date_created FROM activity WHERE activity_id > %s ORDER BY activity_id"
+COMMITTED = "SELECT date_created FROM activity ORDER BY activity_id"
 
 WARMING = 1
 """Seconds at the beginning of a stretch that don't count: pgbench connects, and caches are empty."""
@@ -80,9 +80,11 @@ def stretch(server: Server, plugin: str, rate: int, seconds: int) -> Arrivals:
         # However late it is, what comes before this has to come first.
         server.caught_up(worker, mark)
     clients.drop(server, slot)
-    committed = [at for (at,) in server.connection.execute(NEWER, (0,))]
+    committed, written = [at for (at,) in server.connection.execute(COMMITTED)], [*durable(log)]
+    if len(committed) != len(written):
+        raise clients.FailedError(f"the worker's log tells of {len(written):,} activities of {len(committed):,}")
     # Both clocks are one, and the server's zone is UTC.
-    found = [*zip(committed, durable(log), strict=True)][before:-1]
+    found = [*zip(committed, written, strict=True)][before:-1]
     since = found[0][0]
     late = [((at - since).total_seconds() - WARMING, (seen - at).total_seconds() * 1000) for at, seen in found]
     return [(at, milliseconds) for at, milliseconds in late if at >= 0]

@@ -42,18 +42,7 @@ from psycopg import sql
 from pydantic import BaseModel, Field
 
 from cdc_worker import catalog, checkpoint, errors, failpoints, postgres, profile, rows
-from cdc_worker.activities import (
-    Activity,
-    Batch,
-    Clusters,
-    DeadLetter,
-    Key,
-    Line,
-    Place,
-    Position,
-    Scope,
-    own_key,
-)
+from cdc_worker.activities import Activity, Batch, Clusters, DeadLetter, Key, Line, Place, Position, Scope, own_key
 from cdc_worker.catalog import TargetTable
 from cdc_worker.changes import Change, Row, Transaction
 from cdc_worker.config import Settings

@@ -56,9 +56,6 @@ class LazyRow(dict[str, Value]):
     def __len__(self) -> int:
         return len(self.layout.columns)
 
-    def __bool__(self) -> bool:
-        return bool(self.layout.columns)
-
     def get(self, column: str, default: Any = None) -> Any:
         return self[column] if column in self.layout.places else default
 

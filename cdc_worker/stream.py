@@ -72,10 +72,10 @@ _SILENCES: Final[dict[Debtor, str]] = {
 }
 
 TURN: Final = 64
-"""So many messages are read before the writing connection gets a look, ..."""
+"""So many messages, at most, are read before they are transformed and the writing connection gets a look."""
 
 TURN_SIZE: Final = 1 << 19
-"""... of so many bytes, about."""
+"""Of about so many bytes, for all of them are in memory then."""
 
 
 @dataclass(slots=True)

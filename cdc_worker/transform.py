@@ -318,10 +318,8 @@ class Transformer:
             self._hear(message, transaction.xid)
             until, message = next(messages, (-1, None))
         if transaction.last:
-            if self._passed is not None or self._summary is not None:
-                self._sum_up()
-            if self._open:
-                self._expire(self._index + FACT_DISTANCE + 1)
+            self._sum_up()
+            self._expire(self._index + FACT_DISTANCE + 1)
         if self._held:
             self._release()
         return self._told() if self._erased else self._out
@@ -591,8 +589,7 @@ class Transformer:
             self.missing.update((change.schema, change.table, column) for column in event.missing)
         if fields is None:
             return None
-        origin = self._origin if event.heard is self._context else self._origin_of(event)
-        return Activity(key, fields, change, index, origin, event.found or NOTHING_FOUND)
+        return Activity(key, fields, change, index, self._origin_of(event), event.found or NOTHING_FOUND)
 
     def _origin_of(self, event: Event) -> Origin:
         origin = self._origin
