@@ -740,10 +740,12 @@ def writing(crm: Crm) -> str:
         worker.wait_for("replication_started")
         locker.execute("LOCK TABLE activity")
         crm.add_leads(MAX_AT_ONCE + 1)
-        held_up = BACKEND.format("query") + " AND wait_event_type = 'Lock'"
-        ((query,),) = eventually(
-            lambda: crm.connection.execute(held_up.encode(), [f"cdc-worker {crm.slot}"]).fetchall()
-        )
+        name = [f"cdc-worker {crm.slot}"]
+        held_up = BACKEND.format("wait_event_type = 'Lock'").encode()
+        eventually(lambda: crm.connection.execute(held_up, name).fetchall() == [(True,)])
+        # Asked only now: the server takes a session's query and its wait at two moments, so that a look at both
+        # may find the wait beside the query before it.
+        ((query,),) = crm.connection.execute(BACKEND.format("query").encode(), name).fetchall()
         locker.rollback()
         eventually(lambda: len(crm.types()) == MAX_AT_ONCE + 1)
         assert worker.terminate() == 0
