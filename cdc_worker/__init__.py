@@ -37,6 +37,7 @@ The edges each know one thing outside:
 
     config      settings
     log         structured logs
+    console     the terminal
     metrics     what a process has counted
     postgres    connections, SQLSTATEs
     partitions  whose the changes of partitions are
@@ -73,7 +74,9 @@ The edges each know one thing outside:
     setup       tables, identities, grants, slot, cut-over
     teardown    the slot, and all that setup made
     switch_plugin  the slot, read with the other plugin
+    subjects    whose rows of the target are
     erasure     persons who are to be forgotten
+    feed        activities as people read them, whoever wrote them; feed_listing: in a terminal
     status      what a person on call asks
     checks      what a check sees and says: server_, table_, target_, slot_checks
     doctor      all checks

@@ -224,6 +224,12 @@ def row_key(target: Target, table: TargetTable) -> sql.Composable | None:
     return _KEY.format(name=".".join(name), table=sql.Identifier(*name), column=sql.Identifier(table.numbered[0]))
 
 
+def number(connection: Connection, target: Target) -> tuple[str, str] | None:
+    """The primary key of the target, with the sequence that it comes from, if it does."""
+    found = connection.execute(_NUMBERED, qualified(target.table)).fetchone()
+    return None if found is None else (found[0], found[1])
+
+
 def target_table(connection: Connection, target: Target) -> TargetTable:
     """What there is to know of a target, if it is there."""
     table = qualified(target.table)
@@ -239,9 +245,9 @@ def target_table(connection: Connection, target: Target) -> TargetTable:
     referred = tuple((schema, name) for schema, name in connection.execute(_REFERRED, table))
     numbered: tuple[str, str] | None = None
     if key_column(target) is None:
-        found = connection.execute(_NUMBERED, table).fetchone()
+        found = number(connection, target)
         if found is not None and found[0] not in written:
-            numbered = found[0], found[1]
+            numbered = found
     deferrable, row_security, deadlock_timeout, rules = fetch_one(connection, _TARGET, *table)
     ((told,),) = connection.execute(shape(target))
     return TargetTable(

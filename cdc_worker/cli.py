@@ -35,6 +35,7 @@ from cdc_worker.worker import Worker, beside
 if TYPE_CHECKING:
     from cdc_worker.binaries import Plugin
     from cdc_worker.dead_letters import Selection
+    from cdc_worker.feed import Selection as Activities
 
 P = ParamSpec("P")
 
@@ -269,6 +270,118 @@ def doctor(settings: Settings, as_json: bool) -> None:
     click.echo(report.model_dump_json(indent=2) if as_json else "\n".join(examining.lines(report)))
     if not report.healthy:
         sys.exit(1)
+
+
+def _selecting_activities(command: Callable[P, None]) -> Callable[..., None]:
+    """Give a command the filters that the CRM's people have, and the selection."""
+
+    @click.option("--lead", metavar="ID", help="Those of this lead.")
+    @click.option("--customer", metavar="ID", help="Those of this customer.")
+    @click.option(
+        "--link",
+        "others",
+        type=(str, str),
+        multiple=True,
+        metavar="FIELD ID",
+        help="Those that link to this key, in the profile's field for it.",
+    )
+    @click.option("--category", "categories", multiple=True, metavar="NAME", help="Those of it: manual, system, …")
+    @click.option("--type", "types", multiple=True, metavar="NAME", help="Those of this type.")
+    @click.option("--bd", "owners", multiple=True, metavar="NAME", help="Those that this BD is in charge of.")
+    @click.option("--visible-only", is_flag=True, help="Those that are shown to everybody.")
+    @functools.wraps(command)
+    def wrapped(lead: str | None, customer: str | None, others: tuple[tuple[str, str], ...], **given: Any) -> None:
+        from cdc_worker.feed import Selection  # noqa: PLC0415  # other commands begin sooner without it
+
+        named = {"lead": lead, "customer": customer}
+        links = [*((of, key) for of, key in named.items() if key is not None), *others]
+        if len(dict(links)) < len(links):
+            raise click.UsageError("it takes one key of a field at a time")
+        selection = Selection(
+            links=dict(links), **{name: given.pop(name) for name in ("types", "categories", "owners", "visible_only")}
+        )
+        command(selection=selection, **given)  # type: ignore[arg-type, call-arg]  # it is click that fits them
+
+    return wrapped
+
+
+@main.command()
+@_selecting_activities
+@click.option("-n", "--lines", type=click.IntRange(0), default=10, show_default=True, help="So many of before.")
+@click.option("--follow/--no-follow", default=True, help="Whether to go on with those that come, until Ctrl-C.")
+@click.option("--json", "as_json", is_flag=True, help="For machines: an object a line.")
+@_settings
+def tail(settings: Settings, selection: Activities, lines: int, follow: bool, as_json: bool) -> None:
+    """Show the activity feed as it happens, manual and system together.
+
+    It takes the right to read the target.
+
+    \b
+    Example: cdc-worker tail --type status_changed --bd jane
+    """
+    from cdc_worker import feed, feed_listing  # noqa: PLC0415  # likewise
+    from cdc_worker.console import console  # noqa: PLC0415  # likewise
+
+    def lost(error: psycopg.Error) -> None:
+        click.echo(f"connection lost, trying again: {postgres.failure(error)}", err=True)
+
+    screen = console()
+    with suppress(KeyboardInterrupt):
+        loaded = profile.load(settings.profile)
+        for line in feed.tail(settings, loaded, selection, lines=lines, follow=follow, lost=lost):
+            if as_json:
+                click.echo(line)
+            else:
+                screen.print(feed_listing.line(feed.entry(line), screen), soft_wrap=True)
+
+
+@main.command()
+@_selecting_activities
+@click.option("-n", "--limit", type=click.IntRange(1), help="The newest so many; all if not given.")
+@click.option("--json", "as_json", is_flag=True, help="For machines: an object a line.")
+@_settings
+def timeline(settings: Settings, selection: Activities, limit: int | None, as_json: bool) -> None:
+    """Show the history of a lead or a customer, manual and system together, also of one that is gone.
+
+    It takes the right to read the target.
+
+    \b
+    Example: cdc-worker timeline --lead 123
+    """
+    from cdc_worker import feed, feed_listing  # noqa: PLC0415  # likewise
+    from cdc_worker.console import console, printed  # noqa: PLC0415  # likewise
+
+    if not selection.links:
+        raise click.UsageError("it takes --lead, --customer or --link to say whose")
+    found = feed.timeline(settings, profile.load(settings.profile), selection, limit=limit)
+    if as_json:
+        _echo(iter(found))
+        return
+    screen = console()
+    history = feed_listing.history([feed.entry(line) for line in found], screen)
+    click.echo(printed(screen, history) if found else "no activities")
+
+
+@main.command()
+@_selecting_activities
+@click.option("--json", "as_json", is_flag=True, help="For machines: an object a line.")
+@_settings
+def stats(settings: Settings, selection: Activities, as_json: bool) -> None:
+    """Count activities: by category, by day, by BD and by type.
+
+    It takes the right to read the target.
+
+    \b
+    Example: cdc-worker stats --bd jane
+    """
+    from cdc_worker import feed, feed_listing  # noqa: PLC0415  # likewise
+    from cdc_worker.console import console, printed  # noqa: PLC0415  # likewise
+
+    counts = feed.stats(settings, profile.load(settings.profile), selection)
+    if as_json:
+        _echo(count.model_dump_json() for count in counts)
+        return
+    click.echo(printed(console(), feed_listing.tables(counts)))
 
 
 @main.command()

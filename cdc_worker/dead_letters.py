@@ -33,6 +33,7 @@ from cdc_worker.activities import (
 )
 from cdc_worker.changes import Change, Transaction
 from cdc_worker.config import Settings
+from cdc_worker.console import one_line
 from cdc_worker.kept import Kept, read
 from cdc_worker.late import Late
 from cdc_worker.log import Logger
@@ -221,17 +222,13 @@ def listing(found: Iterator[Listed]) -> Iterator[str]:
         count += 1
         rule = f"{of.table.removeprefix('public.')}/{of.rule}"
         discarded = "discarded; " if of.discarded_at else ""
-        yield f"{of.id:>8}  {_time(of.committed_at)}  {of.attempts:>8}  {rule:24}  {discarded}{_one_line(of.reason)}"
+        yield f"{of.id:>8}  {_time(of.committed_at)}  {of.attempts:>8}  {rule:24}  {discarded}{one_line(of.reason)}"
     if not count:
         yield "none"
 
 
 def _time(at: datetime) -> str:
     return f"{at:%Y-%m-%d %H:%M:%S}"
-
-
-def _one_line(text: str) -> str:
-    return "".join(c if c.isprintable() else " " for c in " ".join(text.split()))
 
 
 def shown(settings: Settings, number: int) -> Iterator[str]:
@@ -242,7 +239,7 @@ def shown(settings: Settings, number: int) -> Iterator[str]:
     said: list[tuple[str, Any]] = [
         ("dead letter", stored.id),
         ("kind", kept.kind),
-        ("reason", _one_line(kept.reason)),
+        ("reason", one_line(kept.reason)),
         ("sqlstate", kept.sqlstate),
         ("constraint", kept.constraint),
         ("change", f"{of.operation} of {of.table}, by the rule {of.rule}"),
@@ -535,5 +532,5 @@ def told(tried: Iterator[Tried]) -> Iterator[str]:
     counts: dict[str, int] = {}
     for of in tried:
         counts[of.outcome] = counts.get(of.outcome, 0) + 1
-        yield f"{of.id}: {of.outcome}{f': {_one_line(of.reason)}' if of.reason else ''}"
+        yield f"{of.id}: {of.outcome}{f': {one_line(of.reason)}' if of.reason else ''}"
     yield f"{sum(counts.values()):,} tried: {', '.join(f'{n:,} {name}' for name, n in counts.items()) or 'none wait'}"

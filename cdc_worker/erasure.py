@@ -21,6 +21,7 @@ from cdc_worker.history import recorded
 from cdc_worker.postgres import Connection
 from cdc_worker.profile import Profile
 from cdc_worker.rules import Rules, qualified
+from cdc_worker.subjects import key, theirs
 from cdc_worker.transform import ERASED, blank
 
 OUT_OF_REACH: Final = (
@@ -52,8 +53,8 @@ def lines(done: Erasure) -> Iterator[str]:
     yield f"{done.activities:,} of their activities and {done.dead_letters:,} of their dead letters were blanked"
     yield f"{done.application_activities:,} of their activities are the application's, and left to it"
     for field, keys in done.linked.items():
-        for key in keys:
-            yield f"an activity of theirs links to {field} {key} as well: cdc-worker forget --person {field} {key}"
+        for of in keys:
+            yield f"an activity of theirs links to {field} {of} as well: cdc-worker forget --person {field} {of}"
     yield "out of reach:"
     for what in done.out_of_reach:
         yield f"  {what}"
@@ -89,7 +90,7 @@ def forget(settings: Settings, profile: Profile, persons: Mapping[str, str]) -> 
     with postgres.connect(settings.dsn.get_secret_value(), worker) as connection:
         table = catalog.check(connection, profile, rules)
         types, change_key = table.columns, _change_key(profile, table)
-        erased = {field: _key(connection, field, key, types[links[field]]) for field, key in persons.items()}
+        erased = {field: key(connection, field, given, types[links[field]]) for field, given in persons.items()}
         checkpoint.read(connection, worker)
         # Each statement must see what was committed before it, such as the batch for whose end the first one waits.
         connection.isolation_level = psycopg.IsolationLevel.READ_COMMITTED
@@ -129,19 +130,6 @@ def _change_key(profile: Profile, table: TargetTable) -> sql.Composable:
             hint="blank by hand what is told of the person",
         )
     return key
-
-
-def _key(connection: Connection, field: str, key: str, type_name: str) -> str:
-    """The key as the database prints it, which is how the register and the worker compare it."""
-    try:
-        (printed,) = connection.execute(f"SELECT %s::{type_name}::text".encode(), (key,)).fetchone() or ("",)
-    except psycopg.DataError:
-        printed = ""
-    if not printed:
-        raise errors.SettingsError(
-            f'"{key}" can\'t be the key of a {field}, which is of type {type_name}', hint="name the key of a person"
-        )
-    return str(printed)
 
 
 _LINKED: Final = sql.SQL("""
@@ -192,7 +180,7 @@ class _Target:
         for field in self._persons:
             link = sql.Identifier(self._columns[field])
             query = _LINKED.format(
-                link=link, table=self._table, theirs=self._theirs(persons), worker=self._worker, field=field
+                link=link, table=self._table, theirs=theirs(self._profile, persons), worker=self._worker, field=field
             )
             found[field] = [key for (key,) in connection.execute(query)]
         return {field: keys for field, keys in found.items() if keys}
@@ -201,7 +189,7 @@ class _Target:
         self, connection: Connection, persons: Mapping[str, str], change_key: sql.Composable
     ) -> int:
         """How many of their rows are not the worker's."""
-        query = _OF_APPLICATION.format(table=self._table, theirs=self._theirs(persons), change_key=change_key)
+        query = _OF_APPLICATION.format(table=self._table, theirs=theirs(self._profile, persons), change_key=change_key)
         ((count,),) = connection.execute(query)
         return int(count)
 
@@ -228,7 +216,7 @@ class _Target:
         query = _BLANK.format(
             table=self._table,
             blank=sql.SQL(", ").join(blank),
-            theirs=self._theirs(persons),
+            theirs=theirs(self._profile, persons),
             change_key=change_key,
             prefix=f"{self._worker}/",
             told=sql.SQL(" OR ").join(told),
@@ -247,32 +235,6 @@ class _Target:
             _MOVED.format(metadata=metadata, name=name, keys=sorted(of)) for name, of in sorted(keys.items()) if of
         )
         return sql.SQL(" || ").join([sql.SQL("""jsonb '{{"erased": true}}'""").format(), *moved])
-
-    def _theirs(self, persons: Mapping[str, str]) -> sql.Composed:
-        """That a row is of one of them: by its link, or where that is NULL by what its metadata tells instead."""
-        theirs = []
-        for field, key in persons.items():
-            column = self._columns[field]
-            link = sql.Identifier(column)
-            theirs.append(sql.SQL("{} = {}").format(link, key))
-            if "metadata" in self._columns:
-                metadata = sql.Identifier(self._columns["metadata"])
-                theirs += [
-                    sql.SQL("{} IS NULL AND {}::jsonb #>> {} = {}").format(link, metadata, path, key)
-                    for path in (["unlinked", column], *([name] for name in self._identities(field)))
-                ]
-        return sql.SQL(" OR ").join(theirs)
-
-    def _identities(self, field: str) -> list[str]:
-        """The names under which metadata has the key of this field, and nothing else in any other table."""
-        tables = self._profile.tables.values()
-        names = {
-            name for table in tables for name, source in table.identity.items() if source == table.fields.get(field)
-        }
-        others = {
-            name for table in tables for name, source in table.identity.items() if source != table.fields.get(field)
-        }
-        return sorted(names - others)
 
 
 _DEAD_LETTERS: Final = """

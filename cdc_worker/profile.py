@@ -214,6 +214,10 @@ class Target(_Model):
     """Characters that a column takes, where its type doesn't say so."""
     time_zone: str | None = None
     """Zone of its timestamps without one; the settings' or the database's if not given."""
+    category: str | None = None
+    """Its column that tells who writes a row, by which people select: "manual", also where it is NULL, or "system"."""
+    visible: str | None = None
+    """Its column that is false for what isn't shown to everybody, by which people select."""
     prepare: list[Annotated[str, StringConstraints(pattern=r"^\w+\.sql$")]] = []
     """Files of the package's `schema/` that setup runs to make or prepare the table."""
 

@@ -14,6 +14,7 @@ from typing import Any, Final
 import click
 import psycopg
 
+from cdc_worker.feed import Numbers
 from cdc_worker.sales_day import Entry
 
 POLL: Final = 0.002
@@ -98,19 +99,15 @@ class Timeline(threading.Thread):
             self.join(PATIENCE)
 
     def _watch(self, connection: psycopg.Connection[Any]) -> None:
-        last, gaps, over = 0, set[int](), False
+        seen, over = Numbers(), False
         while not over:
             over = self._over.wait(POLL)
             rows = [
                 Seen(activity_id, Entry(*entry), created, at)
-                for activity_id, *entry, created, at in connection.execute(_NEWER, (last, [*gaps])).fetchall()
+                for activity_id, *entry, created, at in connection.execute(_NEWER, (seen.last, seen.gaps)).fetchall()
             ]
             if rows:
-                # An id that was skipped may belong to a transaction that is still open.
-                newest = max(last, rows[-1].activity_id)
-                gaps |= {*range(max(last + 1, newest - 1000), newest)}
-                gaps -= {row.activity_id for row in rows}
-                last = newest
+                seen.note([row.activity_id for row in rows])
                 self.rows.extend(rows)
                 for line in lines(rows):
                     say(line)

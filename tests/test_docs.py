@@ -17,6 +17,7 @@ from cdc_worker.backfill import Backfilled, Sample
 from cdc_worker.checks import Finding
 from cdc_worker.config import PREFIX, Settings
 from cdc_worker.doctor import CHECKS, Report
+from cdc_worker.feed import Count, Entry
 from cdc_worker.ledger import Missing
 from cdc_worker.ours import Was
 from cdc_worker.profile import read
@@ -76,6 +77,11 @@ def test_replay_lists_the_fields_of_its_json_and_of_its_lines() -> None:
 def test_replay_lists_what_a_rewrite_tells_beside_them() -> None:
     rows = fields_table(Rewritten, Difference, Was)
     assert_has("docs/replay.md", [row for row in rows if row not in fields_table(Replayed)[2:]])
+
+
+def test_activities_lists_the_fields_of_its_json() -> None:
+    assert_has("docs/activities.md", fields_table(Entry))
+    assert_has("docs/activities.md", fields_table(Count))
 
 
 def test_operating_lists_the_checks_of_the_doctor() -> None:
@@ -166,6 +172,31 @@ def test_operating_prints_what_its_page_shows(bare_crm: Crm) -> None:
         for part in shown("docs/operating.md", "warning  max_slot_wal_keep_size"):
             assert [line for line in varying(part) if line not in printed] == []
         assert worker.process.poll() is None
+
+
+def test_activities_prints_what_its_page_shows(crm: Crm) -> None:
+    told = "SELECT pg_logical_emit_message(true, 'cdc_worker.context', '{\"changed_by\": \"jane\"}')"
+    changes: list[LiteralString] = [
+        "INSERT INTO lead (lead_id, full_name, source, bd_in_charge, type, status)"
+        " VALUES (7, 'Ada Lind', 'web', 'jane', 't', '1. lead generated')",
+        "SELECT create_manual_activity('call', 'Wants to see fees in writing', 7, p_bd_in_charge => 'jane')",
+        "UPDATE lead SET status = '2. proposal'",
+        "UPDATE lead SET is_converted = true",
+    ]
+    for change in changes:
+        with crm.connection.transaction():
+            crm.execute(told)
+            crm.execute(change)
+        crm.record()
+    # One day after another, which the worker's rows are not to be given: they are read-only.
+    crm.execute("SET cdc_worker.protect = off")
+    crm.execute("UPDATE activity SET date_created = now()::date - 1 + time '9:14' + activity_id * interval '1 minute'")
+    crm.execute("UPDATE activity SET date_created = date_created + interval '1 day' WHERE metadata ? 'final_status'")
+    (timeline,) = shown("docs/activities.md", "2026-11-21\n")
+    assert varying(timeline) == varying(crm.succeed("timeline", "--lead", "7"))
+    printed = varying(crm.succeed("stats"))
+    for part in shown("docs/activities.md", "Activities by category"):
+        assert [line for line in varying(part) if line not in printed] == []
 
 
 HISTORY: LiteralString = """

@@ -32,6 +32,7 @@ EDGES = [
     *(
         "config",
         "log",
+        "console",
         "metrics",
         "postgres",
         "partitions",
@@ -76,7 +77,10 @@ EDGES = [
         "setup",
         "teardown",
         "switch_plugin",
+        "subjects",
         "erasure",
+        "feed",
+        "feed_listing",
         "status",
         "checks",
         "server_checks",
