@@ -38,7 +38,7 @@ The edges each know one thing outside:
     config      settings
     log         structured logs
     console     the terminal
-    metrics     what a process has counted
+    vitals      what a process knows of itself, in numbers
     postgres    connections, SQLSTATEs
     partitions  whose the changes of partitions are
     catalog     the tables as the database has them, and whether a profile fits
@@ -83,7 +83,12 @@ The edges each know one thing outside:
     places      on which lines of a TOML text its keys stand
     profile_…   for who writes a profile: _checks, _listing, _trial, _draft
     stop        a request to end, by signal
+    tracing     a span for each batch
     stream      the loop over the sockets, of one connection's worth
+    observer    what was last seen of the worker's state, for an hour
+    metrics     both, for Prometheus
+    web         both, and a page, over HTTP
+    service_manager  what systemd hears of it
     worker      what opens it, and keeps it going
     recover     what leads on where nothing keeps what comes next
     cli         the command line

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import platform
 import signal
 import sys
 import time
@@ -16,9 +17,12 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Final, ParamSpec
 
 import click
+import msgspec
 import psycopg
+import pydantic
+from click.shell_completion import get_completion_class
 
-from cdc_worker import __version__, config, log, postgres, profile
+from cdc_worker import __version__, config, log, postgres, profile, tracing
 from cdc_worker import cutover as cutting_over
 from cdc_worker import erasure as erasing
 from cdc_worker import setup as setting_up
@@ -88,8 +92,24 @@ def _settings(command: Callable[P, None]) -> Callable[..., None]:
     return wrapped
 
 
+def _tell_versions(context: click.Context, parameter: click.Parameter, asked: bool) -> None:
+    """Print the version, and those of what a failure may depend on."""
+    if not asked or context.resilient_parsing:
+        return
+    libpq = ".".join(map(str, divmod(psycopg.pq.version(), 10_000)))
+    click.echo(f"cdc-worker {__version__}")
+    click.echo(
+        f"Python {platform.python_version()} on {platform.system()} {platform.machine()},"
+        f" psycopg {psycopg.__version__} ({psycopg.pq.__impl__}) with libpq {libpq}, msgspec {msgspec.__version__},"
+        f" pydantic {pydantic.VERSION}"
+    )
+    context.exit()
+
+
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
-@click.version_option(__version__, prog_name="cdc-worker")
+@click.option(
+    "--version", is_flag=True, is_eager=True, expose_value=False, callback=_tell_versions, help="Print versions."
+)
 def main() -> None:
     """Record every committed change of a PostgreSQL CRM as a system activity, exactly once.
 
@@ -98,6 +118,8 @@ def main() -> None:
     \b
     Example: cdc-worker setup && cdc-worker run
     """
+    if os.environ.get("NO_COLOR"):
+        click.get_current_context().color = False
 
 
 @main.command()
@@ -119,13 +141,23 @@ def run(settings: Settings, once: bool, takeover: bool, no_wait: bool) -> None:
     stop.install()
     logger = log.get().bind(slot=settings.slot)
     worker = Worker(
-        settings, profile.load(settings.profile), stop=stop, log=logger, once=once, takeover=takeover, wait=not no_wait
+        settings,
+        profile.load(settings.profile),
+        stop=stop,
+        log=logger,
+        once=once,
+        takeover=takeover,
+        wait=not no_wait,
+        trace=tracing.tracer(settings.worker),
     )
-    if settings.metrics_port is not None:
-        from cdc_worker import metrics  # noqa: PLC0415  # it is rarely asked for, and takes time to begin
+    if "NOTIFY_SOCKET" in os.environ:
+        from cdc_worker import service_manager  # noqa: PLC0415  # it is rarely there
 
-        activities, dead_letters = worker.totals.activities, worker.totals.dead_letters
-        metrics.serve(settings.metrics_host, settings.metrics_port, activities=activities, dead_letters=dead_letters)
+        service_manager.tell(worker.vitals)
+    if settings.http_port is not None:
+        from cdc_worker import web  # noqa: PLC0415  # it is rarely asked for, and takes time to begin
+
+        web.serve(settings, worker.vitals)
     worker.run()
 
 
@@ -859,7 +891,7 @@ def try_(settings: Settings, file: str, changes: tuple[str, ...], recording: IO[
     the lookup's name). Other rows are looked up in the database if there is a DSN, as they are now.
 
     \b
-    Example: cdc-worker profile try crm.toml --change '{"table": "lead", "new": {"name": "Ada"}}'
+    Example: cdc-worker profile try crm.toml --change '{"table": "lead", "new": {"full_name": "Ada"}}'
     """
     from cdc_worker import profile_trial  # noqa: PLC0415  # likewise
 
@@ -910,6 +942,19 @@ def json_schema() -> None:
     Example: cdc-worker profile schema > profile.schema.json
     """
     click.echo(json.dumps(profile.json_schema(), indent=2))
+
+
+@main.command()
+@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+def completion(shell: str) -> None:
+    """Print a script by which a shell completes commands and options.
+
+    \b
+    Example: cdc-worker completion bash > ~/.local/share/bash-completion/completions/cdc-worker
+    """
+    found = get_completion_class(shell)
+    assert found is not None
+    click.echo(found(main, {}, "cdc-worker", "_CDC_WORKER_COMPLETE").source())
 
 
 @main.command()

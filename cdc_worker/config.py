@@ -140,10 +140,13 @@ class Settings(BaseSettings):
     recording_masked: bool = Field(
         True, description="Whether values that the profile masks are masked in recordings as well."
     )
-    metrics_port: Annotated[int, Field(ge=1, le=65535)] | None = Field(
-        None, description="Port on which the worker serves metrics for Prometheus, at /metrics; none if not given."
+    http_port: Annotated[int, Field(ge=1, le=65535)] | None = Field(
+        None,
+        description="Port on which the worker serves its status page at /, /metrics, /healthz and /readyz; none if not"
+        " given.",
     )
-    metrics_host: str = Field("127.0.0.1", description="Address on which it serves them.")
+    http_host: str = Field("127.0.0.1", description="Address on which it serves them.")
+    http_values: bool = Field(False, description="Whether the status page shows the texts of the last activities.")
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="debug, info, warning or error."
     )

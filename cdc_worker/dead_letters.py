@@ -11,12 +11,13 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Final, Literal, NamedTuple, get_args
 
 import msgspec
+from psycopg.rows import class_row
 from pydantic import BaseModel, Field
 
 from cdc_worker import checkpoint, context, decoders, errors, failpoints, postgres
@@ -110,6 +111,18 @@ class Listed(BaseModel):
     change_key: str = Field(description="what the key of the activity would be")
 
 
+class Waiting(BaseModel):
+    """Dead letters that wait for the same reason."""
+
+    table: str = Field(description="schema and table of the changes")
+    kind: str = Field(description="as of each of them, as below")
+    sqlstate: str | None
+    constraint: str | None
+    reason: str = Field(description="of the last")
+    count: int = Field(description="how many there are")
+    latest: datetime = Field(description="when the last became one")
+
+
 class Tried(BaseModel):
     """What became of a dead letter that was tried again. These are the fields of `retry --json`, one object a line."""
 
@@ -179,6 +192,23 @@ def listed(settings: Settings, selection: Selection) -> Iterator[Listed]:
     with _reading(settings, selection) as connection:
         for page in _pages(connection, settings.worker, selection):
             yield from map(_listed, page)
+
+
+_WAITING: Final = """
+SELECT concat_ws('.', change ->> 'schema', change ->> 'table') AS table, kind, sqlstate, constraint_name AS constraint,
+       (array_agg(reason ORDER BY dead_letter_id DESC))[1] AS reason, count(*) AS count, max(recorded_at) AS latest
+FROM cdc_worker.dead_letter WHERE worker = %s AND discarded_at IS NULL
+GROUP BY 1, 2, 3, 4 ORDER BY latest DESC LIMIT 20
+"""
+
+
+def waiting(settings: Settings) -> list[Waiting]:
+    """What dead letters wait, by their reasons. Raises what a connection can fail with."""
+    with (
+        closing(postgres.connect_briefly(settings.dsn.get_secret_value(), settings.worker)) as connection,
+        connection.cursor(row_factory=class_row(Waiting)) as cursor,
+    ):
+        return cursor.execute(_WAITING, (settings.worker,)).fetchall()
 
 
 def _listed(stored: _Stored) -> Listed:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from typing import Literal
 
@@ -15,7 +16,9 @@ def configure(level: str, form: Literal["console", "json"] | None) -> None:
     """Set up structlog for this process."""
     console = sys.stderr.isatty() if form is None else form == "console"
     renderer: structlog.types.Processor = (
-        structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty()) if console else structlog.processors.JSONRenderer()
+        structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty() and not os.environ.get("NO_COLOR"))
+        if console
+        else structlog.processors.JSONRenderer()
     )
     structlog.configure(
         processors=[

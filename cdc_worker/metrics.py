@@ -1,43 +1,103 @@
-"""Metrics: what a process has counted, for Prometheus to fetch."""
+"""Metrics, by the conventions of Prometheus: what a process has counted, and what was last seen of its state."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator
+from itertools import accumulate
+from typing import Final
 
-from prometheus_client import CollectorRegistry, start_http_server
-from prometheus_client.core import CounterMetricFamily
+from prometheus_client import CollectorRegistry, Metric, PlatformCollector, ProcessCollector
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, InfoMetricFamily
+from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
-from cdc_worker import errors
+from cdc_worker import __version__
+from cdc_worker.observer import Observer
+from cdc_worker.status import Status
+from cdc_worker.vitals import BUCKETS, Vitals
+
+ROLES: Final = ("connecting", "active", "standby")
 
 
-class _Counts(Collector):
+class Exposition:
+    """What is told at /metrics."""
+
+    def __init__(self, vitals: Vitals, observer: Observer, *, worker: str) -> None:
+        self._registry = CollectorRegistry()
+        self._registry.register(_Worker(vitals, observer, worker))
+        ProcessCollector(registry=self._registry)
+        PlatformCollector(registry=self._registry)
+
+    def text(self, accept: str) -> tuple[str, bytes]:
+        """The content type that was asked for, and the metrics in it."""
+        encode, content_type = choose_encoder(accept)
+        return content_type, encode(self._registry)
+
+
+class _Worker(Collector):
     """Numbers as they are when they are asked for: the thread that answers does no more than to read them."""
 
-    def __init__(self, activities: Mapping[str, int], dead_letters: Mapping[str, int]) -> None:
-        self._activities, self._dead_letters = activities, dead_letters
+    def __init__(self, vitals: Vitals, observer: Observer, worker: str) -> None:
+        self._vitals, self._observer, self._worker = vitals, observer, worker
 
-    def collect(self) -> Iterator[CounterMetricFamily]:
-        """Counters, each with one label."""
-        for name, said, label, counts in (
-            ("cdc_worker_activities", "Activities written", "type", self._activities),
-            ("cdc_worker_dead_letters", "Changes that could not become activities", "kind", self._dead_letters),
-        ):
-            family = CounterMetricFamily(name, said, labels=[label])
-            for value, count in dict(counts).items():
-                family.add_metric([value], count)
-            yield family
+    def collect(self) -> Iterator[Metric]:
+        """All metrics. What the database was asked for is left out while it doesn't answer."""
+        yield from self._counted(self._vitals)
+        yield from self._seen(self._observer.seen.status)
+
+    def _counted(self, vitals: Vitals) -> Iterator[Metric]:
+        about = {"version": __version__, "worker": self._worker}
+        yield InfoMetricFamily("cdc_worker", "Version and name", about)
+        yield _gauge("role", "What this process does", ((role, vitals.role == role) for role in ROLES), "role")
+        yield _gauge("ready", "Whether it records, or stands by, and nothing is in its way", vitals.ready)
+        yield _counter("activities", "Activities written", vitals.activities.items(), "type")
+        dead = "Changes that could not become activities"
+        yield _counter("dead_letters", dead, vitals.dead_letters.items(), "kind")
+        yield _counter("transactions", "Transactions of which all is written", vitals.transactions)
+        yield _counter("batches", "Batches written", vitals.batches)
+        yield _counter("reconnects", "Times it has begun to read again", max(0, vitals.streams - 1))
+        yield _counter(
+            "decode_seconds", "Seconds in which changes were read, decoded and transformed", vitals.decode_seconds
+        )
+        counts = accumulate(vitals.writes)
+        buckets = [(str(end), count) for end, count in zip((*BUCKETS, "+Inf"), counts, strict=True)]
+        write = "Seconds from the beginning of a batch's transaction until it was durable"
+        yield HistogramMetricFamily("cdc_worker_write_seconds", write, buckets, vitals.write_seconds)
+
+    def _seen(self, status: Status | None) -> Iterator[Metric]:
+        yield _gauge("database_up", "Whether the database answered when its state was asked for", status is not None)
+        if status is None:
+            return
+        yield _gauge("lag_bytes", "WAL that has not been dealt with", status.lag_bytes)
+        yield _gauge("lag_seconds", "Age of the first change that is not written, at most", status.lag_seconds)
+        if status.retained_bytes is not None:
+            yield _gauge("retained_wal_bytes", "WAL that the server keeps for the slot", status.retained_bytes)
+        written = "When the checkpoint was last written, in Unix time"
+        yield _gauge("checkpoint_timestamp_seconds", written, status.written_at.timestamp())
+        waiting = "Changes that could not become activities, and wait to be seen to"
+        yield _gauge("dead_letters_waiting", waiting, status.dead_letters_waiting)
+        yield _gauge("gaps", "Gaps that nothing has made up for yet", len(status.gaps))
+        yield _gauge("streaming", "Whether a worker reads the slot, be it another process", status.streaming)
 
 
-def serve(host: str, port: int, *, activities: Mapping[str, int], dead_letters: Mapping[str, int]) -> None:
-    """Serve them at /metrics until the process ends. Raises SettingsError where that can't be."""
-    registry = CollectorRegistry()
-    registry.register(_Counts(activities, dead_letters))
-    try:
-        start_http_server(port, host, registry)
-    except (OSError, UnicodeError) as error:  # a name may be none
-        raise errors.SettingsError(
-            f"metrics can't be served on {host}, port {port}: {getattr(error, 'strerror', error)}",
-            hint="name a port of its own for each process in CDC_WORKER_METRICS_PORT, and an address of this machine in"
-            " CDC_WORKER_METRICS_HOST",
-        ) from error
+Values = Iterable[tuple[str, float]]
+
+
+def _gauge(name: str, said: str, value: float | Values, label: str | None = None) -> Metric:
+    return _family(GaugeMetricFamily, name, said, value, label)
+
+
+def _counter(name: str, said: str, value: float | Values, label: str | None = None) -> Metric:
+    return _family(CounterMetricFamily, name, said, value, label)
+
+
+def _family(
+    kind: type[GaugeMetricFamily | CounterMetricFamily], name: str, said: str, value: float | Values, label: str | None
+) -> Metric:
+    family = kind(f"cdc_worker_{name}", said, labels=[label] if label else None)
+    if isinstance(value, int | float):
+        family.add_metric([], value)
+    else:
+        for of, count in list(value):
+            family.add_metric([of], count)
+    return family

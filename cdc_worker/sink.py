@@ -163,6 +163,8 @@ class Sink:
         self._pgconn.nonblocking = 1
         self._encode = encoder(target, table, ZoneInfo(time_zone))
         self._columns = (*target.columns, *target.constants)
+        self.fields = tuple(target.columns.values())
+        """Which field is in each column of a line, but for the last ones, whose values are always the same."""
         self._metadata = next((column for column, field in target.columns.items() if field == "metadata"), None)
         self._catalog = table
         name = qualified(target.table)

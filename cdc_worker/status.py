@@ -91,6 +91,7 @@ class Status(BaseModel):
     commit_lsn: str | None = Field(description="the commit of which a part is written")
     changes: int = Field(description="how many changes of that commit are written")
     committed_at: datetime | None = Field(description="when the last change written was committed")
+    written_at: datetime = Field(description="when the checkpoint was last written; a quiet worker need not")
     wal_end: str = Field(description="end of the server's WAL")
     lag_bytes: int = Field(description="WAL that the worker has not dealt with; a quiet worker has read it all")
     lag_seconds: float = Field(
@@ -224,6 +225,7 @@ def _status(connection: Connection, settings: Settings) -> Status:
         commit_lsn=str(known.position.commit_lsn) if known.position.commit_lsn else None,
         changes=known.position.changes,
         committed_at=known.committed_at,
+        written_at=known.written_at,
         wal_end=str(wal_end),
         lag_bytes=lag,
         lag_seconds=round(seconds, 3),

@@ -12,10 +12,9 @@ from __future__ import annotations
 
 import select
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
 from typing import Final
 
 import psycopg
@@ -41,7 +40,9 @@ from cdc_worker.replication import Replication
 from cdc_worker.sink import Sink, Writing, Written
 from cdc_worker.skips import Skips
 from cdc_worker.stop import Stop, Stopped
+from cdc_worker.tracing import Trace
 from cdc_worker.transform import Outcome, Transformer
+from cdc_worker.vitals import REMEMBERED, SIZE, Remembered, Vitals
 from cdc_worker.watch import INTERVAL as WATCH_INTERVAL
 from cdc_worker.watch import MOVED, Watch
 from cdc_worker.watchdog import Debtor, Watchdog
@@ -78,16 +79,6 @@ TURN_SIZE: Final = 1 << 19
 """Of about so many bytes, for all of them are in memory then."""
 
 
-@dataclass(slots=True)
-class Totals:
-    """What a process has done so far."""
-
-    transactions: int = 0
-    activities: Counter[str] = field(default_factory=Counter)
-    dead_letters: Counter[str] = field(default_factory=Counter)
-    batches: int = 0
-
-
 class Stream:
     """One connection's worth of the loop. `run` returns when it is told to stop, and raises when it can't go on."""
 
@@ -102,7 +93,8 @@ class Stream:
         decoder: Decoder,
         skips: Skips,
         settings: Settings,
-        totals: Totals,
+        vitals: Vitals,
+        trace: Trace | None,
         stop: Stop,
         log: Logger,
         watch: Watch,
@@ -125,7 +117,8 @@ class Stream:
         self._fetching: Writing[Found] | None = None
         self._fetch_wants = Wait.R
         self._settings = settings
-        self._totals = totals
+        self._vitals = vitals
+        self._trace = trace
         self._stop = stop
         self._log = log
         self._watch = watch
@@ -161,18 +154,20 @@ class Stream:
         self._opened_at = self._moved_at = self._kept_alive_at = self._stepped_at = self._fetched_at = now
         self._requested_at: float | None = None  # since when we wait for a keepalive
         self._looked_at = now - WATCH_INTERVAL
-        self._looked_until, self._looked_after = sink.position.lsn, totals.batches
+        self._looked_until, self._looked_after = sink.position.lsn, vitals.batches
         self._examined_at, self._examined_until = now, sink.position.lsn
         self._progress_at = now
-        self._progress_from = totals.activities.total()
+        self._progress_from = vitals.activities.total()
 
     def run(self) -> None:
         """Read, transform, write, confirm."""
         stopping_until = float("inf")
         while True:
             self._stop.turned()
+            began = self._vitals.turned_at = time.monotonic()
             drained = self._receive() if not self._batch.full else self._writing is not None
             now = time.monotonic()
+            self._vitals.decode_seconds += now - began
             if self._writing is None and (self._batch.full or (drained and not self._lingers(now))):
                 self._ask(now)
                 self._begin(now)
@@ -392,22 +387,28 @@ class Stream:
             self._confirm(stop.value)
         except psycopg.Error:
             if self._sink.position > self._resumed:
-                self._totals.batches += 1  # a part of it was written: that is progress
+                self._vitals.batches += 1  # a part of it was written: that is progress
             raise
 
     def _confirm(self, written: Written) -> None:
-        batch, totals = self._written, self._totals
+        batch, vitals, now = self._written, self._vitals, time.monotonic()
         failpoints.reach("idle_advanced" if batch.empty else "committed")
-        if time.monotonic() >= self._status_at + CONFIRMING_INTERVAL:
+        if now >= self._status_at + CONFIRMING_INTERVAL:
             self._send_status()
             failpoints.reach("confirmed")
         refused = {letter.change_key for letter in written.dead_letters}
-        totals.batches += 1
-        totals.transactions += batch.transactions
-        totals.dead_letters.update(letter.kind for letter in written.dead_letters)
-        totals.activities.update(
+        vitals.wrote(now - self._began_at)
+        vitals.transactions += batch.transactions
+        vitals.dead_letters.update(letter.kind for letter in written.dead_letters)
+        vitals.activities.update(
             outcome.type for outcome in batch.outcomes if type(outcome) is Line and outcome.change_key not in refused
         )
+        if self._settings.http_port is not None:
+            vitals.last.extend(
+                Remembered(outcome.committed_at, outcome.type, self._sink.fields, outcome.text)
+                for outcome in batch.outcomes[-REMEMBERED:]
+                if type(outcome) is Line and outcome.change_key not in refused and len(outcome.text) < SIZE
+            )
         for letter in written.dead_letters:
             self._log.warning(
                 "change_dead_lettered",
@@ -420,16 +421,17 @@ class Stream:
             )
             if letter.kind == "old_values_unknown":
                 self._on_unknown(letter.change)
-        self._log.debug(
-            "batch_written",
-            transactions=batch.transactions,
-            activities=written.activities,
-            dead_letters=len(refused),
-            already_there=written.already_there,
-            unlinked=written.unlinked,
-            lsn=str(self._sink.position),
-            seconds=round(time.monotonic() - self._began_at, 4),
-        )
+        told: dict[str, str | int] = {
+            "transactions": batch.transactions,
+            "activities": written.activities,
+            "dead_letters": len(refused),
+            "already_there": written.already_there,
+            "unlinked": written.unlinked,
+            "lsn": str(self._sink.position),
+        }
+        self._log.debug("batch_written", **told, seconds=round(now - self._began_at, 4))
+        if self._trace is not None:
+            self._trace(now - self._began_at, told)
 
     def _send_status(self, *, reply_requested: bool = False) -> None:
         flushed = self._sink.position.lsn
@@ -470,16 +472,14 @@ class Stream:
                     f"what was written to them before {self._sink.position} may be lost"
                 )
         if now >= self._progress_at + PROGRESS_INTERVAL:
-            activities = self._totals.activities.total()
+            activities = self._vitals.activities.total()
             if activities > self._progress_from:
                 rate = (activities - self._progress_from) / (now - self._progress_at)
-                self._log.info(
-                    "progress", **summary(self._totals), per_second=round(rate), lsn=str(self._sink.position)
-                )
+                self._log.info("progress", **self._vitals.summary, per_second=round(rate), lsn=str(self._sink.position))
             self._progress_at, self._progress_from = now, activities
 
     def _look_around(self) -> None:
-        self._looked_until, self._looked_after = self._received, self._totals.batches
+        self._looked_until, self._looked_after = self._received, self._vitals.batches
         try:
             with suppress(Stopped), self._stop.interrupting():
                 self._watch.look(held_up=self._held_up, also=self._look)
@@ -562,7 +562,7 @@ class Stream:
         # What pgoutput was not sent for, it doesn't tell of: that may be all that happens.
         moved = 0 if self._decoder.plugin == pgoutput.PLUGIN else MOVED
         return (
-            self._totals.batches > self._looked_after
+            self._vitals.batches > self._looked_after
             or self._received - self._looked_until > moved
             or self._writing is not None
             or self._fetching is not None
@@ -610,11 +610,3 @@ class Stream:
                 self._sink.read()
         elif write := ready(self._sink):
             self._step(Ready(write))
-
-
-def summary(totals: Totals) -> dict[str, int]:
-    return {
-        "transactions": totals.transactions,
-        "activities": totals.activities.total(),
-        "dead_letters": totals.dead_letters.total(),
-    }

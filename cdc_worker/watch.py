@@ -15,6 +15,7 @@ from cdc_worker.config import Settings
 from cdc_worker.log import Logger
 from cdc_worker.postgres import Blocker, Connection
 from cdc_worker.process import Process
+from cdc_worker.vitals import Vitals
 
 INTERVAL: Final = 10.0
 """Seconds between two looks, at least."""
@@ -30,11 +31,12 @@ class Watch:
     and says when it is over. `owner` is the process's token, once it has one.
     """
 
-    def __init__(self, settings: Settings, own: Process, log: Logger) -> None:
+    def __init__(self, settings: Settings, own: Process, log: Logger, vitals: Vitals) -> None:
         self.owner: uuid.UUID | None = None
         self._settings = settings
         self._own = own
         self._log = log
+        self._vitals = vitals
         self._alarm_at = settings.retained_alarm_bytes
         self._held_up = False
         self._unhealthy = False
@@ -50,12 +52,14 @@ class Watch:
         if not self._unhealthy:
             self._log.warning("worker_unhealthy", reason=why)
             self._own.failure = f"unhealthy: {why}"
+            self._vitals.problems["silence"] = why
         self._unhealthy = True
 
     def healthy(self) -> None:
         """Say that nobody is silent, if somebody was."""
         if self._unhealthy:
             self._log.info("worker_healthy")
+            self._vitals.problems.pop("silence", None)
         self._unhealthy = False
 
     def look(self, *, held_up: bool = False, also: Callable[[Connection], None]) -> None:
@@ -89,6 +93,10 @@ class Watch:
         if blockers and not self._held_up:
             self._log.warning("write_held_up", by=[str(blocker) for blocker in blockers])
         self._held_up = bool(blockers)
+        if blockers:
+            self._vitals.problems["target"] = f"target locked: by {', '.join(map(str, blockers))}"
+        else:
+            self._vitals.problems.pop("target", None)
 
     def retained(self, found: slot.Slot, known: Checkpoint) -> None:
         """Raise an alarm if the server keeps much WAL for the slot. Raises SlotGivenUpError if it is too much."""

@@ -47,8 +47,10 @@ from cdc_worker.rules import Rules
 from cdc_worker.sink import Sink
 from cdc_worker.skips import Skips
 from cdc_worker.stop import Hung, Stop, Stopped
-from cdc_worker.stream import SILENCE, Stream, Totals, summary
+from cdc_worker.stream import SILENCE, Stream
+from cdc_worker.tracing import Trace
 from cdc_worker.transform import PREFIXES, Transformer
+from cdc_worker.vitals import Vitals
 from cdc_worker.watch import INTERVAL as WATCH_INTERVAL
 from cdc_worker.watch import Watch
 
@@ -79,8 +81,10 @@ class Worker:
         once: bool = False,
         takeover: bool = False,
         wait: bool = True,
+        trace: Trace | None = None,
     ) -> None:
-        self.totals = Totals()
+        self.vitals = Vitals()
+        self._trace = trace
         self._settings = settings
         self._profile = profile
         self._rules = settings.rules(profile)
@@ -90,7 +94,7 @@ class Worker:
         self._takeover = takeover
         self._waits = wait
         self._process = Process(settings.worker)
-        self._watch = Watch(settings, self._process, log)
+        self._watch = Watch(settings, self._process, log, self.vitals)
         self._slot, self._plugin = settings.slot, wal2json.PLUGIN  # until we have looked
         self._options: list[str] = []
         self._reachable = False
@@ -117,6 +121,8 @@ class Worker:
             wait = state.next_action.sleep if state.next_action else 0
             described = _described(error)
             self._reachable = False
+            self.vitals.became("connecting")
+            self.vitals.problems["connection"] = " ".join(filter(None, described.values()))
             self._process.failure = " ".join(filter(None, described.values()))
             if (since := time.monotonic() - self._alive_at) > SILENCE:
                 self._watch.unhealthy(f"no connection has held for {since:.0f} s")
@@ -138,11 +144,11 @@ class Worker:
             while again:
                 for attempt in attempts:
                     with attempt, ExitStack() as stack:
-                        since, began = self.totals.batches, time.monotonic()
+                        since, began = self.vitals.batches, time.monotonic()
                         try:
                             again = self._run(stack)
                         finally:
-                            if self.totals.batches > since or time.monotonic() > began + SETTLED:
+                            if self.vitals.batches > since or time.monotonic() > began + SETTLED:
                                 attempt.retry_state.attempt_number = 1  # it worked: begin anew with short waits
                                 self._alive_at = time.monotonic()
         except Stopped:
@@ -157,7 +163,7 @@ class Worker:
                 raise failure from error
         else:
             self._end(0)
-        log.info("worker_stopped", **summary(self.totals))
+        log.info("worker_stopped", **self.vitals.summary)
 
     def _fail(self, error: errors.CdcWorkerError) -> None:
         """See to what an error leaves behind."""
@@ -170,7 +176,7 @@ class Worker:
                 self._log.error("slot_not_dropped", **_described(problem))
         self._process.failure = str(error)
         self._end(error.exit_code)
-        self._log.error("worker_failed", error=type(error).__name__, exit_code=error.exit_code, **summary(self.totals))
+        self._log.error("worker_failed", error=type(error).__name__, exit_code=error.exit_code, **self.vitals.summary)
 
     def _end(self, exit_code: int) -> None:
         """Leave word of how it ended, if there is anybody to leave it with."""
@@ -339,6 +345,7 @@ class Worker:
                 lookups = Lookups(reading, self._rules, on_failure=self._warn_of_lookup)
                 stack.callback(lookups.cancel)
         self._started = True
+        self.vitals.became("active")
         log.info(
             "replication_started",
             lsn=str(position.lsn),
@@ -364,7 +371,8 @@ class Worker:
             decoder=decoder,
             skips=passing,
             settings=settings,
-            totals=self.totals,
+            vitals=self.vitals,
+            trace=self._trace,
             stop=self._stop,
             log=log,
             watch=self._watch,
@@ -497,6 +505,9 @@ class Worker:
             self._watch.healthy()
             if told != found.active_pid:
                 told = found.active_pid
+                self.vitals.became("standby")
+                if not found.held_by_worker:
+                    self.vitals.problems["slot"] = f"slot taken: it is read by {found.reader}"
                 log = self._log.info if found.held_by_worker else self._log.warning
                 log("waiting_for_slot", active_pid=told, holder=found.holder, client=found.client)
             if not (self._takeover and not self._started and slot.free(connection, self._slot, settings.worker)):

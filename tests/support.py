@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import signal
+import socket
 import subprocess
 import tempfile
 import time
@@ -42,6 +43,13 @@ def eventually(fact: Callable[[], T], *, what: str = "", patience: float = PATIE
         assert time.monotonic() < deadline, f"never came true: {what or fact}"
         time.sleep(0.02)
     return found
+
+
+def free_port() -> int:
+    """A port on which nobody listens."""
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return int(one.getsockname()[1])
 
 
 def storm(rounds: int, *, chaos: int) -> pytest.MarkDecorator:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import click
 import pytest
+import reference
 from support import Crm
 
 import cdc_worker
@@ -50,9 +51,19 @@ def test_every_flag_of_run_is_a_setting_or_its_own() -> None:
     assert names - {"config", "once", "takeover", "no_wait"} <= set(Settings.model_fields)
 
 
-def test_the_version_is_told_on_stdout() -> None:
+def test_the_version_is_told_with_those_of_what_a_failure_may_depend_on() -> None:
     done = cdc("--version")
-    assert (done.returncode, done.stdout, done.stderr) == (0, f"cdc-worker, version {cdc_worker.__version__}\n", "")
+    first, second = done.stdout.splitlines()
+    assert (done.returncode, done.stderr, first) == (0, "", f"cdc-worker {cdc_worker.__version__}")
+    assert re.fullmatch(
+        r"Python 3\.\S+ on \w+ \w+, psycopg 3\.\S+ \((?:binary|c|python)\) with libpq \d+\.\d+, msgspec \S+,"
+        r" pydantic \S+",
+        second,
+    )
+
+
+def test_the_reference_is_what_the_commands_say() -> None:
+    assert (Path(__file__).parent.parent / "docs" / "cli.md").read_text() == reference.page()
 
 
 def test_the_installed_command_is_the_module() -> None:

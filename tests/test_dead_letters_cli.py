@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
-import socket
 import urllib.request
 from decimal import Decimal
 from typing import LiteralString
 
 import pytest
-from support import Crm, role
+from support import Crm, free_port, role
 from test_docs import assert_has, fields_table, shown, varying
 
-from cdc_worker import config, dead_letters, errors, metrics
+from cdc_worker import config, dead_letters
 from cdc_worker.dead_letters import Listed, Tried
 
 POISON: LiteralString = """
@@ -194,16 +193,9 @@ def test_with_tables_of_an_older_version_it_says_how_to_renew_them(crm: Crm) -> 
         assert "hint: run: cdc-worker setup" in done.stderr
 
 
-def free_port() -> int:
-    """A port on which nobody listens."""
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return int(one.getsockname()[1])
-
-
 def test_their_arrival_is_counted_and_logged(poisoned: Crm) -> None:
     crm, port = poisoned, free_port()
-    with crm.worker(metrics_port=str(port)) as worker:
+    with crm.worker(http_port=str(port)) as worker:
         worker.wait_for("replication_started")
         crm.connection.execute(POISON)
         crm.execute("UPDATE lead SET full_name = 'Cy' WHERE full_name = 'Ann'")
@@ -211,24 +203,11 @@ def test_their_arrival_is_counted_and_logged(poisoned: Crm) -> None:
         worker.wait_for("change_dead_lettered")
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics") as answer:
             said = answer.read().decode()
-        taken = crm.command("run", metrics_port=str(port))
         assert worker.terminate() == 0
     assert 'cdc_worker_dead_letters_total{kind="refused"}' in said
     assert 'cdc_worker_activities_total{type="lead_created"}' in said
     assert "poison" not in said
     assert event["lsn"] in (of["lsn"] for of in worker.events("change_dead_lettered"))
-    assert taken.returncode == 2
-    assert taken.stderr == (
-        f"error: metrics can't be served on 127.0.0.1, port {port}: Address already in use\n"
-        "hint: name a port of its own for each process in CDC_WORKER_METRICS_PORT, and an address of this machine in"
-        " CDC_WORKER_METRICS_HOST\n"
-    )
-
-
-@pytest.mark.parametrize("host", ["192.0.2.1", "no..host"])
-def test_an_address_that_is_none_of_this_machine_is_refused(host: str) -> None:
-    with pytest.raises(errors.SettingsError, match=f"can't be served on {host}"):
-        metrics.serve(host, free_port(), activities={}, dead_letters={})
 
 
 ADDED: LiteralString = """

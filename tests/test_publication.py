@@ -20,6 +20,7 @@ from cdc_worker import config, errors, postgres, publication
 from cdc_worker.cluster import Cluster
 from cdc_worker.process import Process
 from cdc_worker.profile import load
+from cdc_worker.vitals import Vitals
 from cdc_worker.watch import Watch
 
 TARGET = """
@@ -319,7 +320,7 @@ def test_where_the_publication_was_made_anew_the_worker_ends_and_has_not_confirm
 def test_a_worker_that_runs_notices_as_well(pgoutput_crm: Crm) -> None:
     crm = pgoutput_crm
     settings = config.load(None, {"dsn": crm.dsn, "slot": crm.slot} | crm.settings)
-    watch = Watch(settings, Process(crm.slot), structlog.get_logger())
+    watch = Watch(settings, Process(crm.slot), structlog.get_logger(), Vitals())
     rules = settings.rules(load(settings.profile))
 
     def look(connection: postgres.Connection) -> None:
