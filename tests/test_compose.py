@@ -7,9 +7,11 @@ import os
 import re
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import psycopg
 import pytest
+import yaml
 
 from cdc_worker import profile
 from cdc_worker.cli import main
@@ -33,7 +35,7 @@ def found(pattern: str, text: str = COMPOSE) -> list[str]:
 def test_every_file_that_compose_names_is_there() -> None:
     assert set(found(r"dockerfile: (\S+)")) == {str(path.relative_to(ROOT)) for path in DOCKERFILES}
     for mount in found(r"^ +- \./([^:]+):"):
-        assert (ROOT / mount).is_file()
+        assert (ROOT / mount).exists()
 
 
 @pytest.mark.parametrize("dockerfile", DOCKERFILES, ids=lambda path: path.name)
@@ -50,6 +52,45 @@ def test_every_argument_of_a_build_is_one_of_a_dockerfile() -> None:
     assert set(found(r"^ +(\w+_IMAGE):")) == set(found(r"^ +(\w+_IMAGE):", OVERRIDE)) == declared
 
 
+SERVICES: dict[str, dict[str, Any]] = yaml.safe_load(COMPOSE)["services"]
+
+KEYS = frozenset(
+    (
+        *("build", "cap_drop", "command", "depends_on", "entrypoint", "environment", "healthcheck", "image", "init"),
+        *("ports", "profiles", "read_only", "restart", "security_opt", "shm_size", "stop_grace_period", "tmpfs"),
+        "volumes",
+    )
+)
+"""Of services, by the Compose Specification, as far as they are used."""
+
+
+@pytest.mark.parametrize("name", SERVICES)
+def test_a_service_is_one_by_the_specification(name: str) -> None:
+    service = SERVICES[name]
+    assert service.keys() <= KEYS
+    assert "image" in service or "build" in service
+    for other, condition in dict(service.get("depends_on") or {}).items() if name != "grafana" else ():
+        assert condition.keys() == {"condition"}
+        wanted = condition["condition"]
+        assert wanted in {"service_healthy", "service_completed_successfully"}
+        assert wanted != "service_healthy" or "healthcheck" in SERVICES[other]
+    for volume in service.get("volumes", ()):
+        source, target, *mode = volume.split(":")
+        assert target.startswith("/")
+        assert mode in ([], ["ro"])
+        assert source.startswith("./") or source in yaml.safe_load(COMPOSE)["volumes"]
+
+
+@pytest.mark.parametrize("name", SERVICES)
+def test_a_service_may_do_nothing_that_it_need_not(name: str) -> None:
+    service = SERVICES[name]
+    assert service["read_only"] is True
+    assert "no-new-privileges:true" in service["security_opt"]
+    assert name == "server" or service["cap_drop"] == ["ALL"]
+    for port in service.get("ports", ()):
+        assert re.fullmatch(r"127\.0\.0\.1:\$\{\w+:-\d+\}:\d+", port)
+
+
 def test_compose_starts_without_any_variable_set() -> None:
     for variable in found(r"\$\{([^}]*)\}") + found(r"\$\{([^}]*)\}", OVERRIDE):
         assert ":-" in variable
@@ -63,8 +104,7 @@ def test_every_setting_is_one_of_the_workers() -> None:
 
 def test_every_command_is_one_of_the_workers() -> None:
     lists = found(r"command: (\[.*\])") + found(r"^CMD (\[.*\])", (DEPLOY / "worker.Dockerfile").read_text())
-    commands = [json.loads(words) for words in lists] + [words.split() for words in found(r"cdc-worker (\w+ --[\w-]+)")]
-    for name, *options in commands:
+    for name, *options in map(json.loads, lists):
         with main.commands[name].make_context(name, options):
             pass
 
