@@ -9,7 +9,7 @@ FUZZ_SECONDS ?= 120
 SOAK_SECONDS ?= 1200
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test matrix chaos soak fuzz lint types audit bench format clean
+.PHONY: help demo test matrix chaos soak fuzz lint types docs package audit bench format clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST)
@@ -40,6 +40,12 @@ lint: $(VENV)/.installed-dev ## Check style and format
 types: $(VENV)/.installed-dev ## Check types
 	@$(VENV)/bin/mypy
 
+docs: $(VENV)/.installed-docs ## Build the documents into build/site, with strict links
+	@NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --quiet --strict
+
+package: $(VENV)/.installed-dev ## Build wheel and sdist into dist
+	@$(VENV)/bin/python -m build --quiet --outdir dist .
+
 audit: $(VENV)/.installed-audit ## Ask whether a dependency, as installed, is known to be vulnerable (AUDIT_ARGS)
 	@$(VENV)/bin/python scripts/audit $(AUDIT_ARGS)
 
@@ -69,6 +75,10 @@ $(VENV)/.installed-fuzz: $(VENV)/.installed-dev
 
 $(VENV)/.installed-bench: $(VENV)/.installed-dev
 	@PYTHON='$(PYTHON)' scripts/venv $(VENV) . '.[bench]'
+	@touch $@
+
+$(VENV)/.installed-docs: $(VENV)/.installed-dev
+	@PYTHON='$(PYTHON)' scripts/venv $(VENV) '.[docs]'
 	@touch $@
 
 $(VENV)/.installed-audit: $(VENV)/.installed

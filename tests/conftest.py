@@ -217,6 +217,7 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
     if not ran:
         return
     tell_faults(terminalreporter, reports)
+    tell_unrun(terminalreporter, calls)
     skipped = [report.longrepr[2] for report in terminalreporter.stats.get("skipped", ())]
     missing: dict[str, set[str]] = {}
     for reason in skipped:
@@ -228,6 +229,17 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
         terminalreporter.line(f"{tests:6} tests on {origin}")
     for why, names in sorted(missing.items()):
         terminalreporter.line(f"     none on {', '.join(sorted(names))}: {why}")
+
+
+def tell_unrun(terminalreporter: Any, calls: list[Any]) -> None:
+    """Say how many commands of the documents were run, and how many can't be, and why."""
+    told = [value for report in calls for value in report.user_properties]
+    if run := sum(value for name, value in told if name == "documents"):
+        unrun = Counter(value for name, value in told if name == "unrun")
+        terminalreporter.section("commands of the documents")
+        terminalreporter.line(f"{run:6} were run, {unrun.total()} were not")
+        for reason, count in sorted(unrun.items()):
+            terminalreporter.line(f"{count:6} {reason}")
 
 
 def tell_faults(terminalreporter: Any, reports: list[Any]) -> None:
