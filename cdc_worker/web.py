@@ -7,6 +7,7 @@ import hashlib
 import json
 import re
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -18,7 +19,7 @@ from socketserver import TCPServer, ThreadingMixIn
 from typing import Any, Final
 from urllib.parse import urlsplit
 
-from cdc_worker import __version__, errors
+from cdc_worker import __version__, errors, log
 from cdc_worker.config import Settings
 from cdc_worker.metrics import Exposition
 from cdc_worker.observer import Observer
@@ -166,7 +167,10 @@ class _Server(ThreadingMixIn, TCPServer):
             self._free.release()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Who goes away before the answer is there has no need of it."""
+        """Who goes away before the answer is there has no need of it; all else is a fault of ours."""
+        error = sys.exception()
+        if not isinstance(error, OSError):
+            log.get().error("request_failed", error=type(error).__name__)
 
 
 class _Handler(BaseHTTPRequestHandler):
