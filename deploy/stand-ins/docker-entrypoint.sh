@@ -9,6 +9,7 @@ shopt -s nullglob
 
 if [[ $(id -u) == 0 ]]; then
     install -d -o postgres -g postgres -m 700 "$PGDATA"
+    install -d -o postgres -g postgres -m 3775 /var/run/postgresql
     exec gosu postgres "$0" "$@"
 fi
 
