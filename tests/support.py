@@ -135,7 +135,9 @@ class Crm:
 
     def environment(self, **settings: str) -> dict[str, str]:
         """Of a worker for this database."""
-        bare = {name: value for name, value in os.environ.items() if not name.startswith(("CDC_WORKER_", "PG"))}
+        # What narrows output, as pytest-xdist does for its own, is left out as well.
+        left_out = ("CDC_WORKER_", "PG", "COLUMNS")
+        bare = {name: value for name, value in os.environ.items() if not name.startswith(left_out)}
         given = {"dsn": self.dsn, "slot": self.slot, "log_format": "json"} | self.settings | settings
         return bare | {f"CDC_WORKER_{name.upper()}": value for name, value in given.items()}
 
