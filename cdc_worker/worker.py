@@ -171,6 +171,8 @@ class Worker:
             try:
                 with closing(self._connect()) as connection:
                     self._check_owner(checkpoint.read(connection, self._settings.worker))
+                    # What waits for a lock on the target would be written later, without us, and the gap be another.
+                    postgres.end(connection, self._settings.worker, self._sessions)
                     slot.give_up(connection, self._slot, self._settings.worker)
             except (psycopg.Error, errors.CdcWorkerError) as problem:
                 self._log.error("slot_not_dropped", **_described(problem))

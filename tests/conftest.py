@@ -33,8 +33,13 @@ hypothesis.settings.load_profile("suite")
 
 MEMORY = Path("/dev/shm")  # noqa: S108  # what is made there has a name of its own
 # A database is 300 files, and making them can take a disk longer than all else in a test. Crashes are those of
-# processes, which files in memory outlive as well. TMPDIR overrides it.
-if "TMPDIR" not in os.environ and MEMORY.is_dir() and shutil.disk_usage(MEMORY).free > 4 << 30:
+# processes, which files in memory outlive as well. TMPDIR overrides it. A container's may run no programs.
+if (
+    "TMPDIR" not in os.environ
+    and MEMORY.is_dir()
+    and shutil.disk_usage(MEMORY).free > 4 << 30
+    and not os.statvfs(MEMORY).f_flag & os.ST_NOEXEC
+):
     tempfile.tempdir = str(MEMORY)
 
 

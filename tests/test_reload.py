@@ -299,12 +299,15 @@ def test_a_scope_that_changes_within_a_large_commit_leaves_the_profile_until_its
 
 def test_a_signal_to_a_worker_that_begins_within_a_commit_waits_for_its_end(large_commit: Crm) -> None:
     with large_commit.worker() as first, within_a_commit(large_commit) as holder:
+        name = f"cdc-worker {large_commit.slot}"
+        of_first = large_commit.value("SELECT array_agg(pid) FROM pg_stat_activity WHERE application_name = %s", name)
         first.kill()
         with large_commit.worker() as second:
             taking_over = (
-                "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND application_name = %s"
+                "SELECT count(*) FROM pg_stat_activity"
+                " WHERE wait_event_type = 'Lock' AND application_name = %s AND pid <> ALL (%s)"
             )
-            eventually(lambda: large_commit.value(taking_over, f"cdc-worker {large_commit.slot}"))
+            eventually(lambda: large_commit.value(taking_over, name, of_first))
             with_profile(large_commit, WITH_THINGS)
             hang_up(large_commit, second)
             holder.rollback()

@@ -371,6 +371,10 @@ def test_what_needs_more_than_ownership_is_printed_for_an_administrator(
     """
     bare_crm.settings["plugin"] = setting
     role, owner = f"cdc_{bare_crm.slot}", owned(bare_crm)
+    allowed, allowing = [], []
+    if plugin == "wal2json" and bare_crm.value("SELECT current_setting('output_plugin_libraries', true)"):
+        allowed = [f'  ALTER ROLE "{role}" SET output_plugin_libraries = "pgoutput", "wal2json";']
+        allowing = ["  SET output_plugin_libraries = pgoutput, wal2json;"]
     try:
         done = bare_crm.command("setup", "--role", role)
         assert done.returncode == 1
@@ -378,6 +382,8 @@ def test_what_needs_more_than_ownership_is_printed_for_an_administrator(
         assert first == "error: this needs more than the ownership of database and tables:"
         assert statements == [
             f'  CREATE ROLE "{role}" LOGIN REPLICATION;',
+            *allowed,
+            *allowing,
             f"  SELECT lsn FROM pg_create_logical_replication_slot('{bare_crm.slot}', '{plugin}');",
         ]
         assert last == "hint: have an administrator do it, then the same again"

@@ -10,7 +10,7 @@ import os
 import shutil
 import subprocess
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from cdc_worker import binaries
@@ -87,6 +87,7 @@ def promtool() -> Tool:
     return found("promtool", "prometheus", within="usr/bin/promtool")
 
 
-def systemd_analyze() -> Tool:
-    """Systemd's own tool for units."""
-    return found("systemd-analyze", "systemd", "libsystemd-shared", within="usr/bin/systemd-analyze")
+def systemd_analyze(home: Path) -> Tool:
+    """Systemd's own tool for units, for which nobody needs to be root: it reads them as a user's, of this home."""
+    tool = found("systemd-analyze", "systemd", "libsystemd-shared", within="usr/bin/systemd-analyze")
+    return replace(tool, environment={**tool.environment, "HOME": str(home), "XDG_RUNTIME_DIR": str(home)})
