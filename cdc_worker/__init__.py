@@ -59,6 +59,7 @@ The edges each know one thing outside:
     blocks      the lines of files, plain or compressed, whole or damaged
     reading     the transactions of one file of a recording
     segments    reads recordings, whole or damaged
+    lines       activities as lines of COPY
     sink        the writing connection
     lookups     the connection that fetches rows of other tables
     backfill    rows that were there before the worker

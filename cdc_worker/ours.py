@@ -16,11 +16,11 @@ from pydantic import BaseModel, Field
 from cdc_worker import catalog, errors, postgres
 from cdc_worker.activities import Activity
 from cdc_worker.catalog import TargetTable
+from cdc_worker.lines import encoder, parsed, unlinked
 from cdc_worker.lsn import LSN
 from cdc_worker.postgres import Connection
 from cdc_worker.profile import Target
 from cdc_worker.rules import qualified
-from cdc_worker.sink import encoder, parsed, unlinked
 from cdc_worker.transform import ERASED
 
 PRESET: Final = frozenset(("is_visible_to_bd",))

@@ -29,6 +29,7 @@ from cdc_worker.config import Settings, known_time_zone
 from cdc_worker.context import Policy
 from cdc_worker.history import dated
 from cdc_worker.late import Counts, Late
+from cdc_worker.lines import encoder, parsed
 from cdc_worker.log import Logger
 from cdc_worker.lsn import LSN
 from cdc_worker.postgres import Connection
@@ -36,7 +37,7 @@ from cdc_worker.profile import Profile
 from cdc_worker.progress import Advance, shown
 from cdc_worker.rules import Lookup, Rules, qualified
 from cdc_worker.segments import STDIN, SUFFIXES, Bound, Missing, Recorded, Source
-from cdc_worker.sink import encoder, finished, parsed
+from cdc_worker.sink import finished
 from cdc_worker.transform import Fetch, Outcome, Transformer, Wanted
 
 SAMPLES: Final = 3

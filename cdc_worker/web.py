@@ -21,10 +21,10 @@ from urllib.parse import urlsplit
 
 from cdc_worker import __version__, errors, log
 from cdc_worker.config import Settings
+from cdc_worker.lines import parsed
 from cdc_worker.metrics import Exposition
 from cdc_worker.observer import Observer
 from cdc_worker.profile import FIELDS
-from cdc_worker.sink import parsed
 from cdc_worker.stop import HANG
 from cdc_worker.vitals import Remembered, Vitals
 

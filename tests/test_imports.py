@@ -56,6 +56,7 @@ EDGES = [
         "blocks",
         "reading",
         "segments",
+        "lines",
         "sink",
         "lookups",
     ),

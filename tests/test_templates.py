@@ -27,9 +27,9 @@ from cdc_worker.changes import Change, Message, Row, update
 from cdc_worker.config import load as load_settings
 from cdc_worker.ddl import schema
 from cdc_worker.errors import ProfileError
+from cdc_worker.lines import encoder, parsed
 from cdc_worker.profile import Profile, Target
 from cdc_worker.rules import Lookup, Rules, compile_rules, qualified
-from cdc_worker.sink import encoder, parsed
 from cdc_worker.templates import MAX_DEPTH, Event
 from cdc_worker.transform import Told, Wanted, transform
 from cdc_worker.values import Value
