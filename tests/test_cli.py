@@ -26,6 +26,13 @@ def cdc(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-m", "cdc_worker", *arguments], capture_output=True, text=True, check=False)
 
 
+def test_ctrl_c_while_it_still_begins_is_no_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "click.py").write_text("raise KeyboardInterrupt\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    done = cdc("--version")
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", "Aborted!\n")
+
+
 @pytest.mark.parametrize("command", ["", *COMMANDS])
 def test_help_starts_with_a_verb_and_ends_with_an_example(command: str) -> None:
     """A verb in the imperative: the first word of a description would be an article, a noun or a verb with an s."""
