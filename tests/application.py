@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from types import TracebackType
@@ -21,14 +22,16 @@ Work = Callable[[Connection, int, int], None]
 class Application:
     """Sessions that do their work again and again, each in a transaction, until the context is left.
 
-    A failure is kept, and ends the session. Leaving the context raises when there was one.
+    A failure is kept, and ends the session. Leaving the context raises when there was one. Sessions that rest do so
+    for as long as they have worked: who locks all of their tables at once finds a moment, however slow the disk is.
     """
 
-    def __init__(self, crm: Crm, work: Work, *, sessions: int = 3) -> None:
+    def __init__(self, crm: Crm, work: Work, *, sessions: int = 3, rest: bool = False) -> None:
         self.done = [0] * sessions
         self.failures: list[psycopg.Error] = []
         self._crm = crm
         self._work = work
+        self._rest = rest
         self._stop = threading.Event()
         self._threads = [threading.Thread(target=self._run, args=(number,)) for number in range(sessions)]
 
@@ -63,9 +66,12 @@ class Application:
                 for turn in itertools.count():
                     if self._stop.is_set():
                         break
+                    began = time.monotonic()
                     with connection.transaction():
                         self._work(connection, session, turn)
                     self.done[session] += 1
+                    if self._rest:
+                        self._stop.wait(time.monotonic() - began)
         except psycopg.Error as error:
             self.failures.append(error)
 

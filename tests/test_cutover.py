@@ -407,7 +407,7 @@ def test_the_application_neither_waits_nor_fails_while_cut_over_waits_for_it(tra
     with psycopg.connect(tracked_crm.dsn) as busy, tracked_crm.cutting_over() as cutting:
         busy.execute("UPDATE lead SET status = 'busy' WHERE lead_id = 100")
         cutting.wait_for("waiting_for_lock")
-        with Application(tracked_crm, everything) as application:
+        with Application(tracked_crm, everything, rest=True) as application:
             application.go_on(50)
         assert cutting.process.poll() is None
         busy.commit()

@@ -374,7 +374,7 @@ def test_setup_cutover_and_teardown_killed_after_any_step_leave_no_commit_to_nob
     crm.execute("INSERT INTO customer (customer_uid, name) SELECT n, 'C' FROM generate_series(1, 10) n")
     setup, there, back = ("setup",), ("cutover",), ("cutover", "--back")
     teardown = ("teardown", "--all", "--restore-triggers", "--yes")
-    with Application(crm, everything) as application:
+    with Application(crm, everything, rest=True) as application:
         for _ in range(rounds):
             killed(crm, faults, "step_done", dice.randint(1, 8), *setup)
             killed(crm, faults, "slot_made", 1, *setup)

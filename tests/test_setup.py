@@ -193,7 +193,7 @@ def test_set_up_killed_again_and_again_beside_an_application_that_writes(
     bare_crm.execute(
         "INSERT INTO customer (customer_uid, name) SELECT n, 'Customer ' || n FROM generate_series(1, 10) n"
     )
-    with Application(bare_crm, everything) as application:
+    with Application(bare_crm, everything, rest=True) as application:
         for _ in range(rounds):
             with WorkerProcess(["setup"], bare_crm.environment(), bare_crm.directory / "setup.log") as process:
                 time.sleep(chance.random())

@@ -72,7 +72,7 @@ def test_tearing_down_all_leaves_everything_as_it_was_found_and_nothing_unrecord
     before = structure(tracked_crm)
     tracked_crm.succeed("setup", "--role", role)
     try:
-        with Application(tracked_crm, everything) as application:
+        with Application(tracked_crm, everything, rest=True) as application:
             with tracked_crm.worker() as worker:
                 application.go_on(20)
                 eventually(tracked_crm.activities)

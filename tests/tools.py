@@ -90,4 +90,6 @@ def promtool() -> Tool:
 def systemd_analyze(home: Path) -> Tool:
     """Systemd's own tool for units, for which nobody needs to be root: it reads them as a user's, of this home."""
     tool = found("systemd-analyze", "systemd", "libsystemd-shared", within="usr/bin/systemd-analyze")
-    return replace(tool, environment={**tool.environment, "HOME": str(home), "XDG_RUNTIME_DIR": str(home)})
+    units = Path(tool.path).parents[1] / "lib" / "systemd" / "user"
+    own = {"HOME": str(home), "XDG_RUNTIME_DIR": str(home), "SYSTEMD_UNIT_PATH": f"{units}:"}
+    return replace(tool, environment={**tool.environment, **own})
