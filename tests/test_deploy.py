@@ -144,6 +144,11 @@ class Manager:
             except BlockingIOError:
                 return words in self.heard
 
+    def hears_of(self, beginning: str) -> bool:
+        """Whether it has heard something that begins so."""
+        self.hears("")
+        return any(words.startswith(beginning) for words in self.heard)
+
 
 def test_systemd_hears_that_it_records_and_is_alive(crm: Crm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     manager = Manager(tmp_path / "notify", watchdog=0.4)
@@ -165,7 +170,7 @@ def test_it_has_begun_while_it_waits_for_a_server(crm: Crm, tmp_path: Path, monk
         monkeypatch.setenv(name, value)
     with crm.worker(dsn=f"{crm.dsn} port=1") as worker:
         eventually(lambda: manager.hears("READY=1"))
-        eventually(lambda: any(of.startswith("STATUS=connecting: OperationalError") for of in manager.heard))
+        eventually(lambda: manager.hears_of("STATUS=connecting: OperationalError"))
         assert manager.hears("WATCHDOG=1")
         assert worker.terminate() == 0
 
