@@ -201,13 +201,13 @@ def key_column(target: Target) -> str | None:
     return next((column for column, field in target.columns.items() if field == "change_key"), None)
 
 
-# Not analysed, the table would be read in the order of its keys until the row's number comes: OFFSET 0 forbids that.
 def zoned(target: Target, table: TargetTable) -> bool:
     """Whether the target's column for when something happened has a zone."""
     dates = (column for column, of in target.columns.items() if of == "occurred_at")
     return table.columns.get(next(dates, "")) == "timestamp with time zone"
 
 
+# Not analysed, the table would be read in the order of its keys until the row's number comes: OFFSET 0 forbids that.
 _KEY: Final = sql.SQL(
     "(SELECT max(change_key) FROM (SELECT change_key FROM cdc_worker.written_key"
     " WHERE table_name = {name} AND row_id = {table}.{column} OFFSET 0) AS own)"

@@ -196,14 +196,20 @@ def connect_replication(dsn: str, worker: str) -> Connection:
     """A connection that speaks the replication protocol."""
     # From a database in SQL_ASCII even its own names would come as bytes, until the stream asks for them.
     pinned = {**_PINNED, "timezone": "UTC"}
-    return _unlimited(
-        _connect(dsn, worker, pinned, timeouts=_UNANSWERED, client_encoding="UTF8", replication="database")
-    )
+    try:
+        connection = _connect(dsn, worker, pinned, timeouts=_UNANSWERED, client_encoding="UTF8", replication="database")
+    except errors.AuthenticationError as error:
+        if re.fullmatch(_NO_WALSENDER, str(error)):
+            # An ordinary connection can tell how this server gives the right.
+            with suppress(psycopg.Error, CdcWorkerError), connect_briefly(dsn, worker) as ordinary:
+                error.hint = replication_right(ordinary, ordinary.info.user).hint
+        raise
+    return _unlimited(connection)
 
 
 _NO_POOLER: Final = "name the server itself, no pooler: replication needs a connection of its own"
 
-MAY_REPLICATE: Final = "as a superuser: ALTER ROLE {user} REPLICATION"
+_NO_WALSENDER: Final = r"must be superuser or replication role .*|permission denied to start WAL sender"
 
 MEND_OPTIONS: Final = "mend the options in CDC_WORKER_DSN or PGOPTIONS"
 
@@ -228,9 +234,9 @@ _REFUSALS: Final[tuple[tuple[str, type[CdcWorkerError], str], ...]] = (
         "as its owner: GRANT CONNECT ON DATABASE {db} TO {user}",
     ),
     (
-        r"FATAL:  (must be superuser or replication role .*|permission denied to start WAL sender)",
+        rf"FATAL:  ({_NO_WALSENDER})",
         errors.AuthenticationError,
-        MAY_REPLICATE,
+        "as a superuser: ALTER ROLE {user} REPLICATION",
     ),
     (
         r"FATAL:  (conversion between UTF8 and .* is not supported)",
@@ -533,6 +539,50 @@ def fetch_one(connection: Connection, query: LiteralString, *parameters: Any) ->
     return row
 
 
+# Amazon RDS has this role, and lets its members replicate: nobody is given the attribute there.
+_MEMBER: Final = """EXISTS (
+    SELECT FROM pg_roles rds WHERE rds.rolname = 'rds_replication' AND pg_has_role(r.oid, rds.oid, 'MEMBER'))"""
+
+MAY_REPLICATE: Final = "(rolreplication OR rolsuper OR {member})".replace("{member}", _MEMBER)
+"""Whether the role of a row r of pg_roles may replicate."""
+
+_BY_MEMBERSHIP: Final = """
+SELECT count(*) > 0 FROM pg_roles
+WHERE rolname = 'rds_replication' AND NOT EXISTS (SELECT FROM pg_roles r WHERE r.rolname = %s AND {member})
+""".replace("{member}", _MEMBER)
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicationRight:
+    """How a role is let replicate: as a member of rds_replication, or else by an attribute."""
+
+    role: str
+    by_membership: bool = False
+
+    @property
+    def name(self) -> str:
+        """What a role has that may replicate."""
+        return "rds_replication" if self.by_membership else "REPLICATION"
+
+    @property
+    def statement(self) -> str:
+        """What gives it."""
+        role = sql.Identifier(self.role).as_string()
+        return f"GRANT {self.name} TO {role}" if self.by_membership else f"ALTER ROLE {role} {self.name}"
+
+    @property
+    def hint(self) -> str:
+        """Who gives it, and how."""
+        return f"as {'a member of rds_superuser' if self.by_membership else 'a superuser'}: {self.statement}"
+
+
+def replication_right(connection: Connection, role: str) -> ReplicationRight:
+    """How a role that may not replicate, or has yet to be made, is let do so on this server."""
+    # Whom the server refuses as a member isn't on RDS, whatever roles came from there.
+    (by_membership,) = fetch_one(connection, _BY_MEMBERSHIP, role)
+    return ReplicationRight(role, by_membership)
+
+
 @dataclass(frozen=True, slots=True)
 class Server:
     """What the worker needs to know of a server. `time_zone` is the database's, `version` server_version_num.
@@ -577,7 +627,7 @@ SELECT current_setting('server_version_num')::int, pg_is_in_recovery(),
              WHERE split_part(reset_val, ',', 1) <> value  -- the order of a date's fields is left as it is
              ORDER BY 1),
        (SELECT source FROM known WHERE name = 'default_transaction_read_only' AND setting = 'on'),
-       (SELECT rolreplication OR rolsuper FROM pg_roles WHERE rolname = current_user),
+       (SELECT {may_replicate} FROM pg_roles r WHERE rolname = current_user),
        CASE WHEN pg_has_role('pg_read_all_settings', 'USAGE') THEN current_setting('output_plugin_libraries', true)
             ELSE (SELECT substr(c, strpos(c, '=') + 1)
                   FROM pg_db_role_setting s, unnest(s.setconfig) c
@@ -585,7 +635,7 @@ SELECT current_setting('server_version_num')::int, pg_is_in_recovery(),
                     AND s.setrole IN (0, (SELECT oid FROM pg_roles WHERE rolname = current_user))
                     AND s.setdatabase IN (0, (SELECT oid FROM pg_database WHERE datname = current_database()))
                   ORDER BY s.setrole = 0, s.setdatabase = 0 LIMIT 1) END
-"""
+""".replace("{may_replicate}", MAY_REPLICATE)
 
 
 def server(connection: Connection) -> Server:

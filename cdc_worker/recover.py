@@ -13,6 +13,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from typing import Final
 
+import psycopg
 from psycopg import sql
 
 from cdc_worker import (
@@ -237,7 +238,10 @@ def _begin(connection: Connection, name: str, way: _Way) -> Iterator[str]:
         if way.found is None and connection.info.server_version >= 170000:
             yield "note: whether the slot was a failover slot isn't known; to make it one: cdc-worker setup --failover"
     if way.useless:
-        connection.execute(_DROP, (way.name,))
+        try:
+            connection.execute(_DROP, (way.name,))
+        except psycopg.errors.InsufficientPrivilege as error:
+            raise slot.role_error(error, connection.info.user) from error
         failpoints.reach("slot_dropped")
         yield f'slot "{way.name}" is dropped'
     elif way.found is not None:

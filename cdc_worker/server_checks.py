@@ -223,7 +223,7 @@ def plugin(look: Look) -> Iterator[Finding]:
     """Whether the output plugin is there and allowed, and whether it can read the slot as the worker does."""
     found = _slot(look)
     if not look.server.may_replicate:
-        yield unknown(f'role "{look.server.role}" may not try it', _may_replicate(look))
+        yield unknown(f'role "{look.server.role}" may not try it', _right(look).hint)
         return
     ours = found if found is not None and found.plugin in PLUGINS and found.database == look.server.database else None
     wished = ours.plugin if ours is not None else look.settings.plugin
@@ -269,8 +269,8 @@ def _release(look: Look, name: str | None, plugin: str) -> str:
     return f" {slots.wal2json_release(look.connection, name)}" if plugin == wal2json.PLUGIN else ""
 
 
-def _may_replicate(look: Look) -> str:
-    return postgres.MAY_REPLICATE.format(user=_name(look.server.role))
+def _right(look: Look) -> postgres.ReplicationRight:
+    return postgres.replication_right(look.connection, look.server.role)
 
 
 _ROLE: Final = """
@@ -289,7 +289,8 @@ def role(look: Look) -> Iterator[Finding]:
     superuser, installed, valid_until = fetch_one(look.connection, _ROLE, PASSWORD_DAYS)
     faults = []
     if not look.server.may_replicate:
-        faults.append(failed(f'role "{name}" lacks REPLICATION', _may_replicate(look)))
+        right = _right(look)
+        faults.append(failed(f'role "{name}" lacks {right.name}', right.hint))
     if installed:
         faults += _grants(look)
     else:

@@ -77,15 +77,17 @@ def setup(settings: Settings, profile: Profile, wishes: Wishes = _PLAIN) -> Iter
         refused += unpublished
         name = _slot_name(connection, settings)
         if slot.read(connection, name) is None and not postgres.server(connection).may_replicate:
-            if plugin == wal2json.PLUGIN and _libraries(connection) is not None:
-                refused.append(f"SET output_plugin_libraries = pgoutput, {wal2json.PLUGIN}")
-            refused.append(_slot_step(name, plugin, failover=wishes.failover).text)
+            refused += _left_to_make(connection, name, plugin, wishes)
         elif not unpublished:  # a slot that begins before its publication could never be read
             if plugin == pgoutput.PLUGIN:
                 publication.check(connection, settings.publication_name, rules)
-            yield from _slot(connection, settings, wishes, plugin, why)
-            if plugin == pgoutput.PLUGIN:
-                connection.execute(_noting(settings).encode())
+            try:
+                yield from _slot(connection, settings, wishes, plugin, why)
+            except slot.RoleRefusedError:
+                refused += _left_to_make(connection, name, plugin, wishes)
+            else:
+                if plugin == pgoutput.PLUGIN:
+                    connection.execute(_noting(settings).encode())
         if changed:
             yield (
                 f'note: the publication "{settings.publication_name}" was changed by others: what was meanwhile written'
@@ -396,11 +398,11 @@ def _unpublished(
 
 
 _ROLE: Final = """
-SELECT rolreplication OR rolsuper,
+SELECT {may_replicate},
        (SELECT c FROM pg_db_role_setting s, unnest(s.setconfig) c
         WHERE s.setrole = r.oid AND s.setdatabase = 0 AND c LIKE 'output\\_plugin\\_libraries=%%')
 FROM pg_roles r WHERE rolname = %s
-"""
+""".replace("{may_replicate}", postgres.MAY_REPLICATE)
 
 # What other roles have: ours may have a setting of its own.
 _LIBRARIES: Final = """
@@ -415,10 +417,12 @@ def _role(connection: Connection, role: str, plugin: str) -> Iterator[Step]:
     """What only an administrator can give the worker's role."""
     name = sql.Identifier(role).as_string()
     found = connection.execute(_ROLE, (role,)).fetchone()
+    right = postgres.replication_right(connection, role)
     if found is None:
-        yield Step(f"role {role} is made", f"CREATE ROLE {name} LOGIN REPLICATION", administrator=True)
-    elif not found[0]:
-        yield Step(f"role {role} may replicate", f"ALTER ROLE {name} REPLICATION", administrator=True)
+        attributes = "LOGIN" if right.by_membership else f"LOGIN {right.name}"
+        yield Step(f"role {role} is made", f"CREATE ROLE {name} {attributes}", administrator=True)
+    if right.by_membership if found is None else not found[0]:
+        yield Step(f"role {role} may replicate", right.statement, administrator=True)
     own = found[1].partition("=")[2] if found and found[1] else _libraries(connection)
     # Where we may not see what the server allows, a role that is there is believed to have been seen to.
     refused = own is not None and wal2json.PLUGIN not in postgres.listed(own) and (own or found is None)
@@ -466,6 +470,13 @@ def _checkpoint(connection: Connection, worker: str) -> checkpoint.Checkpoint | 
 def _slot_step(name: str, plugin: str, *, failover: bool) -> Step:
     text = slot.creation(name, plugin, failover=failover).as_string()
     return Step(f'slot "{name}" is made', text, administrator=True)
+
+
+def _left_to_make(connection: Connection, name: str, plugin: str, wishes: Wishes) -> Iterator[str]:
+    """The statements by which somebody makes the slot who may."""
+    if plugin == wal2json.PLUGIN and _libraries(connection) is not None:
+        yield f"SET output_plugin_libraries = pgoutput, {wal2json.PLUGIN}"
+    yield _slot_step(name, plugin, failover=wishes.failover).text
 
 
 def _no_failover(server: postgres.Server, found: slot.Slot) -> Iterator[str]:

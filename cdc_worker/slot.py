@@ -15,7 +15,17 @@ from cdc_worker import checkpoint, errors, pgoutput, wal2json
 from cdc_worker.checkpoint import Checkpoint, now
 from cdc_worker.decoders import PLUGINS
 from cdc_worker.lsn import LSN
-from cdc_worker.postgres import DOCTOR, NAMEDATALEN, Connection, Server, application_name, fetch_one, listed
+from cdc_worker.postgres import (
+    DOCTOR,
+    NAMEDATALEN,
+    Connection,
+    ReplicationRight,
+    Server,
+    application_name,
+    fetch_one,
+    listed,
+    told,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -360,14 +370,17 @@ def choose(connection: Connection, server: Server, wished: str) -> tuple[str, st
     """
     if wished != "auto":
         return wished, "CDC_WORKER_PLUGIN says so"
+    untried = pgoutput.PLUGIN, f'role "{server.role}" may not try {wal2json.PLUGIN}, and every server has it'
     if not server.may_replicate:
-        return pgoutput.PLUGIN, f'role "{server.role}" may not try {wal2json.PLUGIN}, and every server has it'
+        return untried
     try:
         peek(connection, None, {"format-version": "2"})
     except (psycopg.errors.QueryCanceled, psycopg.errors.LockNotAvailable):
         pass  # by open transactions; it has been loaded by then
     except psycopg.Error as error:
         known = plugin_error(error, server, wal2json.PLUGIN, slot=False)
+        if isinstance(known, RoleRefusedError):
+            return untried
         if not isinstance(known, errors.PluginMissingError | errors.PluginRefusedError):
             raise known from error
         return pgoutput.PLUGIN, str(known)
@@ -434,6 +447,24 @@ def allow(role: str, allowed: list[str], plugin: str = wal2json.PLUGIN, *, datab
     return statement.format(sql.Identifier(role), where, libraries).as_string()
 
 
+class RoleRefusedError(errors.ServerError):
+    """The server has no slots for a role that it should have them for, by all that is known of it."""
+
+
+_PERMITTING: Final = ("CheckSlotPermissions", "check_permissions")
+"""What in the server asks whether a role may replicate: in slot.c, and in slotfuncs.c before version 15."""
+
+
+def role_error(error: psycopg.Error, role: str) -> Exception:
+    """What the server's refusal of slots to a role asks of the operator; the error itself if it is another."""
+    if error.sqlstate != "42501" or error.diag.source_function not in _PERMITTING:
+        return error
+    return RoleRefusedError(
+        f'the server refuses slots to the role "{role}": {told(error)} (SQLSTATE 42501)',
+        hint=ReplicationRight(role).hint,
+    )
+
+
 def plugin_error(
     error: psycopg.Error, server: Server, plugin: str = wal2json.PLUGIN, *, slot: bool = True
 ) -> Exception:
@@ -441,6 +472,8 @@ def plugin_error(
 
     If there is a `slot` already, it can be switched to the other plugin.
     """
+    if server.may_replicate and (refused := role_error(error, server.role)) is not error:
+        return refused
     known = server.output_plugin_libraries
     other = next(each for each in PLUGINS if each != plugin)
     way = f"to go on with {other}: cdc-worker switch-plugin" if slot else f"name {other} in CDC_WORKER_PLUGIN"

@@ -63,10 +63,10 @@ def switch_plugin(
     with ddl.connected(settings) as connection:
         server = postgres.server(connection)
         if not server.may_replicate:
+            right = postgres.replication_right(connection, server.role)
             raise errors.ServerError(
-                f'role "{server.role}" lacks REPLICATION: it may not copy a slot',
-                hint="name the worker's role in CDC_WORKER_DSN, or "
-                + postgres.MAY_REPLICATE.format(user=sql.Identifier(server.role).as_string()),
+                f'role "{server.role}" lacks {right.name}: it may not copy a slot',
+                hint=f"name the worker's role in CDC_WORKER_DSN, or {right.hint}",
             )
         if not dry_run:
             ddl.one_at_a_time(connection)
@@ -218,6 +218,8 @@ class _Switch:
             return None
         except psycopg.Error as error:
             found = slot.plugin_error(error, self.server, self.old.plugin)
+            if isinstance(found, slot.RoleRefusedError):
+                raise found from error
             if isinstance(found, errors.CdcWorkerError):
                 return found
             raise
