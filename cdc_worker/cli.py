@@ -106,7 +106,40 @@ def _tell_versions(context: click.Context, parameter: click.Parameter, asked: bo
     context.exit()
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+class _Command(click.Command):
+    """A command of which each word is text, for what isn't would fail later, in the database or on the terminal."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        rest = super().parse_args(ctx, args)
+        for parameter in self.params if not ctx.resilient_parsing else ():
+            for word in _words(ctx.params.get(parameter.name or "")):
+                if any("\ud800" <= character <= "\udfff" for character in word):
+                    raise click.BadParameter(_not_text(parameter, word), ctx, parameter)
+        return rest
+
+
+def _words(value: Any) -> Iterator[str]:
+    """Those of an option or argument. Files that click opens or finds may be called as they like."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, tuple):
+        for of in value:
+            yield from _words(of)
+
+
+def _not_text(parameter: click.Parameter, word: str) -> str:
+    encoding = sys.getfilesystemencoding().upper()
+    given = f"'{os.fsencode(word).decode(encoding, 'backslashreplace')}'"
+    what = "it" if parameter.name in Settings.model_fields else given  # settings may be secrets
+    return f"{what} is not text in {encoding}: let the terminal write {encoding}, or say in LC_ALL what it writes."
+
+
+class _Group(click.Group):
+    command_class = _Command
+    group_class = type
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.option(
     "--version", is_flag=True, is_eager=True, expose_value=False, callback=_tell_versions, help="Print versions."
 )
@@ -354,13 +387,13 @@ def tail(settings: Settings, selection: Activities, lines: int, follow: bool, as
     from cdc_worker import feed, feed_listing  # noqa: PLC0415  # likewise
     from cdc_worker.console import console  # noqa: PLC0415  # likewise
 
-    def lost(error: psycopg.Error) -> None:
-        click.echo(f"connection lost, trying again: {postgres.failure(error)}", err=True)
+    def note(text: str) -> None:
+        click.echo(text, err=True)
 
     screen = console()
     with suppress(KeyboardInterrupt):
         loaded = profile.load(settings.profile)
-        for line in feed.tail(settings, loaded, selection, lines=lines, follow=follow, lost=lost):
+        for line in feed.tail(settings, loaded, selection, lines=lines, follow=follow, metadata=as_json, note=note):
             if as_json:
                 click.echo(line)
             else:
@@ -385,7 +418,7 @@ def timeline(settings: Settings, selection: Activities, limit: int | None, as_js
 
     if not selection.links:
         raise click.UsageError("it takes --lead, --customer or --link to say whose")
-    found = feed.timeline(settings, profile.load(settings.profile), selection, limit=limit)
+    found = feed.timeline(settings, profile.load(settings.profile), selection, limit=limit, metadata=as_json)
     if as_json:
         _echo(iter(found))
         return
@@ -411,9 +444,10 @@ def stats(settings: Settings, selection: Activities, as_json: bool) -> None:
 
     counts = feed.stats(settings, profile.load(settings.profile), selection)
     if as_json:
-        _echo(count.model_dump_json() for count in counts)
+        _echo(feed.printable(count.model_dump_json()) for count in counts)
         return
-    click.echo(printed(console(), feed_listing.tables(counts)))
+    screen = console()
+    click.echo(printed(screen, feed_listing.tables(counts, screen)))
 
 
 @main.command()

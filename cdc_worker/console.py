@@ -12,11 +12,20 @@ from rich.console import Console, RenderableType
 UNLIMITED: Final = 10_000
 """Columns of what is no terminal: who reads it further wants whole lines."""
 
+LEAST: Final = 20
+"""Columns of a terminal: what says that it has fewer doesn't know."""
+
+USUAL: Final = 80
+"""Columns that it has then."""
+
 
 def console() -> Console:
     """Where results are printed. A terminal has colours, unless NO_COLOR is set, and COLUMNS overrides its width."""
     known = sys.stdout.isatty() or os.environ.get("COLUMNS", "").isdecimal()
-    return Console(width=None if known else UNLIMITED, highlight=False, markup=False, emoji=False)
+    made = Console(width=None if known else UNLIMITED, highlight=False, markup=False, emoji=False)
+    if made.width < LEAST:
+        made.width = USUAL
+    return made
 
 
 def printed(screen: Console, parts: Iterable[RenderableType]) -> str:

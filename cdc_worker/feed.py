@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import time
+from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -24,11 +26,17 @@ from cdc_worker.subjects import key, theirs
 POLL: Final = 0.5
 """Seconds between two looks of who follows."""
 
-BACK: Final = 1_000
-"""So many rows before the newest may still be on their way: a transaction draws its numbers before it commits."""
+BACK: Final = 10_000
+"""Among so many of the newest rows it is seen, to begin with, which are missing."""
+
+GAPS: Final = 1_000
+"""So many gaps between numbers are kept in any case: most are of what was rolled back, and each is asked for."""
 
 GIVEN_UP: Final = 600.0
-"""After so many seconds a number that nobody has used is one of a transaction that was rolled back."""
+"""Seconds for which more of them are kept."""
+
+AT_ONCE: Final = 1_000
+"""So many rows are read at a time."""
 
 DAYS: Final = 7
 """Of a trend, and of what is recent."""
@@ -87,11 +95,21 @@ json_build_object(
 
 _NEWEST: Final = sql.SQL("SELECT {entry} FROM {table} WHERE {selected} ORDER BY {order} LIMIT {limit}")
 
-_NUMBERS: Final = sql.SQL("SELECT {id} FROM {table} WHERE {id} > {last} OR {id} = ANY ({gaps}) ORDER BY {id}")
-
 _RECENT: Final = sql.SQL("SELECT {id} FROM {table} ORDER BY {id} DESC LIMIT {limit}")
 
-_NUMBERED: Final = sql.SQL("SELECT {entry} FROM {table} WHERE {id} = ANY ({numbers}) AND {selected} ORDER BY {id}")
+# In the order of the numbers, so that what is left out comes after all that is told.
+_MISSED: Final = sql.SQL("""
+SELECT found.number, found.entry
+FROM unnest({lows}::bigint[], {highs}::bigint[]) AS cdc_worker_gap (low, high), LATERAL (
+    SELECT {id}::bigint AS number, CASE WHEN {selected} THEN {entry} END AS entry
+    FROM {table} WHERE {id} BETWEEN cdc_worker_gap.low AND cdc_worker_gap.high ORDER BY {id} LIMIT {limit}
+) AS found
+ORDER BY found.number LIMIT {limit}
+""")
+
+_STEP: Final = "SELECT seqincrement FROM pg_sequence WHERE seqrelid = %s::regclass"
+
+_DRAWN: Final = "SELECT CASE WHEN has_sequence_privilege(%s, 'USAGE, SELECT') THEN pg_sequence_last_value(%s) END"
 
 _COUNTS: Final = sql.SQL("""
 SELECT grouping(day), grouping(owner), grouping(type), category, type, owner, day, count(*),
@@ -111,56 +129,97 @@ _TODAY: Final = "SELECT (clock_timestamp() AT TIME ZONE %s)::date"
 _NULL: Final = sql.SQL("NULL::text")
 
 
-class Numbers:
-    """Which rows of a table were seen that is numbered by a sequence, where any may come later than those after it."""
+_LEAST: Final = -(1 << 63)
+_GREATEST: Final = (1 << 63) - 1
 
-    def __init__(self, seen: Collection[int] = (), *, clock: Callable[[], float] = time.monotonic) -> None:
-        """`seen` are the last ones: what is missing among them may still come."""
-        self.last = 0
+
+@dataclass(frozen=True, slots=True)
+class Gap:
+    """Numbers of which no row was seen, from `low` to `high`, and when the clock said so."""
+
+    low: int
+    high: int
+    at: float
+
+
+class Numbers:
+    """Which rows of a table were seen that is numbered by a sequence, where any may come later than those after it.
+
+    A transaction draws its numbers before it commits, and a session may keep some for later (CACHE).
+    """
+
+    def __init__(
+        self,
+        seen: Collection[int] = (),
+        *,
+        whole: bool = True,
+        step: int = 1,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`seen` are all rows, or if they aren't the `whole` the last ones; numbers are a `step` apart."""
+        self.last = _LEAST if whole else min(seen)
+        self._step = abs(step)
         self._clock = clock
-        self._missed: dict[int, float] = {}
-        if seen:
-            self.last = min(seen)
-            self.note(seen)
+        self._gaps: list[Gap] = []
+        self.note(seen)
 
     @property
-    def gaps(self) -> list[int]:
-        """Those that may still come, before the last."""
-        return [*self._missed]
+    def gaps(self) -> list[tuple[int, int]]:
+        """From where to where rows may still come, in order."""
+        return [*((gap.low, gap.high) for gap in self._gaps), (self.last + 1, _GREATEST)]
 
     def note(self, seen: Collection[int]) -> None:
-        """These have come."""
-        now = self._clock()
-        newest = max(self.last, *seen)
-        missed = dict.fromkeys(range(max(self.last + 1, newest - BACK), newest), now)
-        self._missed = {n: at for n, at in {**missed, **self._missed}.items() if now - at < GIVEN_UP}
-        for number in seen:
-            self._missed.pop(number, None)
-        self.last = newest
+        """These have come, and none before the greatest of them but they."""
+        now, left, numbers = self._clock(), list[Gap](), deque(sorted(seen))
+        for gap in self._gaps:
+            low = gap.low
+            while numbers and numbers[0] <= gap.high:
+                number = numbers.popleft()
+                if number > low:
+                    left.append(Gap(low, number - 1, gap.at))
+                low = max(low, number + 1)
+            if low <= gap.high:
+                left.append(Gap(low, gap.high, gap.at))
+        for number in numbers:
+            if number - self.last > self._step:
+                left.append(Gap(self.last + 1, number - 1, now))
+            self.last = max(self.last, number)
+        most = len(left) - GAPS  # the first are the oldest, for a number that is drawn later is greater
+        self._gaps = [gap for place, gap in enumerate(left) if place >= most or now - gap.at < GIVEN_UP]
 
 
 class Feed:
     """What is selected of a target, through a connection."""
 
-    def __init__(self, connection: Connection, settings: Settings, profile: Profile, selection: Selection) -> None:
-        """Raises SettingsError for what can't be selected by, and CatalogMismatchError for a target without columns."""
+    def __init__(
+        self, connection: Connection, settings: Settings, profile: Profile, selection: Selection, *, metadata: bool
+    ) -> None:
+        """With their `metadata`, or without.
+
+        Raises SettingsError for what can't be selected by, CatalogMismatchError for a target without the columns, and
+        TargetUnusableError for one that may not be read.
+        """
         target = profile.target
         self._connection = connection
         self._profile = profile
+        self._metadata = metadata
         table = catalog.target_table(connection, target)
         if missing := sorted(
             {*target.columns, *filter(None, (target.category, target.visible))} - table.columns.keys()
         ):
-            what = f"no column {', '.join(missing)}" if table.columns else "no columns that can be seen"
+            lacking = f"{target.table} has no column {', '.join(missing)}"
             raise errors.CatalogMismatchError(
-                f"{target.table} has {what}", hint="mend the profile's [target]; what is wrong tells: cdc-worker doctor"
+                lacking if table.columns else f"there is no table {target.table}",
+                hint="mend the profile's [target]; what is wrong tells: cdc-worker doctor",
             )
         name = qualified(target.table)
+        _check_rights(connection, sql.Identifier(*name).as_string(), keys=table.numbered is not None)
         self._table = sql.Identifier(*name)
         self._columns = {of: column for column, of in target.columns.items()}
         self._change_key = catalog.row_key(target, table)
         numbered = catalog.number(connection, target)
         self._id = None if numbered is None else sql.Identifier(numbered[0])
+        self._sequence = "" if numbered is None else numbered[1]
         self._links = {of: column for of, column in self._columns.items() if of not in FIELDS}
         self._zone = settings.zone(profile, postgres.server(connection).time_zone)
         self._zoned = catalog.zoned(target, table)
@@ -168,41 +227,60 @@ class Feed:
         connection.execute(sql.SQL("SET timezone = {}").format(self._zone))
 
     def newest(self, limit: int | None) -> list[str]:
-        """The newest, oldest first, as JSON."""
+        """Those that happened last, in order, as JSON."""
+        return self._newest(limit, self._order())
+
+    def _newest(self, limit: int | None, order: sql.Composable) -> list[str]:
         query = _NEWEST.format(
-            entry=self._entry(), table=self._table, selected=self._selected, order=self._order(), limit=limit
+            entry=self._entry(), table=self._table, selected=self._selected, order=order, limit=limit
         )
-        return [entry for (entry,) in self._connection.execute(query)][::-1]
+        return [printable(entry) for (entry,) in self._connection.execute(query)][::-1]
 
     def begin(self, limit: int, *, follow: bool) -> tuple[list[str], Numbers]:
-        """The newest, likewise, and what to ask with for those that come later.
+        """Those that were written last, likewise, and what to ask with for those that come later.
 
         Raises TargetUnusableError where these can't be told.
         """
+        if not follow and self._id is None:
+            return self.newest(limit), Numbers()
+        id_ = self._number()
+        step = postgres.fetch_one(self._connection, _STEP, self._sequence)[0]
         with self._connection.transaction():
             self._connection.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
-            newest = self.newest(limit)
-            if not follow:
-                return newest, Numbers()
-            recent = _RECENT.format(id=self._number(), table=self._table, limit=BACK)
-            return newest, Numbers([number for (number,) in self._connection.execute(recent)])
+            newest = self._newest(limit, sql.SQL("{} DESC").format(id_))
+            recent = _RECENT.format(id=id_, table=self._table, limit=BACK if follow else 0)
+            numbers = [int(number) for (number,) in self._connection.execute(recent)]
+            return newest, Numbers(numbers, whole=len(numbers) < BACK, step=step)
+
+    def drawn(self) -> int | None:
+        """The greatest number that was drawn, if there is one that may be asked for."""
+        if self._id is None:
+            return None
+        found: int | None = postgres.fetch_one(self._connection, _DRAWN, self._sequence, self._sequence)[0]
+        return found
 
     def close(self) -> None:
         """End the connection."""
         self._connection.close()
 
-    def newer(self, than: Numbers) -> list[str]:
-        """What has come since, as JSON; notes that it was seen."""
-        found = _NUMBERS.format(id=self._number(), table=self._table, last=than.last, gaps=than.gaps)
-        numbers = [number for (number,) in self._connection.execute(found)]
-        if not numbers:
-            return []
-        query = _NUMBERED.format(
-            entry=self._entry(), table=self._table, id=self._number(), numbers=numbers, selected=self._selected
-        )
-        entries = [entry for (entry,) in self._connection.execute(query)]
-        than.note(numbers)
-        return entries
+    def newer(self, than: Numbers) -> Iterator[str]:
+        """What has come since, as JSON; notes what was seen."""
+        while True:
+            lows, highs = zip(*than.gaps, strict=True)
+            query = _MISSED.format(
+                lows=[*lows],
+                highs=[*highs],
+                id=self._number(),
+                selected=self._selected,
+                entry=self._entry(),
+                table=self._table,
+                limit=AT_ONCE,
+            )
+            found = self._connection.execute(query).fetchall()
+            than.note([number for number, _ in found])
+            yield from (printable(entry) for _, entry in found if entry is not None)
+            if len(found) < AT_ONCE:
+                return
 
     def counts(self) -> list[Count]:
         """The statistics."""
@@ -250,7 +328,7 @@ class Feed:
             owner=self._column("owner"),
             created_by=self._column("created_by"),
             visible=_NULL if visible is None else sql.Identifier(visible),
-            metadata=self._column("metadata"),
+            metadata=self._column("metadata") if self._metadata else _NULL,
         )
 
     def _column(self, of: str) -> sql.Composable:
@@ -342,20 +420,37 @@ def _counts(rows: Sequence[tuple[Any, ...]], today: date) -> Iterator[Count]:
     return iter(sorted(found, key=lambda count: order.index(count.statistic)))
 
 
+def _check_rights(connection: Connection, table: str, *, keys: bool) -> None:
+    """Raise TargetUnusableError unless our role may read it, and the keys of its rows if they are in a table."""
+    needed = [table]
+    if keys:
+        if not postgres.fetch_one(connection, "SELECT has_schema_privilege('cdc_worker', 'USAGE')")[0]:
+            role = sql.Identifier(connection.info.user).as_string()
+            raise errors.TargetUnusableError(
+                f'role "{connection.info.user}" lacks USAGE ON SCHEMA cdc_worker',
+                hint=f"as the owner: GRANT USAGE ON SCHEMA cdc_worker TO {role};"
+                f" GRANT SELECT ON cdc_worker.written_key, {table} TO {role}",
+            )
+        needed.append("cdc_worker.written_key")
+    postgres.check_rights(connection, {name: ["SELECT"] for name in needed}, partly=[table], whole=())
+
+
 def _opened(settings: Settings) -> Connection:
     return postgres.connect_reading(settings.dsn.get_secret_value(), settings.worker)
 
 
-def timeline(settings: Settings, profile: Profile, selection: Selection, *, limit: int | None) -> list[str]:
+def timeline(
+    settings: Settings, profile: Profile, selection: Selection, *, limit: int | None, metadata: bool
+) -> list[str]:
     """The newest of what is selected, oldest first, as JSON."""
     with closing(_opened(settings)) as connection:
-        return Feed(connection, settings, profile, selection).newest(limit)
+        return Feed(connection, settings, profile, selection, metadata=metadata).newest(limit)
 
 
 def stats(settings: Settings, profile: Profile, selection: Selection) -> list[Count]:
     """What is selected, counted."""
     with closing(_opened(settings)) as connection:
-        return Feed(connection, settings, profile, selection).counts()
+        return Feed(connection, settings, profile, selection, metadata=False).counts()
 
 
 def tail(
@@ -365,18 +460,25 @@ def tail(
     *,
     lines: int,
     follow: bool,
-    lost: Callable[[psycopg.Error], None],
+    metadata: bool,
+    note: Callable[[str], None],
 ) -> Iterator[str]:
     """The newest of what is selected, then what comes, as JSON.
 
-    While there is no server it is tried again, and `lost` hears of each time that it was lost.
+    While there is no server it is tried again, and `note` hears of each time that it was lost. Where the numbers have
+    been set back, as by a TRUNCATE … RESTART IDENTITY or a standby that took over too early, it begins anew.
     """
     seen: Numbers | None = None
+    drawn: int | None = None
     feed: Feed | None = None
     while True:
         try:
             if feed is None:
-                feed = Feed(_opened(settings), settings, profile, selection)
+                feed = Feed(_opened(settings), settings, profile, selection, metadata=metadata)
+            before, drawn = drawn, feed.drawn() if follow else None
+            if before is not None and (drawn or 0) < before:
+                note(f"the numbers of {profile.target.table} were set back: beginning anew")
+                seen = None
             if seen is None:
                 newest, seen = feed.begin(lines, follow=follow)
                 yield from newest
@@ -387,11 +489,20 @@ def tail(
                 raise
             if feed is not None:
                 feed.close()
-                lost(error)
+                note(f"connection lost, trying again: {postgres.failure(error)}")
             feed = None
         if not follow:
             return
         time.sleep(POLL)
+
+
+# Line breaks and tabs are between the parts of JSON, the others within its texts: C1, marks of direction, separators.
+_UNPRINTABLE: Final = re.compile("[\x00-\x1f]|[\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
+
+
+def printable(text: str) -> str:
+    """The same JSON on one line, in which nothing could steer a terminal."""
+    return _UNPRINTABLE.sub(lambda found: " " if found[0] < " " else f"\\u{ord(found[0]):04x}", text)
 
 
 def entry(line: str) -> Entry:

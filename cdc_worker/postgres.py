@@ -7,8 +7,8 @@ import os
 import re
 import shlex
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from contextlib import closing, suppress
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Final, LiteralString, NamedTuple, TypeVar
@@ -116,6 +116,22 @@ class _Heard(psycopg.Connection[TupleRow]):
                 wants = gen.send(ready)
         except StopIteration as stop:
             return stop.value  # type: ignore[no-any-return]
+
+
+@contextmanager
+def waiting_for_nothing(connection: Connection) -> Iterator[None]:
+    """What is done meanwhile waits for no lock: where the server doesn't answer in time, the connection is lost.
+
+    Who asked after it would otherwise go on waiting for a server that is frozen, for which nobody can ask.
+    """
+    if not isinstance(connection, _Heard):
+        yield
+        return
+    ask, connection.ask = connection.ask, lambda: None
+    try:
+        yield
+    finally:
+        connection.ask = ask
 
 
 def finished(gen: PQGen[T], connection: Connection) -> T:

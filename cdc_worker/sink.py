@@ -224,8 +224,9 @@ class Sink:
 
     def synchronous_standby_names(self) -> str:
         """The setting as it is now. To be asked between two batches."""
-        cursor = self.connection.execute("SHOW synchronous_standby_names", prepare=False)
-        return str((cursor.fetchone() or ("",))[0])
+        with postgres.waiting_for_nothing(self.connection):
+            cursor = self.connection.execute("SHOW synchronous_standby_names", prepare=False)
+            return str((cursor.fetchone() or ("",))[0])
 
     def line(self, activity: Activity, change: Change | Payload) -> Line:
         """An activity ready to be written, with its change in the form in which it is kept."""

@@ -52,7 +52,7 @@ class Watch:
         if not self._unhealthy:
             self._log.warning("worker_unhealthy", reason=why)
             self._own.failure = f"unhealthy: {why}"
-            self._vitals.problems["silence"] = why
+        self._vitals.problems["silence"] = why  # also after it has become active again
         self._unhealthy = True
 
     def healthy(self) -> None:

@@ -273,6 +273,8 @@ class Worker:
         """Connect, make sure that all is as the checkpoint says, start the stream and become the owner."""
         settings, log = self._settings, self._log
         worker = settings.worker
+        if self.vitals.role == "active":
+            self.vitals.became("connecting")  # to begin anew may take as long as a lock is held
         with self._stop.interrupting():
             connection = self._connect()
             stack.callback(connection.close)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 import time
@@ -9,10 +10,14 @@ from typing import Any
 from unittest import mock
 
 import pytest
-from support import Crm
+from support import Crm, eventually
 
-from cdc_worker import config, errors, profile
+from cdc_worker import config, errors, process, profile
+from cdc_worker.cluster import Cluster
 from cdc_worker.stop import Hung, Stop
+from cdc_worker.stream import ASKING_INTERVAL
+from cdc_worker.vitals import Vitals
+from cdc_worker.watch import Watch
 from cdc_worker.worker import Worker
 
 
@@ -78,3 +83,39 @@ def test_in_another_thread_nothing_is_looked_at() -> None:
     thread.start()
     thread.join()
     assert done == [True]
+
+
+def test_whoever_is_silent_again_after_a_new_beginning_is_a_problem_again(crm: Crm) -> None:
+    vitals = Vitals()
+    settings = config.load(None, {"dsn": crm.dsn, "slot": crm.slot} | crm.settings)
+    watch = Watch(settings, process.Process(settings.worker), mock.Mock(), vitals)
+    for why in ("the stream is silent", "the stream is silent again"):
+        vitals.became("active")
+        assert vitals.ready
+        watch.unhealthy(why)
+        assert vitals.problems == {"silence": why}
+        assert not vitals.ready
+    watch.healthy()
+    assert vitals.ready
+
+
+def test_a_server_that_is_frozen_between_two_batches_is_left(own_server: Cluster, own_crm: Crm) -> None:
+    """Of what waits for no lock there is no other reason to be unanswered, and nobody can ask after it."""
+    crm = own_crm
+    postmaster = int((own_server.data / "postmaster.pid").read_text().splitlines()[0])
+    with crm.worker(dsn=f"{crm.dsn} connect_timeout=2") as worker:
+        worker.wait_for("replication_started")
+        crm.add_leads(1)
+        eventually(lambda: crm.types() == ["lead_created"])
+        writing = crm.value("SELECT backend_pid FROM cdc_worker.checkpoint")
+        threading.Event().wait(2 * ASKING_INTERVAL)
+        for pid in (postmaster, writing):
+            os.kill(pid, signal.SIGSTOP)
+        try:
+            crm.add_leads(1)
+            assert "an answer of the server did not come" in worker.wait_for("connection_lost")["reason"]
+        finally:
+            for pid in (writing, postmaster):
+                os.kill(pid, signal.SIGCONT)
+        eventually(lambda: len(crm.types()) == 2)
+        assert worker.terminate() == 0

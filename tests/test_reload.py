@@ -16,6 +16,7 @@ import pytest
 from application import Application, Connection, owed, statuses, told
 from psycopg import sql
 from support import Crm, WorkerProcess, eventually, grant
+from test_deploy import Manager
 
 from cdc_worker import ddl
 from cdc_worker.cluster import Cluster
@@ -314,6 +315,23 @@ def test_a_signal_to_a_worker_that_begins_within_a_commit_waits_for_its_end(larg
             second.wait_for("profile_reloaded")
             records_things_from_now_on(large_commit)
             assert second.terminate() == 0
+
+
+def test_while_it_begins_anew_it_does_not_say_that_it_records(
+    crm: Crm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manager = Manager(tmp_path / "notify", watchdog=0.4)
+    for name, value in manager.variables.items():
+        monkeypatch.setenv(name, value)
+    with crm.worker() as worker, psycopg.connect(crm.dsn) as holder:
+        eventually(lambda: manager.hears("STATUS=active"))
+        holder.execute("LOCK TABLE cdc_worker.checkpoint")
+        hang_up(crm, worker)
+        eventually(lambda: manager.hears("STATUS=connecting"))
+        manager.heard.clear()
+        holder.rollback()
+        eventually(lambda: manager.hears("STATUS=active"))
+        assert worker.terminate() == 0
 
 
 def test_a_worker_that_was_killed_within_a_commit_is_not_started_with_other_tables(crm: Crm) -> None:
