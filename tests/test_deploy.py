@@ -94,15 +94,31 @@ def metrics() -> set[str]:
 # Systemd
 
 
-def test_the_unit_is_one_by_systemds_own_tool(tmp_path: Path) -> None:
-    program = tmp_path / "cdc-worker"
+def verify(unit: Path, text: str) -> None:
+    """Have systemd's own tool look at a unit, whose programs are there."""
+    program = unit.with_name("cdc-worker")
     program.write_text("#!/bin/sh\n")
     program.chmod(0o755)
-    unit = tmp_path / UNIT.name
-    there = UNIT.read_text().replace("/opt/cdc-worker/bin/cdc-worker", str(program))
+    there = text.replace("/opt/cdc-worker/bin/cdc-worker", str(program))
     unit.write_text(there.replace("/bin/kill", str(program)))  # of a package that few machines lack
-    done = tools.systemd_analyze(tmp_path).run("--user", "verify", "--man=no", str(unit))
+    done = tools.systemd_analyze(unit.parent).run("--user", "verify", "--man=no", str(unit))
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_the_unit_is_one_by_systemds_own_tool(tmp_path: Path) -> None:
+    verify(tmp_path / UNIT.name, UNIT.read_text())
+
+
+def test_it_is_one_with_an_instance_for_each_database_as_its_head_says(tmp_path: Path) -> None:
+    template = UNIT.read_text()
+    for of_one, of_each in (
+        ("EnvironmentFile=/etc/cdc-worker/cdc-worker.env\n", "EnvironmentFile=/etc/cdc-worker/%i.env\n"),
+        ("\nStateDirectory=cdc-worker\n", "\nStateDirectory=cdc-worker/%i\n"),
+        ("WorkingDirectory=%S/cdc-worker\n", "WorkingDirectory=%S/cdc-worker/%i\n"),
+    ):
+        assert template.count(of_one) == 1
+        template = template.replace(of_one, of_each)
+    verify(tmp_path / "cdc-worker@crm.service", template)
 
 
 def test_the_unit_is_well_guarded_by_systemds_own_measure(tmp_path: Path) -> None:
@@ -110,6 +126,18 @@ def test_the_unit_is_well_guarded_by_systemds_own_measure(tmp_path: Path) -> Non
     asked = ("--user", "security", "--offline=true", "--threshold=20", "--no-pager")
     done = tools.systemd_analyze(tmp_path).run(*asked, str(UNIT))
     assert done.returncode == 0, done.stdout
+
+
+def test_the_unit_hides_nothing_that_the_metrics_of_the_process_need() -> None:
+    """They are read from /proc, of which ProcSubset=pid leaves the processes alone."""
+    assert "process_start_time_seconds" in metrics()
+    assert re.findall(r"^ProcSubset=", UNIT.read_text(), re.MULTILINE) == []
+
+
+def test_the_unit_begins_when_there_are_addresses_to_serve_on() -> None:
+    """For it is not begun anew after one that there isn't (2)."""
+    words = dict(re.findall(r"^(After|Wants)=(.*)$", UNIT.read_text(), re.MULTILINE))
+    assert all("network-online.target" in words[name].split() for name in ("After", "Wants"))
 
 
 def test_the_unit_never_restarts_into_a_gap() -> None:
@@ -207,6 +235,19 @@ def manifest(kind: str) -> dict[str, Any]:
     return found[0]
 
 
+def selectors() -> list[dict[str, str]]:
+    """Of all that chooses pods."""
+    spec = manifest("Deployment")["spec"]
+    apart = spec["template"]["spec"]["affinity"]["podAntiAffinity"]
+    (term,) = apart["preferredDuringSchedulingIgnoredDuringExecution"]
+    return [
+        spec["selector"]["matchLabels"],
+        term["podAffinityTerm"]["labelSelector"]["matchLabels"],
+        manifest("PodDisruptionBudget")["spec"]["selector"]["matchLabels"],
+        manifest("Service")["spec"]["selector"],
+    ]
+
+
 CONTAINER: dict[str, Any] = manifest("Deployment")["spec"]["template"]["spec"]["containers"][0]
 
 
@@ -220,12 +261,21 @@ def test_one_records_and_one_stands_by() -> None:
     assert spec["replicas"] == 2
     assert manifest("PodDisruptionBudget")["spec"]["minAvailable"] == 1
     labels = spec["template"]["metadata"]["labels"].items()
-    for selector in (
-        spec["selector"]["matchLabels"],
-        manifest("PodDisruptionBudget")["spec"]["selector"]["matchLabels"],
-        manifest("Service")["spec"]["selector"],
-    ):
-        assert selector.items() <= labels
+    assert all(selector.items() <= labels for selector in selectors())
+
+
+def test_two_databases_in_one_namespace_have_nothing_in_common() -> None:
+    """Each has its name, by which nothing of the other's is chosen, or replaced."""
+    names = {one["metadata"]["name"] for one in MANIFESTS}
+    names |= {of["valueFrom"]["secretKeyRef"]["name"] for of in CONTAINER["env"] if "valueFrom" in of}
+    names.add(manifest("Deployment")["spec"]["template"]["spec"]["serviceAccountName"])
+    assert names == {"cdc-worker-crm"}
+    assert {selector["app.kubernetes.io/instance"] for selector in selectors()} == {"crm"}
+
+
+def test_a_worker_that_is_not_ready_can_be_asked_and_evicted() -> None:
+    assert manifest("Service")["spec"]["publishNotReadyAddresses"] is True
+    assert manifest("PodDisruptionBudget")["spec"]["unhealthyPodEvictionPolicy"] == "AlwaysAllow"
 
 
 def test_the_container_runs_a_command_with_settings_that_there_are() -> None:
@@ -287,6 +337,15 @@ def test_each_alert_is_tried_when_it_fires_and_when_it_does_not_and_has_its_way_
     assert outcomes == {(name, fires) for name in names for fires in (True, False)}
     runbook = (DOCS / "operating.md").read_text()
     assert [name for name in sorted(names) if f"| `{name}` |" not in runbook] == []
+
+
+def test_jobs_are_called_as_the_alerts_have_them() -> None:
+    (called, *others) = {*re.findall(r'job=~"([^"]*)"', ALERTS.read_text())}
+    assert others == []
+    shipped = ALERTS.with_name("prometheus.yml").read_text()
+    jobs = re.findall(r"job_name: (\S+)", shipped)  # those in comments as well
+    assert manifest("Service")["metadata"]["name"] in jobs
+    assert [job for job in jobs if not re.fullmatch(called, job)] == []
 
 
 def test_alerts_and_dashboard_are_about_metrics_that_there_are() -> None:
