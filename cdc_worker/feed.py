@@ -168,6 +168,11 @@ class Numbers:
         """From where to where rows may still come, in order."""
         return [*((gap.low, gap.high) for gap in self._gaps), (self.last + 1, _GREATEST)]
 
+    @property
+    def bounds(self) -> tuple[list[int], list[int]]:
+        """All of where from, and all of where to, as `unnest` takes them."""
+        return [low for low, _ in self.gaps], [high for _, high in self.gaps]
+
     def note(self, seen: Collection[int]) -> None:
         """These have come, and none before the greatest of them but they."""
         now, left, numbers = self._clock(), list[Gap](), deque(sorted(seen))
@@ -266,10 +271,10 @@ class Feed:
     def newer(self, than: Numbers) -> Iterator[str]:
         """What has come since, as JSON; notes what was seen."""
         while True:
-            lows, highs = zip(*than.gaps, strict=True)
+            lows, highs = than.bounds
             query = _MISSED.format(
-                lows=[*lows],
-                highs=[*highs],
+                lows=lows,
+                highs=highs,
                 id=self._number(),
                 selected=self._selected,
                 entry=self._entry(),

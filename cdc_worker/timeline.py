@@ -31,8 +31,8 @@ _NEWER: Final = """
 SELECT activity_id, activity_type, coalesce(metadata ->> 'lead_name', metadata ->> 'customer_name', full_name, ''),
        description, coalesce(created_by, ''), activity_category,
        activity.date_created AT TIME ZONE 'UTC', clock_timestamp()
-FROM activity LEFT JOIN lead USING (lead_id)
-WHERE activity_id > %s OR activity_id = ANY (%s)
+FROM unnest(%s::bigint[], %s::bigint[]) AS gap (low, high) JOIN activity ON activity_id BETWEEN low AND high
+LEFT JOIN lead USING (lead_id)
 ORDER BY activity_id
 """
 
@@ -104,7 +104,7 @@ class Timeline(threading.Thread):
             over = self._over.wait(POLL)
             rows = [
                 Seen(activity_id, Entry(*entry), created, at)
-                for activity_id, *entry, created, at in connection.execute(_NEWER, (seen.last, seen.gaps)).fetchall()
+                for activity_id, *entry, created, at in connection.execute(_NEWER, seen.bounds).fetchall()
             ]
             if rows:
                 seen.note([row.activity_id for row in rows])
