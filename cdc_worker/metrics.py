@@ -12,8 +12,8 @@ from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
 from cdc_worker import __version__
-from cdc_worker.observer import Observer
-from cdc_worker.status import Status
+from cdc_worker.dead_letters import KINDS
+from cdc_worker.observer import Observer, Seen
 from cdc_worker.vitals import BUCKETS, Vitals
 
 ROLES: Final = ("connecting", "active", "standby")
@@ -29,9 +29,13 @@ class Exposition:
         PlatformCollector(registry=self._registry)
 
     def text(self, accept: str) -> tuple[str, bytes]:
-        """The content type that was asked for, and the metrics in it."""
-        encode, content_type = choose_encoder(accept)
-        return content_type, encode(self._registry)
+        """The content type that was asked for, and the metrics in it; as plain text if nobody can tell what was."""
+        try:
+            encode, content_type = choose_encoder(accept)
+            return content_type, encode(self._registry)
+        except (TypeError, ValueError):  # of a version that is none
+            encode, content_type = choose_encoder("")
+            return content_type, encode(self._registry)
 
 
 class _Worker(Collector):
@@ -43,16 +47,18 @@ class _Worker(Collector):
     def collect(self) -> Iterator[Metric]:
         """All metrics. What the database was asked for is left out while it doesn't answer."""
         yield from self._counted(self._vitals)
-        yield from self._seen(self._observer.seen.status)
+        yield from self._seen(self._observer.seen)
 
     def _counted(self, vitals: Vitals) -> Iterator[Metric]:
         about = {"version": __version__, "worker": self._worker}
         yield InfoMetricFamily("cdc_worker", "Version and name", about)
         yield _gauge("role", "What this process does", ((role, vitals.role == role) for role in ROLES), "role")
         yield _gauge("ready", "Whether it records, or stands by, and nothing is in its way", vitals.ready)
-        yield _counter("activities", "Activities written", vitals.activities.items(), "type")
+        # They are there from the beginning: of what appears with its first count no increase is seen.
+        activities = dict.fromkeys(sorted(self._observer.types), 0) | self._observer.activities
+        yield _counter("activities", "Activities written", activities.items(), "type")
         dead = "Changes that could not become activities"
-        yield _counter("dead_letters", dead, vitals.dead_letters.items(), "kind")
+        yield _counter("dead_letters", dead, (dict.fromkeys(KINDS, 0) | vitals.dead_letters).items(), "kind")
         yield _counter("transactions", "Transactions of which all is written", vitals.transactions)
         yield _counter("batches", "Batches written", vitals.batches)
         yield _counter("reconnects", "Times it has begun to read again", max(0, vitals.streams - 1))
@@ -64,8 +70,9 @@ class _Worker(Collector):
         write = "Seconds from the beginning of a batch's transaction until it was durable"
         yield HistogramMetricFamily("cdc_worker_write_seconds", write, buckets, vitals.write_seconds)
 
-    def _seen(self, status: Status | None) -> Iterator[Metric]:
-        yield _gauge("database_up", "Whether the database answered when its state was asked for", status is not None)
+    def _seen(self, seen: Seen) -> Iterator[Metric]:
+        yield _gauge("database_up", "Whether there was a database to connect to when last looked at", seen.database_up)
+        status = seen.status
         if status is None:
             return
         yield _gauge("lag_bytes", "WAL that has not been dealt with", status.lag_bytes)

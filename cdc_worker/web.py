@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import ipaddress
 import json
 import re
 import socket
@@ -11,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler
@@ -24,7 +26,6 @@ from cdc_worker.config import Settings
 from cdc_worker.lines import parsed
 from cdc_worker.metrics import Exposition
 from cdc_worker.observer import Observer
-from cdc_worker.profile import FIELDS
 from cdc_worker.stop import HANG
 from cdc_worker.vitals import Remembered, Vitals
 
@@ -32,9 +33,10 @@ CONNECTIONS: Final = 32
 """So many requests are answered at a time; others are closed."""
 
 PATIENCE: Final = 10.0
-"""Seconds in which a request has to be there, and its answer to be taken."""
+"""Seconds in which a request has to be there, and its answer taken, however much of it has come or gone."""
 
-LOOPBACK: Final = frozenset(("localhost", "127.0.0.1", "::1"))
+PRIVATE: Final = (".svc", ".local", ".internal")
+"""Ends of names that nobody can have in the public DNS."""
 
 JSON: Final = "application/json"
 
@@ -68,8 +70,8 @@ class Site:
         self._metrics = Exposition(vitals, observer, worker=settings.worker)
         self._page = resources.files("cdc_worker").joinpath("page.html").read_bytes()
         self.policy = _policy(self._page.decode())
-        self.hosts = {*LOOPBACK, settings.http_host} if settings.http_host in LOOPBACK else None
-        """What a request may call us, where nobody but this machine is to ask: a page from elsewhere is not."""
+        self.names = {"localhost", *map(_plain, (settings.http_host, socket.gethostname()))}
+        """What a request may call us wherever it is served."""
         self.paths: dict[str, Callable[[str], Answer]] = {
             "/": lambda accept: (HTTPStatus.OK, "text/html; charset=utf-8", self._page),
             "/status.json": lambda accept: (HTTPStatus.OK, JSON, _json(self._state())),
@@ -96,8 +98,10 @@ class Site:
         """All that the page shows."""
         vitals, seen, observer = self._vitals, self._observer.seen, self._observer
         observer.watched()
+        now, clock = time.time(), time.monotonic()
+        samples = [asdict(sample) for sample in list(observer.samples)]
         return {
-            "now": time.time(),
+            "now": now,
             "process": {
                 "role": vitals.role,
                 "version": __version__,
@@ -105,21 +109,23 @@ class Site:
                 "uptime": time.monotonic() - vitals.began_at,
                 "reasons": self._unready(),
                 "reconnects": max(0, vitals.streams - 1),
-                "activities": dict(vitals.activities),
+                "activities": observer.activities,
                 "dead_letters": dict(vitals.dead_letters),
             },
             "looked_at": seen.at,
+            "looked_ago": seen.age,
             "status": seen.found.model_dump(mode="json"),
             "dead_letters": [of.model_dump(mode="json") for of in seen.waiting],
             "doctor": None if seen.report is None else seen.report.model_dump(mode="json"),
-            "samples": [asdict(sample) for sample in list(observer.samples)],
+            "examined_ago": None if seen.report is None else clock - observer.examined_at,
+            "samples": [{**sample, "at": now - (clock - sample["at"])} for sample in samples],
             "activities": [self._activity(of) for of in reversed(list(vitals.last))],
         }
 
     def _activity(self, of: Remembered) -> dict[str, Any]:
         told = dict(zip(of.fields, parsed(of.text), strict=False))
-        links = {field: value for field, value in told.items() if field not in FIELDS and value is not None}
-        found: dict[str, Any] = {"at": of.at.isoformat(), "type": of.type, "links": links}
+        links = {field: told[field] for field in self._observer.links if told.get(field) is not None}
+        found: dict[str, Any] = {"at": of.at.isoformat(), "type": self._observer.named(of.type), "links": links}
         if self._settings.http_values:
             found["description"] = told.get("description")
         return found
@@ -153,12 +159,37 @@ class _Server(ThreadingMixIn, TCPServer):
         self.address_family = family
         self._free = threading.BoundedSemaphore(CONNECTIONS)
         super().__init__(address, type("Handler", (_Handler,), {"site": site}))  # type: ignore[arg-type]  # IPv6 has more
+        self._names, bound = site.names, _address(str(self.server_address[0]))
+        self._this_machine = bound is not None and bound.is_loopback
+
+    def is_called(self, host: str) -> bool:
+        """Whether a request may call us so: a page from elsewhere, under a public name that leads here, may not."""
+        if host in self._names:
+            return True
+        address = _address(host)
+        if self._this_machine:
+            return address is not None and address.is_loopback
+        return address is not None or (bool(host) and "." not in host) or host.endswith(PRIVATE)
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        if self._free.acquire(blocking=False):
-            super().process_request(request, client_address)
-        else:
+        if not self._free.acquire(blocking=False):
             self.shutdown_request(request)
+            return
+        try:
+            super().process_request(request, client_address)
+        except RuntimeError:  # there can be no more threads
+            self._free.release()
+            raise
+
+    def finish_request(self, request: Any, client_address: Any) -> None:
+        """Answer, or be cut off: a timeout of the socket would begin anew with each byte."""
+        deadline = threading.Timer(PATIENCE, _cut_off, (request,))
+        deadline.daemon = True
+        deadline.start()
+        try:
+            super().finish_request(request, client_address)
+        finally:
+            deadline.cancel()
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
         try:
@@ -173,9 +204,14 @@ class _Server(ThreadingMixIn, TCPServer):
             log.get().error("request_failed", error=type(error).__name__)
 
 
+def _cut_off(connection: socket.socket) -> None:
+    with suppress(OSError):  # it has ended by itself
+        connection.shutdown(socket.SHUT_RDWR)
+
+
 class _Handler(BaseHTTPRequestHandler):
     site: Site
-    timeout = PATIENCE
+    server: _Server
 
     def version_string(self) -> str:
         """What serves: its version is nobody's business."""
@@ -188,11 +224,14 @@ class _Handler(BaseHTTPRequestHandler):
         self._answer(*self._found())
 
     def _found(self) -> Answer:
-        url = urlsplit(self.path)
-        hosts = self.site.hosts
-        if hosts is not None and _host(self.headers.get("Host", "")) not in hosts:
+        host = self.headers.get("Host")
+        if host is not None and not self.server.is_called(_host(host)):  # browsers always say whom they ask
             return HTTPStatus.MISDIRECTED_REQUEST, "text/plain", b"this is not served by that name\n"
-        answer = self.site.paths.get(url.path)
+        try:
+            path = urlsplit(self.path).path
+        except ValueError:
+            return HTTPStatus.BAD_REQUEST, "text/plain", b"this is no address\n"
+        answer = self.site.paths.get(path)
         if answer is None:
             known = " ".join(self.site.paths)
             return HTTPStatus.NOT_FOUND, "text/plain", f"there is nothing here: {known}\n".encode()
@@ -216,6 +255,19 @@ class _Handler(BaseHTTPRequestHandler):
 
 def _host(header: str) -> str:
     try:
-        return urlsplit(f"//{header}").hostname or ""
+        return _plain(urlsplit(f"//{header}").hostname or "")
     except ValueError:
         return ""
+
+
+def _plain(name: str) -> str:
+    return name.lower().removesuffix(".")
+
+
+def _address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    """The IP address that a host is, if it is one."""
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return None
+    return getattr(address, "ipv4_mapped", None) or address

@@ -8,13 +8,15 @@ from __future__ import annotations
 import html
 import os
 import re
+from dataclasses import replace
+from http import HTTPStatus
 from pathlib import Path
 
 import psycopg
 import pytest
 import tools
 from support import Crm, eventually, stranger
-from test_web import Site, serving
+from test_web import Site, listening, serving
 
 from cdc_worker.cluster import Cluster
 
@@ -22,21 +24,22 @@ FLAGS = (
     *("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--hide-scrollbars"),
     *("--no-first-run", "--disable-extensions", "--disable-background-networking"),
 )
-SETTLED = "--virtual-time-budget=4000"
-"""So many milliseconds of the page's own time."""
+SETTLED = 4
+"""So many seconds of the page's own time."""
 
 
-def seen(site: Site, tmp_path: Path, name: str, *, dark: bool = False) -> str:
-    """The text of the page as a browser has it; takes a picture if one is wanted."""
+def seen(site: Site, tmp_path: Path, name: str = "", *, dark: bool = False, settled: int = SETTLED) -> str:
+    """The text of the page as a browser has it; takes a picture, if one is wanted, of what has a name."""
     url = f"http://127.0.0.1:{site.port}/"
     profile = f"--user-data-dir={tmp_path / 'browser'}"
+    time = f"--virtual-time-budget={settled * 1000}"
     directory = os.environ.get("CDC_TEST_SCREENSHOTS")
-    if directory:
+    if directory and name:
         scheme = ("--force-dark-mode", "--enable-features=WebUIDarkMode") if dark else ()
         picture = f"--screenshot={Path(directory).absolute() / name}.png"
-        done = tools.browser().run(*FLAGS, SETTLED, *scheme, profile, "--window-size=1080,900", picture, url)
+        done = tools.browser().run(*FLAGS, time, *scheme, profile, "--window-size=1080,900", picture, url)
         assert done.returncode == 0, done.stderr
-    done = tools.browser().run(*FLAGS, SETTLED, profile, "--dump-dom", url)
+    done = tools.browser().run(*FLAGS, time, profile, "--dump-dom", url)
     assert done.returncode == 0, done.stderr
     assert "Content Security Policy" not in done.stderr
     body = re.sub(r"<(head|script)>.*?</\1>", "", done.stdout, flags=re.DOTALL)
@@ -46,7 +49,7 @@ def seen(site: Site, tmp_path: Path, name: str, *, dark: bool = False) -> str:
 def verdict(site: Site, tmp_path: Path, name: str, *, dark: bool = False) -> str:
     """What the page says first."""
     text = seen(site, tmp_path, name, dark=dark)
-    return re.sub(r".*?PostgreSQL \S+ (?:\(Debian \S+\) )?", "", text.partition("This process")[0]).strip()
+    return re.sub(r".*?as of [\d.]+ s ago ", "", text.partition("This process")[0]).strip()
 
 
 def late(site: Site, why: str) -> bool:
@@ -70,6 +73,7 @@ def test_all_is_well(crm: Crm, tmp_path: Path) -> None:
         assert "created by jane" not in text
         assert "none waits" in text
         assert "wal_level" in text
+        assert re.search(r"What the doctor says [\d.]+ s ago", text)
         seen(site, tmp_path, "well-dark", dark=True)
 
 
@@ -80,8 +84,28 @@ def test_the_server_is_down(own_server: Cluster, own_crm: Crm, tmp_path: Path) -
         eventually(lambda: site.state["process"]["activities"])
         own_server.stop()
         late(site, "server down: ")
-        said = verdict(site, tmp_path, "server-down")
-        assert re.search(r"on \S+ Server down connection failed: .*Connection refused", said), said
+        text = seen(site, tmp_path, "server-down")
+        assert re.search(r"as of [\d.]+ s ago Server down connection failed: .*Connection refused", text), text
+        assert "Dead letters unknown: the database can't be asked" in text
+        assert "none waits" not in text
+
+
+def test_what_is_old_is_not_told_as_what_is_so(crm: Crm, tmp_path: Path) -> None:
+    with listening(crm) as site:
+        observer = site.within._observer
+        observer.look()
+        assert re.search(r"as of [\d.]+ s ago Not running", seen(site, tmp_path))
+        observer.seen = replace(observer.seen, clock=observer.seen.clock - 60)
+        text = seen(site, tmp_path)
+    assert re.search(r"as of 6\d s ago Nobody knows the database was last looked at 6\d s ago", text), text
+
+
+def test_a_page_that_was_never_answered_says_since_when(crm: Crm, tmp_path: Path) -> None:
+    with listening(crm) as site:
+        site.within.paths["/status.json"] = lambda accept: (HTTPStatus.SERVICE_UNAVAILABLE, "text/plain", b"")
+        assert "Asking" in seen(site, tmp_path)
+        text = seen(site, tmp_path, settled=20)
+    assert re.search(r"No answer this process has not answered for [12]\d s", text), text
 
 
 def test_the_slot_is_taken(server: Cluster, crm: Crm, tmp_path: Path) -> None:

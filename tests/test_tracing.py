@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import os
+import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
@@ -86,11 +90,93 @@ def test_each_batch_is_a_span(crm: Crm, collector: Collector, monkeypatch: pytes
 def test_a_collector_that_is_gone_holds_nothing_up(crm: Crm, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:1")
     monkeypatch.setenv("OTEL_BSP_SCHEDULE_DELAY", "10")
+    with crm.worker(log_format="json") as worker:
+        worker.wait_for("replication_started")
+        crm.add_leads(3)
+        eventually(lambda: len(crm.types()) == 3)
+        worker.wait_for("tracing_failed")
+        began = time.monotonic()
+        assert worker.terminate() == 0
+        assert time.monotonic() - began < 5
+    for line in worker.said.splitlines():
+        json.loads(line)
+
+
+def test_a_collector_that_never_answers_holds_no_exit_up() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as deaf:
+        code = (
+            "import time; from cdc_worker import tracing; trace = tracing.tracer('w'); trace(0.1, {});"
+            " print(time.time(), flush=True)"
+        )
+        endpoint = f"http://127.0.0.1:{deaf.getsockname()[1]}"
+        environment = {**os.environ, "OTEL_EXPORTER_OTLP_ENDPOINT": endpoint}
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
+    assert time.time() - float(done.stdout) < 5  # as far as the machine's load lets it be half a second
+    assert done.stderr == ""
+
+
+def test_the_last_spans_are_exported_at_the_end(
+    crm: Crm, collector: Collector, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", f"http://127.0.0.1:{collector.server_port}")
+    monkeypatch.setenv("OTEL_BSP_SCHEDULE_DELAY", "600000")
     with crm.worker() as worker:
         worker.wait_for("replication_started")
         crm.add_leads(3)
         eventually(lambda: len(crm.types()) == 3)
         assert worker.terminate() == 0
+    assert collector.spans
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("OTEL_BSP_SCHEDULE_DELAY", "-1"),
+        ("OTEL_BSP_MAX_QUEUE_SIZE", "many"),
+        ("OTEL_EXPORTER_OTLP_PROTOCOL", "grpc"),
+        ("OTEL_EXPORTER_OTLP_TRACES_TIMEOUT", "0"),
+        ("OTEL_EXPORTER_OTLP_ENDPOINT", "collector:4317"),
+        ("OTEL_TRACES_EXPORTER", "zipkin"),
+        ("OTEL_TRACES_SAMPLER", "sometimes"),
+        ("OTEL_TRACES_SAMPLER_ARG", "1.5"),
+    ],
+)
+def test_a_value_that_it_can_not_use_is_named(name: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:1")
+    monkeypatch.setenv(name, value)
+    with pytest.raises(SettingsError, match=f'{name} "{value}" can\'t be used') as caught:
+        tracing.tracer("w")
+    assert (caught.value.hint or "").endswith(", or unset it")
+
+
+def test_sizes_that_do_not_go_together_are_an_error_and_no_traceback(crm: Crm, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:1")
+    monkeypatch.setenv("OTEL_BSP_MAX_QUEUE_SIZE", "10")
+    done = crm.command("run")
+    assert done.returncode == 2
+    assert done.stderr == (
+        "error: OpenTelemetry refuses its settings: max_export_batch_size must be less than or equal to"
+        " max_queue_size.\n"
+        "hint: mend the variables OTEL_*, or unset them\n"
+    )
+
+
+def test_what_is_said_of_the_resource_wins(crm: Crm, collector: Collector, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", f"http://127.0.0.1:{collector.server_port}")
+    monkeypatch.setenv("OTEL_BSP_SCHEDULE_DELAY", "50")
+    monkeypatch.setenv("OTEL_RESOURCE_ATTRIBUTES", "service.name=crm,service.instance.id=one,team=sales")
+    with crm.worker() as worker:
+        worker.wait_for("replication_started")
+        crm.add_leads(1)
+        eventually(lambda: collector.requests)
+    resource = {of.key: of.value.string_value for of in collector.requests[0].resource_spans[0].resource.attributes}
+    assert (resource["service.name"], resource["service.instance.id"], resource["team"]) == ("crm", "one", "sales")
+
+
+def test_none_as_its_exporter_switches_it_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:1")
+    monkeypatch.setenv("OTEL_TRACES_EXPORTER", "none")
+    assert tracing.tracer("w") is None
 
 
 def test_without_its_variables_nothing_of_it_is_loaded() -> None:

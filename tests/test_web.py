@@ -11,7 +11,9 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from socketserver import ThreadingMixIn
 from typing import Any
 
 import psycopg
@@ -19,11 +21,12 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from support import Crm, WorkerProcess, eventually, free_port, stranger
 
-from cdc_worker import web
+from cdc_worker import profile, web
 from cdc_worker.cluster import Cluster
-from cdc_worker.config import load
+from cdc_worker.config import Settings, load
 from cdc_worker.errors import SettingsError
-from cdc_worker.observer import Observer
+from cdc_worker.observer import STALE, Observer, links, types
+from cdc_worker.status import Unreachable
 from cdc_worker.stop import HANG
 from cdc_worker.vitals import BUCKETS, SIZE, Vitals
 
@@ -31,8 +34,14 @@ from cdc_worker.vitals import BUCKETS, SIZE, Vitals
 class Site:
     """What is served on a port."""
 
-    def __init__(self, port: int) -> None:
-        self.port = port
+    def __init__(self, port: int, within: web.Site | None = None) -> None:
+        self.port, self._within = port, within
+
+    @property
+    def within(self) -> web.Site:
+        """What serves it, where that is this process."""
+        assert self._within is not None
+        return self._within
 
     def ask(self, path: str, method: str = "GET", **headers: str) -> http.client.HTTPResponse:
         """The answer to a request; its body is there to be read."""
@@ -239,6 +248,7 @@ def test_the_state_has_all_that_a_person_on_call_asks_and_no_values(crm: Crm) ->
     with serving(crm) as (worker, site):
         worker.wait_for("replication_started")
         crm.add_leads(20)
+        eventually(lambda: site.state["process"]["activities"])  # in a batch with the delete one less is remembered
         crm.execute("DELETE FROM lead WHERE lead_id = 7")
         worker.wait_for("change_dead_lettered")
         eventually(lambda: site.state["dead_letters"] and site.state["doctor"])
@@ -255,6 +265,111 @@ def test_the_state_has_all_that_a_person_on_call_asks_and_no_values(crm: Crm) ->
     assert {tuple(of) for of in state["activities"]} == {("at", "type", "links")}
     assert state["samples"][0].keys() == {"at", "lag_bytes", "lag_seconds", "activities"}
     assert "c4n4ry" not in json.dumps(state)
+
+
+DRAWN = """
+name = "drawn"
+[target]
+table = "activity"
+columns = { activity_type = "type", description = "description", lead_id = "lead", created_by = "company" }
+[tables.lead]
+key = "lead_id"
+fields = { lead = "{row.lead_id}", company = "{row.full_name}" }
+values = { kind = { by = "row.type", map = { a = "call" }, default = "{row.type}" } }
+[[tables.lead.rules]]
+on = "insert"
+name = "drawn"
+type = "{new.full_name}"
+description = ""
+[[tables.lead.rules]]
+on = "delete"
+name = "kind"
+type = "{values.kind}"
+description = ""
+[[tables.lead.rules]]
+on = "update"
+changed = "*"
+type = "lead_updated"
+description = ""
+"""
+
+
+def test_types_and_links_are_what_the_profile_names_and_no_values() -> None:
+    drawn = profile.parse(DRAWN, source="drawn")
+    assert sorted(types(drawn)) == ["call", "lead_updated"]
+    assert links(drawn) == ("lead",)
+
+
+def test_a_type_that_is_a_value_is_told_nowhere(crm: Crm, tmp_path: Path) -> None:
+    path = tmp_path / "drawn.toml"
+    path.write_text(DRAWN)
+    with serving(crm, profile=str(path)) as (worker, site):
+        worker.wait_for("replication_started")
+        crm.add_leads(3)
+        eventually(lambda: site.state["process"]["activities"] == {"other": 3})
+        eventually(lambda: any(sample["activities"] == {"other": 3} for sample in site.state["samples"]))
+        state, metrics = site.state, site.ask("/metrics").read().decode()
+    assert [(of["type"], [*of["links"]]) for of in state["activities"]] == [("other", ["lead"])] * 3
+    assert 'cdc_worker_activities_total{type="other"} 3.0' in metrics
+    assert "Lead " not in metrics + json.dumps(state)
+
+
+def test_what_has_not_happened_yet_is_counted_as_none(crm: Crm) -> None:
+    with listening(crm) as site:
+        metrics = site.metrics
+    counted = {of: value for of, value in metrics.items() if of[0].endswith(("dead_letters_total", "activities_total"))}
+    kinds = ("old_values_unknown", "rule_failed", "refused", "unreadable")
+    assert counted == {
+        **{("cdc_worker_dead_letters_total", kind): 0 for kind in kinds},
+        **{("cdc_worker_activities_total", kind): 0 for kind in types(profile.load("leadfi"))},
+    }
+
+
+def observing(crm: Crm, **given: str) -> Observer:
+    settings: Settings = load(None, {"dsn": crm.dsn, "slot": crm.slot, **given})
+    return Observer(settings, Vitals())
+
+
+def test_a_database_that_does_not_tell_its_state_is_not_down(crm: Crm, monkeypatch: pytest.MonkeyPatch) -> None:
+    observer = observing(crm)
+    with psycopg.connect(crm.dsn) as other:
+        other.execute("LOCK TABLE cdc_worker.checkpoint")
+        observer.look()
+    assert isinstance(observer.seen.found, Unreachable)
+    assert "tables of cdc-worker are locked" in observer.seen.found.late
+    assert (observer.seen.status, observer.seen.database_up) == (None, True)
+    later = time.monotonic() + STALE + 1
+    monkeypatch.setattr(time, "monotonic", lambda: later)
+    assert not observer.seen.database_up
+    down = observing(crm, dsn="host=127.0.0.1 port=1")
+    down.look()
+    assert not down.seen.database_up
+
+
+def test_who_looks_goes_on_after_what_nobody_has_foreseen(
+    crm: Crm, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    observer = observing(crm)
+    with monkeypatch.context() as patch:
+        patch.setattr("cdc_worker.status.status", lambda settings: 1 // 0)
+        before = observer.seen
+        observer.look()
+        observer.look()
+        assert observer.seen is before
+    said = capfd.readouterr()
+    assert (said.out + said.err).count("observing_failed") == 1
+    observer.look()
+    assert observer.seen.status is not None
+
+
+def test_how_old_it_is_does_not_depend_on_the_time_of_day(crm: Crm, monkeypatch: pytest.MonkeyPatch) -> None:
+    observer = observing(crm)
+    observer.look()
+    monkeypatch.setattr(time, "time", lambda: 0.0)
+    observer.look()
+    assert observer.seen.status is not None
+    assert 0 <= observer.seen.age < STALE
+    assert len(observer.samples) == 1
 
 
 def test_texts_are_behind_a_switch(crm: Crm) -> None:
@@ -291,24 +406,107 @@ def test_nothing_else_is_answered(crm: Crm) -> None:
         assert worker.said.count("\n") == len(worker.events())
 
 
-def test_many_who_never_ask_do_not_keep_others_from_being_answered(crm: Crm, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(web._Handler, "timeout", 0.5)
-    settings = load(None, {"dsn": crm.dsn, "slot": crm.slot, "http_port": str(free_port())})
-    vitals = Vitals()
-    server = web._Server("127.0.0.1", 0, web.Site(settings, vitals, Observer(settings, vitals)))
+@contextmanager
+def listening(crm: Crm, host: str = "127.0.0.1") -> Iterator[Site]:
+    """A site in this process, of a worker that has done nothing."""
+    settings, vitals = load(None, {"dsn": crm.dsn, "slot": crm.slot, "http_host": host}), Vitals()
+    within = web.Site(settings, vitals, Observer(settings, vitals))
+    server = web._Server(host, 0, within)
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
     try:
         port = server.server_address[1]
         assert isinstance(port, int)
-        silent = [socket.create_connection(("127.0.0.1", port)) for _ in range(web.CONNECTIONS + 8)]
-        eventually(lambda: answers(Site(port)), what="those who said nothing were let go of")
-        for one in silent:
-            one.close()
+        yield Site(port, within)
     finally:
         server.shutdown()
         thread.join()
         server.server_close()
+
+
+def test_many_who_never_ask_do_not_keep_others_from_being_answered(crm: Crm, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(web, "PATIENCE", 0.5)
+    with listening(crm) as site:
+        silent = [socket.create_connection(("127.0.0.1", site.port)) for _ in range(web.CONNECTIONS + 8)]
+        eventually(lambda: answers(site), what="those who said nothing were let go of")
+        for one in silent:
+            one.close()
+
+
+def test_who_asks_a_byte_at_a_time_is_cut_off(crm: Crm, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each byte would begin a timeout of the socket anew: together they held all that is there for a probe."""
+    monkeypatch.setattr(web, "PATIENCE", 1.0)
+    with listening(crm) as site:
+        slow = [socket.create_connection(("127.0.0.1", site.port)) for _ in range(web.CONNECTIONS)]
+        over = threading.Event()
+
+        def drip() -> None:
+            while not over.wait(0.1):
+                for one in slow:
+                    with suppress(OSError):
+                        one.send(b"G")
+
+        thread = threading.Thread(target=drip)
+        thread.start()
+        try:
+            eventually(lambda: answers(site), what="those who dripped were cut off")
+        finally:
+            over.set()
+            thread.join()
+            for one in slow:
+                one.close()
+
+
+def test_a_thread_that_can_not_be_started_takes_no_place(crm: Crm, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*args: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with listening(crm) as site:
+        with monkeypatch.context() as patch:
+            patch.setattr(ThreadingMixIn, "process_request", refused)
+            assert not any(answers(site) for _ in range(web.CONNECTIONS + 1))
+        assert answers(site)
+
+
+ANY = "0.0.0.0"  # noqa: S104  # for as long as a test takes
+
+
+@pytest.mark.parametrize(
+    ("bound", "host", "status"),
+    [
+        *(("127.0.0.1", host, 200) for host in ("localhost", "LOCALHOST.", "127.0.0.1", "127.3.2.1", "[::1]")),
+        *(("127.0.0.1", host, 421) for host in ("evil.example", "worker", "10.0.0.1", "", "[", "crm.internal")),
+        *(("127.0.0.2", host, 421) for host in ("evil.example", "worker")),
+        ("127.0.0.2", "127.0.0.2", 200),
+        *((ANY, host, 200) for host in ("localhost", "10.0.0.1", "[fd00::1]", "worker", socket.gethostname())),
+        *((ANY, host, 200) for host in ("crm.default.svc", "crm.default.svc.cluster.local", "vm.internal")),
+        *((ANY, host, 421) for host in ("evil.example", "evil.example.", "svc.example", "", "[")),
+    ],
+)
+def test_a_page_from_elsewhere_can_not_read_it_under_a_name_that_leads_here(
+    crm: Crm, bound: str, host: str, status: int
+) -> None:
+    with listening(crm, bound) as site, socket.create_connection((bound, site.port)) as one:
+        one.sendall(f"GET /healthz HTTP/1.0\r\nHost: {f'{host}:{site.port}' if host else ''}\r\n\r\n".encode())
+        assert int(one.makefile().readline().split()[1]) == status
+
+
+def test_who_names_nobody_is_answered(crm: Crm) -> None:
+    """As probes of load balancers ask. Browsers always say whom they mean."""
+    with listening(crm) as site, socket.create_connection(("127.0.0.1", site.port)) as one:
+        one.sendall(b"GET /healthz HTTP/1.0\r\n\r\n")
+        assert one.makefile().readline() == "HTTP/1.0 200 OK\n"
+
+
+def test_what_is_no_request_is_no_error_of_ours(crm: Crm, capfd: pytest.CaptureFixture[str]) -> None:
+    with listening(crm) as site:
+        for accept in ("text/plain; version=x", "application/openmetrics-text; version=1.x"):
+            answer = site.ask("/metrics", Accept=accept)
+            assert (answer.status, answer.headers["Content-Type"]) == (200, "text/plain; version=0.0.4; charset=utf-8")
+        with socket.create_connection(("127.0.0.1", site.port)) as one:
+            one.sendall(b"GET http://[ HTTP/1.0\r\n\r\n")
+            assert one.makefile().readline() == "HTTP/1.0 400 Bad Request\n"
+    assert capfd.readouterr() == ("", "")
 
 
 def answers(site: Site) -> bool:
