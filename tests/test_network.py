@@ -42,10 +42,10 @@ def wal_sender_timeout(crm: Crm, timeout: str) -> None:
     crm.connection.execute(statement.format(database, sql.Literal(timeout)))
 
 
-def beyond(proxy: Proxy, crm: Crm, **settings: str) -> WorkerProcess:
-    """A worker that reaches its server through the proxy."""
+def beyond(proxy: Proxy, crm: Crm, patience: int = 2, **settings: str) -> WorkerProcess:
+    """A worker that reaches its server through the proxy, and waits so many seconds for its answers."""
     shadow.install(crm.connection)
-    return crm.worker(dsn=make_conninfo(proxy.dsn(crm.dsn), connect_timeout=2), **settings)
+    return crm.worker(dsn=make_conninfo(proxy.dsn(crm.dsn), connect_timeout=patience), **settings)
 
 
 def streams(worker: WorkerProcess, proxy: Proxy) -> Callable[[], bool]:
@@ -80,7 +80,7 @@ def test_cuts_at_random_moments_lose_and_double_nothing(
 def test_what_comes_in_pieces_is_put_together(crm: Crm, proxy: Proxy, seed: int, faults: Faults) -> None:
     """Whatever a message of the protocol, a change in it and a row of the COPY are cut into."""
     proxy.piece = 1
-    with beyond(proxy, crm) as worker:
+    with beyond(proxy, crm, patience=60) as worker:  # a write of many bytes takes its time
         worker.wait_for("replication_started")
         with Writers(crm, seed, sessions=1) as writers:
             eventually(lambda: writers.commits > 8)
@@ -93,7 +93,7 @@ def test_what_comes_in_pieces_is_put_together(crm: Crm, proxy: Proxy, seed: int,
 
 def test_a_slow_network_costs_time_alone(crm: Crm, proxy: Proxy, seed: int, faults: Faults) -> None:
     proxy.delay = 0.02
-    with beyond(proxy, crm) as worker:
+    with beyond(proxy, crm, patience=60) as worker:
         worker.wait_for("replication_started")
         with Writers(crm, seed) as writers:
             eventually(lambda: writers.commits > 60)
