@@ -237,7 +237,7 @@ def test_what_keeps_a_row_from_being_found_is_told_and_not_taken_for_silence(
         eventually(lambda: warned() >= {"write_held_up", "wal_retained"}, what="somebody is told")
         other.rollback()
     eventually(lambda: len(told(looking)) == 1)
-    stop._handle(signal.SIGTERM, None)
+    stop.request()
     running.join()
     assert "connection_lost" not in warned()
 
