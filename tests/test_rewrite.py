@@ -131,6 +131,10 @@ def test_a_rewritten_log_is_what_the_new_profile_would_have_told(
     crm.record()
     crm.add_leads(2_500)  # slices
     workload.run(20)
+    # Of what the rules tell otherwise there is some, whatever the dice said.
+    crm.execute("UPDATE lead SET bd_in_charge = 'jim' WHERE lead_id = (SELECT max(lead_id) FROM lead)")
+    crm.execute("DELETE FROM lead WHERE lead_id = (SELECT max(lead_id) FROM lead)")
+    crm.execute("INSERT INTO customer (customer_uid, name) VALUES (1000000, 'Acme')")
     crm.record()
     activity_ids = {activity["change_key"]: activity["activity_id"] for activity in crm.activities()}
     say(
