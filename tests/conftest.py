@@ -23,6 +23,7 @@ import canaries
 import hypothesis
 import pytest
 import servers
+import structlog
 from containers import ContainerServer
 from storms import DOUBLED, HELD, LOST, Faults, kill_at
 from support import Crm, crm_on, make_crm
@@ -47,6 +48,13 @@ if (
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     # A shell lets what it runs in the background ignore it, and all that is started from there would as well.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(autouse=True)
+def fresh_process() -> None:
+    """As a process begins, for commands that tests before have run in this one set it up for themselves."""
+    os.umask(0o022)
+    structlog.reset_defaults()
 
 
 @pytest.fixture(scope="session")

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from itertools import islice
 from pathlib import Path
+from typing import LiteralString
 
 import psycopg
 import pytest
@@ -207,12 +208,25 @@ def test_random_kills_of_worker_and_switch_lose_and_double_nothing(
 MANY = 12_000
 """So many leads are not written at once."""
 
+WAITING: LiteralString = """
+    SELECT count(*) = 0 FROM pg_stat_activity
+    WHERE application_name = %s AND backend_type = 'client backend'
+      AND state = 'active' AND wait_event_type IS DISTINCT FROM 'Client'
+"""
+"""Whether the sessions that write have nothing to do until their client speaks."""
+
 
 def within_a_commit(crm: Crm, worker: WorkerProcess) -> None:
-    """Come to where a part of a large commit is written."""
-    crm.add_leads(MANY)
-    eventually(lambda: crm.value("SELECT changes FROM cdc_worker.checkpoint"))
-    worker.process.send_signal(signal.SIGSTOP)
+    """Come to where a part of a large commit is written, and no more of it is while the worker doesn't go on."""
+    for _ in range(20):
+        crm.add_leads(MANY)
+        eventually(lambda: crm.value("SELECT changes FROM cdc_worker.checkpoint"))
+        worker.process.send_signal(signal.SIGSTOP)
+        eventually(lambda: crm.value(WAITING, f"cdc-worker {crm.slot}"))
+        if crm.value("SELECT changes FROM cdc_worker.checkpoint"):
+            return
+        worker.process.send_signal(signal.SIGCONT)  # it was faster
+    raise AssertionError("it never stopped within a commit")
 
 
 def test_within_a_large_commit_it_waits_for_the_end(crm: Crm) -> None:
