@@ -93,7 +93,7 @@ def test_what_comes_in_pieces_is_put_together(crm: Crm, proxy: Proxy, seed: int,
 
 def test_a_slow_network_costs_time_alone(crm: Crm, proxy: Proxy, seed: int, faults: Faults) -> None:
     proxy.delay = 0.02
-    with beyond(proxy, crm, patience=60) as worker:
+    with beyond(proxy, crm) as worker:
         worker.wait_for("replication_started")
         with Writers(crm, seed) as writers:
             eventually(lambda: writers.commits > 60)
